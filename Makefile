@@ -1,0 +1,59 @@
+# Every target makes .venv when it is missing and installs what it needs; installs again only when pyproject.toml changes.
+#   make test PYTHON=python3.12        another interpreter for a new .venv
+#   make demo ARGS="--photo my.jpg"    arguments go through to the command
+#   make bench BENCH=NAME              another script of benchmarks/
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+BENCH  ?= vit_small_512
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip install --quiet --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+# Two installs into one .venv at the same time would break it, so no -j.
+.NOTPARALLEL:
+.PHONY: help demo test test-all lint bench zoo clean
+
+help:
+	@echo "make demo | test | test-all | lint | bench | zoo | clean"
+
+demo: $(VENV)/.stamp-demo
+	$(PY) -m tome_fx demo $(ARGS)
+
+test: $(VENV)/.stamp-test
+	$(PY) -m pytest $(ARGS)
+
+test-all: $(VENV)/.stamp-test
+	$(PY) -m pytest -m "" $(ARGS)
+
+lint: $(VENV)/.stamp-lint
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+bench: $(VENV)/.stamp-bench
+	$(PY) benchmarks/$(BENCH).py $(ARGS)
+
+ifneq ($(wildcard benchmarks/zoo.py),)
+zoo: $(VENV)/.stamp-test
+	$(PY) benchmarks/zoo.py $(ARGS)
+else
+zoo:
+	@echo "The model zoo is not here yet: it arrives with a later issue, as benchmarks/zoo.py." >&2; exit 1
+endif
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "tome_fx needs Python 3.10 or newer: make ... PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "$(PYTHON) could not make $(VENV) (on Debian: install python3-venv, or choose another PYTHON=)" >&2; exit 1; }
+	$(PIP) --upgrade pip
+
+# $(PY) is order-only: the interpreter is a link to a file whose date says nothing about this .venv.
+$(VENV)/.stamp-%: pyproject.toml | $(PY)
+	$(PIP) --editable '.[$*]'
+	@touch $@

@@ -1,0 +1,96 @@
+"""The passes, one file each, in pipeline order. `run_pipeline` is the whole compiler short of Inductor.
+
+| pass             | reads -> gives                                                    |
+|------------------|-------------------------------------------------------------------|
+| `capture`        | Dynamo or export graph -> pre-dispatch ATen, functional           |
+| `find_attention` | every spelling of softmax attention -> one canonical site         |
+| `infer_axes`     | names the axes of every value                                     |
+| `find_blocks`    | site -> token axis, residual stream, merge point, protected ends  |
+| `plan`           | schedule -> merges, and how far each of them travels              |
+| `rewrite`        | emits match, merge, unmerge, sizes: the only pass that changes values |
+| `verify`         | what must hold of the result                                      |
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from tome_fx.config import ToMeConfig
+from tome_fx.report import SkipReason, ToMeReport
+
+from .capture import Captured, CaptureError, capture
+from .find_attention import find_attention, fuse_attention
+from .find_blocks import find_blocks
+from .infer_axes import infer_axes
+from .plan import make_plan, site_reports
+from .rewrite import rewrite
+from .verify import VerifyError, verify
+
+PIPELINE = ("capture", "find_attention", "infer_axes", "find_blocks", "plan", "rewrite", "verify")
+
+
+@dataclass
+class Result:
+    """gm: the rewritten graph, or None where the original is to be used. captured: the IR it came from."""
+
+    gm: fx.GraphModule | None
+    report: ToMeReport
+    captured: Captured | None = None
+
+
+def run_pipeline(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig) -> Result:
+    """All passes over one graph. Raises ValueError where the schedule does not fit, VerifyError on a bug of ours.
+
+    A graph that cannot be captured, or in which nothing merges, gives `gm=None` and a report with the reasons.
+    """
+    report = ToMeReport(graphs=1, r=config.schedule if config.flops is None else None)
+    seconds = report.seconds
+    try:
+        with _timed(seconds, "capture"):
+            captured = capture(gm, inputs)
+    except CaptureError as error:
+        report.skipped.append(SkipReason("graph left as it is", "", str(error)))
+        return Result(None, report)
+    with _timed(seconds, "find_attention"):
+        fuse_attention(captured.gm, captured.fake_mode)
+    with _timed(seconds, "infer_axes"):
+        facts, calls = infer_axes(captured.gm, captured.model_input)
+    report.unknown_ops = facts.unknown
+    with _timed(seconds, "find_attention"):
+        sites = find_attention(captured.gm, facts, calls)
+    with _timed(seconds, "find_blocks"):
+        blocks, skipped = find_blocks(captured.gm, facts, calls, sites, config.protect)
+    with _timed(seconds, "plan"):
+        plan = make_plan(captured.gm, facts, calls, blocks, config)
+    report.r = plan.r
+    report.skipped = skipped + plan.skipped
+    report.unmerges = plan.unmerges
+    report.flops_before, report.flops_after = plan.flops_before, plan.flops_after
+    report.sites = site_reports(plan, blocks, sites, skipped)
+    if not plan.merges:
+        if not sites:
+            report.skipped.append(SkipReason("no attention", "", "the graph has no softmax attention"))
+        return Result(None, report, captured)
+    with _timed(seconds, "rewrite"):
+        rewritten = rewrite(captured, facts, calls, plan, config)
+    with _timed(seconds, "verify"):
+        verify(captured.gm, rewritten)
+    return Result(rewritten, report, captured)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+__all__ = ["PIPELINE", "CaptureError", "Result", "VerifyError", "run_pipeline"]

@@ -1,0 +1,515 @@
+"""capture: Dynamo's torch-level graph, or an exported module, to the one IR that all passes read.
+
+The IR is pre-dispatch ATen with fake tensors in `meta["val"]`: still differentiable, with `linear`, `layer_norm` and
+`scaled_dot_product_attention` whole. Two things are put straight on the way:
+
+- fused inference ops (`nn.TransformerEncoderLayer`, `nn.MultiheadAttention` in eval mode) are spelled out;
+- in-place writes become values, a write through a view becomes a scatter into its base.
+
+    add_(x, pos)                    ->  x_1 = add(x, pos), later reads of x read x_1
+    copy_(slice(x, 1, 1, N), y)     ->  x_1 = slice_scatter(x, y, 1, 1, N)
+
+Invariants: placeholders are those of the source in order, preceded by one for each tensor attribute (`attributes`);
+nothing but writes to graph inputs mutates, and those stand at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch import Tensor, fx
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
+
+aten = torch.ops.aten
+
+
+class CaptureError(Exception):
+    """The graph holds something that cannot be brought into the IR; the message is a reason for the user."""
+
+
+@dataclass
+class Captured:
+    """The IR of one graph.
+
+    gm: the graph module. fakes: one fake value per placeholder. attributes: tensor attributes and constants by name,
+    for which the first `len(attributes)` placeholders stand. model_input: per placeholder, whether it varies from
+    call to call.
+    """
+
+    gm: fx.GraphModule
+    fakes: list[Any]
+    attributes: dict[str, Tensor]
+    model_input: list[bool]
+    fake_mode: FakeTensorMode
+
+
+def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
+    """Trace `gm` on fake versions of `inputs` (tensors, SymInts, numbers). Raises CaptureError with a reason."""
+    mode = _fake_mode(inputs)
+    attributes = _tensor_attributes(gm)
+    values = [*(attributes.values()), *inputs]
+    fakes = [_fakeify(v, mode) if isinstance(v, Tensor) else v for v in values]
+    count = len(attributes)
+
+    def run(*args: Any) -> Any:
+        held = dict(zip(attributes, args[:count], strict=True))
+        return _Tracer(gm, held).run(*args[count:], enable_io_processing=False)
+
+    with mode, fx_traceback.preserve_node_meta():
+        traced = make_fx(run, tracing_mode="real", pre_dispatch=True)(*fakes)
+    # Left in place it makes AOTAutograd bypass its cache.
+    traced.__dict__.pop("shape_env", None)
+    constants = _lift_constants(traced, mode)
+    functionalise(traced, mode)
+    traced.graph.eliminate_dead_code(is_impure_node=is_impure)
+    traced.recompile()
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    held = {**constants, **attributes}
+    varies = [False] * len(held) + [_is_model_input(n, v) for n, v in zip(placeholders, inputs, strict=True)]
+    all_fakes = [node.meta["val"] for node in traced.graph.find_nodes(op="placeholder")]
+    return Captured(traced, all_fakes, held, varies, mode)
+
+
+def _fake_mode(inputs: Sequence[Any]) -> FakeTensorMode:
+    context = TracingContext.try_get()
+    if context is not None and context.fake_mode is not None:
+        return context.fake_mode
+    return next((v.fake_mode for v in inputs if isinstance(v, FakeTensor)), FakeTensorMode(allow_non_fake_inputs=True))
+
+
+def _fakeify(value: Tensor, mode: FakeTensorMode) -> Tensor:
+    """Under the tracing context's fake mode, with its symbols: a second ShapeEnv would turn static dims into symbols."""
+    if isinstance(value, FakeTensor):
+        return value
+    context = TracingContext.try_get()
+    if context is not None and value in context.tensor_to_context:
+        symbolic = context.tensor_to_context[value]
+        return mode.from_tensor(value, static_shapes=False, symbolic_context=symbolic, source=symbolic.tensor_source)
+    return mode.from_tensor(value, static_shapes=True)
+
+
+def _tensor_attributes(gm: fx.GraphModule) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for node in gm.graph.nodes:
+        if node.op == "get_attr" and isinstance(value := _resolve(gm, node.target), Tensor):
+            found.setdefault(node.target, value)
+    return found
+
+
+def _resolve(module: Any, path: str) -> Any:
+    for part in path.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def _is_model_input(node: fx.Node, value: Any) -> bool:
+    """Parameters and buffers do not vary from call to call; everything else may."""
+    if isinstance(value, torch.nn.Parameter):
+        return False
+    source = getattr(node, "_dynamo_source", None) or getattr(node.meta.get("grapharg"), "source", None)
+    if source is None:
+        return True
+    try:
+        guard = source.guard_source
+        guard = guard() if callable(guard) else guard
+    except NotImplementedError:  # synthetic sources have none
+        return True
+    return not (guard.is_specialized_nn_module() or guard.is_unspecialized_nn_module())
+
+
+def _lift_constants(gm: fx.GraphModule, mode: FakeTensorMode) -> dict[str, Tensor]:
+    """Turn constants made while tracing into leading placeholders, so that a second trace can take them as inputs."""
+    found: dict[str, Tensor] = {}
+    first = next(iter(gm.graph.nodes))
+    for node in list(gm.graph.find_nodes(op="get_attr")):
+        held = _resolve(gm, node.target)
+        if not isinstance(held, Tensor):
+            continue
+        real = held.constant if isinstance(held, FakeTensor) else held
+        if real is None:
+            raise CaptureError(f"the constant {node.target} is computed from data while tracing")
+        with gm.graph.inserting_before(first):
+            lifted = gm.graph.placeholder(f"constant_{len(found)}")
+        lifted.meta["val"] = held if isinstance(held, FakeTensor) else mode.from_tensor(held, static_shapes=True)
+        if real.numel() == 1:
+            lifted.meta["constant"] = real
+        found[f"_tome_constant{len(found)}"] = real
+        node.replace_all_uses_with(lifted)
+        gm.graph.erase_node(node)
+    return found
+
+
+# -- tracing -----------------------------------------------------------------------------------------------------------
+
+
+class _Tracer(fx.Interpreter):
+    """Runs the source graph; spells out what the passes do not read, inlines regions, refuses other higher-order ops."""
+
+    def __init__(self, gm: fx.GraphModule, attributes: dict[str, Any]) -> None:
+        super().__init__(gm)
+        self.attributes = attributes
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.attributes[target] if target in self.attributes else super().get_attr(target, args, kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if (expansion := _EXPANSIONS.get(target)) is not None:
+            return expansion(*args, **kwargs)
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            return self._region(target, args, kwargs)
+        return super().call_function(target, args, kwargs)
+
+    def _region(self, target: Any, args: Any, kwargs: Any) -> Any:
+        name = target.name()
+        if name == "tag_activation_checkpoint":
+            body, *rest = args
+            if "_checkpoint_context_fn" in body.meta:
+                raise CaptureError("selective activation checkpointing (context_fn) is left as it is")
+            _, own = target.divide_kwargs(kwargs)
+            _mark_recompute(body)
+            return self._inline(body, rest, own)
+        if name == "wrap_with_set_grad_enabled":
+            enabled, body, *rest = args
+            with torch.set_grad_enabled(enabled):
+                return self._inline(body, rest, kwargs)
+        if name == "wrap_with_autocast":
+            device_type, dtype, enabled, cache, body, *rest = args
+            with torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache):
+                return self._inline(body, rest, kwargs)
+        raise CaptureError(f"the graph holds the higher-order op {name}, which is left as it is")
+
+    def _inline(self, body: fx.GraphModule, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if kwargs:
+            raise CaptureError("a region that is called with keyword arguments is left as it is")
+        return _Tracer(body, {}).run(*args, enable_io_processing=False)
+
+
+def _mark_recompute(body: fx.GraphModule) -> None:
+    """Tag the region's nodes as torch.utils.checkpoint does, so that the partitioner still recomputes them."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    for node in body.graph.nodes:
+        node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+        node.meta["ac_graph_id"] = id(body)
+
+
+# -- fused inference ops -----------------------------------------------------------------------------------------------
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """[B, N, H * e] -> [B, H, N, e]."""
+    batch, n, dim = x.shape
+    return x.reshape(batch, n, heads, dim // heads).transpose(1, 2)
+
+
+def _fused_mask(mask: Tensor | None, mask_type: int | None) -> Tensor | None:
+    """The fused ops' mask (bool: True is left out) as SDPA takes it. Types: 0 [N, N], 1 [B, N] keys, 2 [B, H, N, N]."""
+    if mask is None:
+        return None
+    mask = mask[:, None, None, :] if mask_type == 1 else mask
+    return torch.logical_not(mask) if mask.dtype is torch.bool else mask
+
+
+def _multi_head_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim: int,
+    num_head: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    mask: Tensor | None = None,
+    need_weights: bool = True,
+    average_attn_weights: bool = True,
+    mask_type: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`aten::_native_multi_head_attention`, spelled out."""
+    weights, biases = qkv_weight.chunk(3), qkv_bias.chunk(3)
+    parts = zip((query, key, value), weights, biases, strict=True)
+    q, k, v = (_heads(linear(x, w, b), num_head) for x, w, b in parts)
+    allowed = _fused_mask(mask, mask_type)
+    shown = None
+    if need_weights:
+        scores = q @ k.transpose(-1, -2) * (embed_dim // num_head) ** -0.5
+        if allowed is not None:
+            scores = scores + _additive(allowed)
+        shown = scores.softmax(-1)
+        out = shown @ v
+        shown = shown.mean(1) if average_attn_weights else shown
+    else:
+        out = scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+    return linear(out.transpose(1, 2).reshape(query.shape), proj_weight, proj_bias), shown
+
+
+def _additive(mask: Tensor) -> Tensor:
+    return torch.where(mask, 0.0, float("-inf")) if mask.dtype is torch.bool else mask
+
+
+def _encoder_layer(
+    src: Tensor,
+    embed_dim: int,
+    num_heads: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    use_gelu: bool,
+    norm_first: bool,
+    eps: float,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    ffn1_weight: Tensor,
+    ffn1_bias: Tensor,
+    ffn2_weight: Tensor,
+    ffn2_bias: Tensor,
+    mask: Tensor | None = None,
+    mask_type: int | None = None,
+) -> Tensor:
+    """`aten::_transformer_encoder_layer_fwd`, spelled out; [B, N, D] in and out."""
+
+    def norm1(x: Tensor) -> Tensor:
+        return layer_norm(x, (embed_dim,), norm1_weight, norm1_bias, eps)
+
+    def norm2(x: Tensor) -> Tensor:
+        return layer_norm(x, (embed_dim,), norm2_weight, norm2_bias, eps)
+
+    def attend(x: Tensor) -> Tensor:
+        out, _ = _multi_head_attention(
+            x, x, x, embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, False, True, mask_type
+        )
+        return out
+
+    def feed_forward(x: Tensor) -> Tensor:
+        hidden = linear(x, ffn1_weight, ffn1_bias)
+        hidden = torch.nn.functional.gelu(hidden) if use_gelu else torch.relu(hidden)
+        return linear(hidden, ffn2_weight, ffn2_bias)
+
+    if norm_first:
+        x = src + attend(norm1(src))
+        return x + feed_forward(norm2(x))
+    x = norm1(src + attend(src))
+    return norm2(x + feed_forward(x))
+
+
+_EXPANSIONS: dict[Any, Callable[..., Any]] = {
+    torch._native_multi_head_attention: _multi_head_attention,
+    aten._native_multi_head_attention.default: _multi_head_attention,
+    torch._transformer_encoder_layer_fwd: _encoder_layer,
+    aten._transformer_encoder_layer_fwd.default: _encoder_layer,
+}
+
+
+# -- functionalisation -------------------------------------------------------------------------------------------------
+
+_VIEW_SCATTER = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
+_SAME_ELEMENTS = {aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int,
+                  aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims,
+                  aten._unsafe_view.default}  # fmt: skip
+_NO_CHANGE = {aten.alias.default, aten.detach.default, aten.contiguous.default, aten.to.dtype, aten.clone.default,
+              aten.lift_fresh.default, aten.dropout.default}  # fmt: skip
+
+
+def is_impure(node: fx.Node) -> bool:
+    """Nodes that must stay though nobody reads them: inputs, outputs, writes, and switches of global state."""
+    if node.op in ("placeholder", "output"):
+        return True
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded not in node.target.tags and (
+            node.is_impure()
+        )
+    return node.target in _STATE_SWITCHES
+
+
+_STATE_SWITCHES = {
+    torch._C._set_grad_enabled,
+    torch.amp.autocast_mode._enter_autocast,
+    torch.amp.autocast_mode._exit_autocast,
+    torch._C._functorch._vmap_increment_nesting,
+    torch._C._functorch._vmap_decrement_nesting,
+}
+
+
+def functionalise(gm: fx.GraphModule, mode: FakeTensorMode) -> None:
+    """Replace in-place ops by values (see the module docstring). Raises CaptureError where one has no such form."""
+    if not any(_mutated(node) for node in gm.graph.nodes):
+        return
+    _Functionaliser(gm, mode).run()
+    gm.graph.lint()
+
+
+def _mutated(node: fx.Node) -> list[str]:
+    """Names of the arguments that a node writes to."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    return [a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
+class _Functionaliser:
+    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
+        self.graph = gm.graph
+        self.mode = mode
+        self.current: dict[fx.Node, fx.Node] = {}
+        self.parent: dict[fx.Node, fx.Node] = {}
+        self.order: list[fx.Node] = []
+        self.written: dict[fx.Node, None] = {}
+
+    def run(self) -> None:
+        for node in list(self.graph.nodes):
+            if node.op == "output":
+                with self.graph.inserting_before(node):
+                    for source in self.written:
+                        self._emit(aten.copy_.default, (source, self.current[source]))
+                node.args = fx.map_arg(node.args, self._now)
+                continue
+            node.args = fx.map_arg(node.args, self._now)
+            node.kwargs = fx.map_arg(node.kwargs, self._now)
+            if names := _mutated(node):
+                self._replace(node, names)
+            else:
+                self._remember(node)
+
+    def _now(self, node: fx.Node) -> fx.Node:
+        return self.current.get(node, node)
+
+    def _remember(self, node: fx.Node) -> None:
+        """Note of which value a node is a view."""
+        self.order.append(node)
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, Tensor):
+            return
+        for source in node.all_input_nodes:
+            held = source.meta.get("val")
+            if isinstance(held, Tensor) and _storage(held) == _storage(value):
+                self.parent[node] = source
+                return
+
+    def _replace(self, node: fx.Node, names: list[str]) -> None:
+        schema = node.target._schema  # type: ignore[union-attr]
+        if len(names) != 1 or schema.arguments[0].name != names[0] or not isinstance(node.args[0], fx.Node):
+            raise CaptureError(f"the in-place op {schema.name} writes to more than its first argument")
+        target = node.args[0]
+        with self.graph.inserting_before(node):
+            new = self._functional(node, target)
+            self.current[node] = new
+            self._write(target, new)
+        node.replace_all_uses_with(new)
+        self.graph.erase_node(node)
+
+    def _functional(self, node: fx.Node, target: fx.Node) -> fx.Node:
+        schema = node.target._schema  # type: ignore[union-attr]
+        held = target.meta["val"]
+        if node.target is aten.copy_.default:
+            source = node.args[1]
+            assert isinstance(source, fx.Node)
+            out = self._emit(aten.to.dtype, (source, held.dtype)) if source.meta["val"].dtype != held.dtype else source
+            if out.meta["val"].shape != held.shape:
+                out = self._emit(aten.expand_as.default, (out, target))
+            return out
+        name = schema.name.split("::")[1]
+        namespace = getattr(torch.ops, schema.name.split("::")[0])
+        packet = getattr(namespace, _FUNCTIONAL.get(name, name.rstrip("_")), None)
+        overload = getattr(packet, schema.overload_name or "default", None) if packet is not None else None
+        overload = _FUNCTIONAL_OVERLOAD.get(node.target, overload)
+        if overload is None or overload._schema.is_mutable:
+            raise CaptureError(f"the in-place op {schema.name} has no form that returns a new value")
+        out = self._emit(overload, node.args, dict(node.kwargs))
+        if out.meta["val"].dtype != held.dtype:
+            out = self._emit(aten.to.dtype, (out, held.dtype))
+        return out
+
+    def _emit(self, target: Any, args: Any, kwargs: dict[str, Any] | None = None) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs or {})
+        concrete = fx.map_arg((args, kwargs or {}), lambda n: n.meta["val"])
+        with self.mode, torch.no_grad():
+            node.meta["val"] = target(*concrete[0], **concrete[1])
+        self.order.append(node)
+        return node
+
+    def _write(self, target: fx.Node, new: fx.Node) -> None:
+        """`target` now has the value `new`; so have, in part, its base and every other view of it."""
+        base, above = target, new
+        while (up := self.parent.get(base)) is not None:
+            above = self._scatter(base, up, above)
+            base = up
+        aliases = [n for n in self.order if self._base(n) is base]
+        fresh: dict[fx.Node, fx.Node] = {base: above}
+        for alias in aliases:
+            if alias is base:
+                continue
+            up = fresh.get(self.parent[alias])
+            if up is not None and alias in self.parent:
+                fresh[alias] = new if alias is target else self._again(alias, up)
+        fresh[target] = new
+        for old, value in fresh.items():
+            for key, held in list(self.current.items()):
+                if held is old:
+                    self.current[key] = value
+            self.current[old] = value
+            if value is not base and old is base:
+                self.order.append(value)
+        for old, value in fresh.items():
+            if old in self.parent and value is not new:
+                self.parent[value] = fresh[self.parent[old]]
+        if new is not above and target in self.parent:
+            self.parent[new] = fresh[self.parent[target]]
+            new.meta.setdefault("view_of", (target.target, target.args, target.kwargs))
+        if base.op == "placeholder" or "source" in base.meta:
+            source = base.meta.get("source", base)
+            above.meta["source"] = source
+            self.written[source] = None
+            self.current[source] = above
+
+    def _base(self, node: fx.Node) -> fx.Node:
+        while node in self.parent:
+            node = self.parent[node]
+        return node
+
+    def _view(self, node: fx.Node) -> tuple[Any, tuple, dict]:
+        return node.meta.get("view_of", (node.target, node.args, node.kwargs))
+
+    def _again(self, view: fx.Node, base: fx.Node) -> fx.Node:
+        target, args, kwargs = self._view(view)
+        return self._emit(target, (base, *args[1:]), dict(kwargs))
+
+    def _scatter(self, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
+        """The base after `value` was written through one view of it."""
+        target, args, kwargs = self._view(view)
+        shape = list(base.meta["val"].shape)
+        if target in _VIEW_SCATTER:
+            return self._emit(_VIEW_SCATTER[target], (base, value, *args[1:]), dict(kwargs))
+        if target in _SAME_ELEMENTS:
+            if not all(isinstance(s, int) for s in shape):
+                raise CaptureError("a write through a reshaped view of a tensor of dynamic shape is left as it is")
+            return self._emit(aten.reshape.default, (value, shape))
+        if target in _NO_CHANGE:
+            return value
+        if target in (aten.transpose.int, aten.t.default):
+            return self._emit(target, (value, *args[1:]))
+        if target is aten.permute.default:
+            order = [d % len(shape) for d in args[1]]
+            return self._emit(aten.permute.default, (value, [order.index(k) for k in range(len(order))]))
+        raise CaptureError(f"a write through the view {target} is left as it is")
+
+
+_FUNCTIONAL = {"zero_": "zero", "fill_": "fill", "normal_": "normal_functional", "uniform_": "uniform"}
+_FUNCTIONAL_OVERLOAD = {aten.bernoulli_.float: aten.bernoulli.p}
+
+
+def _storage(value: Tensor) -> Any:
+    return value.untyped_storage()._cdata
+
+
+__all__ = ["CaptureError", "Captured", "capture", "functionalise", "is_impure"]

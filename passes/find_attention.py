@@ -1,0 +1,494 @@
+"""find_attention: every spelling of softmax attention, as one canonical site.
+
+`fuse_attention` follows the dataflow back from each softmax to the product q k^T and forward to the product with v,
+and puts one `scaled_dot_product_attention` in their place. Handled on the way: matmul, bmm, baddbmm, einsum; scale
+on q, k or the scores, as a number or a tensor that is constant over both token axes; additive terms; bool masks by
+masked_fill or where; a softmax in wider precision; dropout; heads folded into the batch. Nothing is fused whose
+intermediate values somebody else reads.
+
+    s = baddbmm(bias, q, kT, alpha=c) ; m = masked_fill(s, mask, -inf) ; p = softmax(m, -1) ; o = bmm(dropout(p), v)
+    ->  o = scaled_dot_product_attention(q, k, v, attn_mask=bias + where(mask, -inf, 0), dropout_p, scale=c)
+
+`find_attention` lists the sites. Correctness does not depend on either: what is not fused follows the measure
+principle op by op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .axes import Dim, leaves
+from .axes import expr as size_expr
+from .rules import Call, Facts, find
+from .rules.base import Role, Signature
+from .rules.contraction import Contraction
+from .rules.pointwise import MaskRule, scalar
+
+aten = torch.ops.aten
+sdpa = aten.scaled_dot_product_attention.default
+
+_SOFTMAX = {aten.softmax.int, aten._softmax.default}
+_PASS = {aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.alias.default,
+         aten.type_as.default, aten.to.dtype_layout}  # fmt: skip
+_VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
+          aten.unflatten.int, aten.unsqueeze.default, aten.squeeze.dim}  # fmt: skip
+# A mask value this low leaves a key out; a milder one is an ordinary score and stays as it is written.
+_MASKED_OUT = -1e4
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """q, k, out: nodes. query_dim, key_dim: where their tokens stand. inner_dims: the dims of k that the scores
+    contract. causal: why the site must not merge, or None."""
+
+    name: str
+    q: fx.Node
+    k: fx.Node
+    out: fx.Node
+    query_dim: int
+    key_dim: int
+    inner_dims: tuple[int, ...]
+    causal: str | None = None
+
+
+# -- fusing ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Match:
+    """What was found between a softmax and its two products, in the order from the scores to the softmax."""
+
+    product: fx.Node
+    scale: float = 1.0
+    query_factors: list[tuple[Any, fx.Node]] = field(default_factory=list)
+    terms: list[Callable[[], fx.Node]] = field(default_factory=list)
+    shape: tuple | None = None
+
+
+class _NoMatch(Exception):
+    pass
+
+
+def fuse_attention(gm: fx.GraphModule, mode: FakeTensorMode) -> int:
+    """Replace unfused softmax attention in place; returns how many sites were fused."""
+    count = 0
+    autocast = any(n.target is torch.amp.autocast_mode._enter_autocast for n in gm.graph.nodes)
+    for node in list(gm.graph.nodes):
+        if node.op == "call_function" and node.target in _SOFTMAX:
+            try:
+                _Fuser(gm.graph, mode, node, autocast).run()
+            except _NoMatch:
+                continue
+            count += 1
+    if count:
+        gm.graph.eliminate_dead_code()
+        gm.graph.lint()
+    return count
+
+
+def _shape(node: fx.Node) -> tuple:
+    return tuple(size_expr(s) for s in node.meta["val"].shape)
+
+
+def _only_user(node: fx.Node) -> fx.Node:
+    if len(node.users) != 1:
+        raise _NoMatch
+    return next(iter(node.users))
+
+
+class _Fuser:
+    def __init__(self, graph: fx.Graph, mode: FakeTensorMode, softmax: fx.Node, autocast: bool) -> None:
+        self.graph, self.mode, self.softmax, self.autocast = graph, mode, softmax, autocast
+
+    def run(self) -> None:
+        scores = self.softmax.args[0]
+        assert isinstance(scores, fx.Node)
+        rank = scores.meta["val"].dim()
+        if rank < 2 or self.softmax.args[1] not in (-1, rank - 1):
+            raise _NoMatch
+        match = self._back(scores)
+        product, dropout = self._forward()
+        q, k = self._queries_and_keys(match.product)
+        with self.graph.inserting_before(product):
+            self._replace(match, q, k, product, dropout)
+
+    # Back from the softmax to the product of queries and keys.
+
+    def _back(self, node: fx.Node) -> _Match:
+        if len(node.users) != 1 or node.op != "call_function":
+            raise _NoMatch
+        target = node.target
+        if target in _PASS:
+            return self._back(self._first(node))
+        if target in _VIEWS:
+            return self._through_view(node)
+        if target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.multiply.Tensor):
+            return self._through_factor(node, divide=target in (aten.div.Tensor, aten.div.Scalar))
+        if target is aten.add.Tensor and not node.kwargs:
+            return self._through_term(node)
+        if isinstance(find(Call(node)), MaskRule):
+            return self._through_mask(node)
+        if isinstance(find(Call(node)), Contraction) and target is not aten.linear.default:
+            return self._at_product(node)
+        raise _NoMatch
+
+    @staticmethod
+    def _first(node: fx.Node) -> fx.Node:
+        if not isinstance(node.args[0], fx.Node):
+            raise _NoMatch
+        return node.args[0]
+
+    def _through_view(self, node: fx.Node) -> _Match:
+        source = self._first(node)
+        if _shape(source)[-2:] != _shape(node)[-2:]:
+            raise _NoMatch
+        match = self._back(source)
+        # Terms met on either side of a view have different batch shapes; one shape must do for all of them.
+        if match.terms and match.shape != _shape(node)[:-2]:
+            raise _NoMatch
+        return match
+
+    def _through_factor(self, node: fx.Node, *, divide: bool) -> _Match:
+        a, b = node.args[:2]
+        for scores, factor in ((a, b), (b, a)) if not divide else ((a, b),):
+            if not isinstance(scores, fx.Node) or _shape(scores) != _shape(node):
+                continue
+            number = scalar(factor)
+            if number is None and not (isinstance(factor, fx.Node) and self._constant_over_tokens(factor)):
+                continue
+            match = self._back(scores)
+            if match.terms:  # the factor would scale the terms as well
+                raise _NoMatch
+            if number is not None:
+                match.scale = match.scale / number if divide else match.scale * number
+            else:
+                match.query_factors.append((aten.div.Tensor if divide else aten.mul.Tensor, factor))
+            return match
+        raise _NoMatch
+
+    @staticmethod
+    def _constant_over_tokens(node: fx.Node) -> bool:
+        value = node.meta.get("val")
+        return isinstance(value, Tensor) and all(s == 1 for s in _shape(node)[-2:])
+
+    def _through_term(self, node: fx.Node) -> _Match:
+        a, b = node.args[:2]
+        for scores, term in ((a, b), (b, a)):
+            if not isinstance(scores, fx.Node) or not isinstance(term, fx.Node) or _shape(scores) != _shape(node):
+                continue
+            try:
+                match = self._back(scores)
+            except _NoMatch:
+                continue
+            self._add_term(match, node, lambda term=term: term)
+            return match
+        raise _NoMatch
+
+    def _through_mask(self, node: fx.Node) -> _Match:
+        call = Call(node)
+        parts = MaskRule.parts(call)
+        if parts is None:
+            raise _NoMatch
+        x, mask, value, fills = parts
+        if not isinstance(value, float) and not isinstance(value, int) or not value <= _MASKED_OUT:
+            raise _NoMatch
+        match = self._back(call.nodes[x])
+        picked = call.nodes[mask]
+
+        def term() -> fx.Node:
+            pair = (value, 0.0) if fills else (0.0, value)
+            return self._emit(aten.where.Scalar, picked, *pair)
+
+        self._add_term(match, node, term)
+        return match
+
+    @staticmethod
+    def _add_term(match: _Match, node: fx.Node, term: Callable[[], fx.Node]) -> None:
+        shape = _shape(node)[:-2]
+        if match.shape not in (None, shape):
+            raise _NoMatch
+        match.shape = shape
+        match.terms.append(term)
+
+    def _at_product(self, node: fx.Node) -> _Match:
+        match = _Match(node)
+        if node.target in (aten.baddbmm.default, aten.addmm.default):
+            beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+            if not isinstance(alpha, (int, float)) or not isinstance(beta, (int, float)):
+                raise _NoMatch
+            match.scale = float(alpha)
+            term = self._first(node)
+            if beta != 0:
+                self._add_term(match, node, lambda: term if beta == 1 else self._emit(aten.mul.Tensor, term, beta))
+        return match
+
+    # Forward from the softmax to the product with the values.
+
+    def _forward(self) -> tuple[fx.Node, float]:
+        node, dropout = self.softmax, 0.0
+        while True:
+            user = _only_user(node)
+            if user.target in _PASS:
+                pass
+            elif user.target is aten.dropout.default:
+                dropout = float(user.args[1]) if user.args[2] else 0.0  # type: ignore[arg-type]
+            elif user.target in _VIEWS and _shape(user)[-2:] == _shape(node)[-2:]:
+                pass
+            elif user.op == "call_function" and isinstance(find(Call(user)), Contraction):
+                self.probabilities = node
+                return user, dropout
+            else:
+                raise _NoMatch
+            node = user
+
+    # The letters of the two products.
+
+    @staticmethod
+    def _letters(node: fx.Node) -> tuple[Call, Signature]:
+        call = Call(node)
+        rule = find(call)
+        assert isinstance(rule, Contraction)
+        return call, rule.signature(call, Facts())
+
+    def _queries_and_keys(self, node: fx.Node) -> tuple[tuple[fx.Node, list[int]], tuple[fx.Node, list[int]]]:
+        """Nodes of queries and keys with the order of dims that makes them [*batch, l, e] and [*batch, s, e]."""
+        call, sig = self._letters(node)
+        skip = 1 if node.target in (aten.baddbmm.default, aten.addmm.default) else 0
+        out = sig.outs[0]
+        nodes, ins = call.nodes[skip:], sig.ins[skip:]
+        inner = [letter for letter, role in sig.roles.items() if role is Role.SUM]
+        if len(nodes) != 2 or len(out) < 2 or len(inner) != 1:
+            raise _NoMatch
+        *batch, l, s = out
+        found = {}
+        for name in (l, s):
+            at = next((i for i in (0, 1) if name in ins[i] and (l if name == s else s) not in ins[i]), None)
+            if at is None or sorted(map(str, ins[at])) != sorted(map(str, [*batch, name, inner[0]])):
+                raise _NoMatch
+            found[name] = (nodes[at], [ins[at].index(x) for x in (*batch, name, inner[0])])
+        return found[l], found[s]
+
+    def _values(self, product: fx.Node) -> tuple[fx.Node, list[int], list[int]]:
+        """The values, the order of dims that makes them [*batch, s, f], and that of the result from [*batch, l, f]."""
+        call, sig = self._letters(product)
+        if len(call.nodes) != 2 or self.probabilities not in call.nodes:
+            raise _NoMatch
+        at = call.nodes.index(self.probabilities)
+        *batch, l, s = sig.ins[at]
+        other = sig.ins[1 - at]
+        free = [x for x in other if x not in batch and x != s]
+        if sig.role(s) is not Role.SUM or len(free) != 1 or any(x not in other for x in (*batch, s)):
+            raise _NoMatch
+        result = [*batch, l, free[0]]
+        if sorted(map(str, sig.outs[0])) != sorted(map(str, result)) or list(sig.roles) != [s]:
+            raise _NoMatch
+        return call.nodes[1 - at], [other.index(x) for x in (*batch, s, free[0])], [result.index(x) for x in sig.outs[0]]
+
+    # The replacement.
+
+    def _replace(self, match: _Match, q: Any, k: Any, product: fx.Node, dropout: float) -> None:
+        values, value_order, out_order = self._values(product)
+        batch = match.shape if match.shape is not None else _shape(self.softmax)[:-2]
+        after = _shape(self.probabilities)[:-2]
+        query = self._permuted(*q)
+        for op, factor in match.query_factors:
+            query = self._emit(op, query, factor)
+        operands = [query, self._permuted(*k), self._permuted(values, value_order)]
+        operands = [self._batched(x, batch) for x in operands]
+        dtype = torch.float32
+        for x in operands:
+            dtype = torch.promote_types(dtype, x.meta["val"].dtype) if x is not operands[0] else x.meta["val"].dtype
+        if not self.autocast:
+            operands = [self._cast(x, dtype) for x in operands]
+        terms = [self._cast(term(), dtype) for term in match.terms]
+        mask = terms[0] if terms else None
+        for term in terms[1:]:
+            mask = self._emit(aten.add.Tensor, mask, term)
+        single = len(batch) == 1  # fused kernels want [B, H, N, e]
+        if single:
+            operands = [self._emit(aten.unsqueeze.default, x, 1) for x in operands]
+            if mask is not None and mask.meta["val"].dim() >= 3:
+                mask = self._emit(aten.unsqueeze.default, mask, -3)
+        out = self._emit(sdpa, *operands, attn_mask=mask, dropout_p=dropout, scale=match.scale)
+        out.meta.update({k: v for k, v in product.meta.items() if k != "val"})
+        if single:
+            out = self._emit(aten.squeeze.dim, out, 1)
+        out = self._permuted(self._batched(out, after), out_order)
+        if not self.autocast:
+            out = self._cast(out, product.meta["val"].dtype)
+        if _shape(out) != _shape(product):
+            raise _NoMatch
+        out.meta["val"] = product.meta["val"]
+        product.replace_all_uses_with(out)
+
+    def _emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        kwargs = {k: v for k, v in kwargs.items() if v is not None}
+        node = self.graph.call_function(target, args, kwargs)
+        concrete = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with self.mode:
+            node.meta["val"] = target(*concrete[0], **concrete[1])
+        node.meta["nn_module_stack"] = self.softmax.meta.get("nn_module_stack", {})
+        return node
+
+    def _permuted(self, node: fx.Node, order: list[int]) -> fx.Node:
+        return node if order == sorted(order) else self._emit(aten.permute.default, node, order)
+
+    def _batched(self, node: fx.Node, batch: tuple) -> fx.Node:
+        shape = _shape(node)
+        if shape[:-2] == tuple(batch):
+            return node
+        if not all(isinstance(s, int) for s in (*shape, *batch)):
+            raise _NoMatch
+        return self._emit(aten.reshape.default, node, [*batch, *shape[-2:]])
+
+    def _cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return node if node.meta["val"].dtype == dtype else self._emit(aten.to.dtype, node, dtype)
+
+
+# -- sites -------------------------------------------------------------------------------------------------------------
+
+
+def find_attention(gm: fx.GraphModule, facts: Facts, calls: dict[fx.Node, Call]) -> list[AttentionSite]:
+    """Every attention site in graph order: fused ones, and softmaxes over the result of a product of two activations."""
+    sites: list[AttentionSite] = []
+    for node, call in calls.items():
+        if node.target is sdpa:
+            sites.append(_fused_site(node, call, facts, calls, len(sites)))
+        elif node.target in _SOFTMAX:
+            site = _open_site(node, call, facts, calls, len(sites))
+            if site is not None:
+                sites.append(site)
+    return sites
+
+
+def place(node: fx.Node) -> str:
+    """Where in the model a node comes from: the innermost module path of `nn_module_stack`."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(path) for path, _ in stack.values()]
+    for path in reversed(paths):
+        clean = _clean(path)
+        if clean:
+            return clean
+    return ""
+
+
+def _clean(path: str) -> str:
+    """`L['self']._modules['blocks']._modules['0'].attn` -> `blocks.0.attn`."""
+    for junk in ("L['self']", "L['fn']", "L['mod']", "._modules", "['", "']", "self."):
+        path = path.replace(junk, "." if junk in ("['",) else "")
+    parts = [p for p in path.split(".") if p and p not in ("_orig_mod",)]
+    return ".".join(parts)
+
+
+def _fused_site(
+    node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Call], index: int
+) -> AttentionSite:
+    q, k = call.nodes[0], call.nodes[1]
+    rank = k.meta["val"].dim()
+    causal = "the attention is causal" if call.args.get("is_causal") else None
+    if causal is None and len(call.nodes) == 4:
+        causal = _fixed_pair_mask(call.nodes[3], facts, calls)
+    return AttentionSite(
+        place(node) or f"attention {index}", q, k, node, q.meta["val"].dim() - 2, rank - 2, (rank - 1,), causal
+    )
+
+
+def _fixed_pair_mask(mask: fx.Node, facts: Facts, calls: dict[fx.Node, Call]) -> str | None:
+    """A bool table over pairs of positions that no input changes (causal, windowed) in the making of the mask."""
+    if mask.meta["val"].dim() < 2 or any(s == 1 for s in _shape(mask)[-2:]):
+        return None
+    length = _shape(mask)[-1]
+    seen, todo = set(), [mask]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            continue
+        pair = value.dim() >= 2 and sum(s == length for s in _shape(node)) >= 2
+        if node in facts.constant and pair and _decides(node):
+            return f"{node.name} lets each token see only some positions"
+        todo += node.all_input_nodes
+    return None
+
+
+def _decides(node: fx.Node) -> bool:
+    return node.meta["val"].dtype is torch.bool or node.target in (aten.triu.default, aten.tril.default)
+
+
+def _open_site(
+    node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Call], index: int
+) -> AttentionSite | None:
+    """A softmax that could not be fused: its keys are the operand of the nearest product that holds the softmax axis."""
+    axis = leaves(facts.dims(node)[call.axis(call.args["dim"])])
+    if not axis:
+        return None
+    product = _product_above(call.nodes[0], axis, facts, calls)
+    out = _product_below(node, axis, facts, calls)
+    if product is None or out is None:
+        return None
+    inner_call = calls[product]
+    rule = find(inner_call)
+    assert isinstance(rule, Contraction)
+    sig = rule.signature(inner_call, facts)
+    operands = list(range(len(inner_call.nodes)))[-2:]
+    holders = [(i, d) for i in operands for d, dim in enumerate(facts.dims(inner_call.nodes[i])) if leaves(dim) == axis]
+    outs = [sig.outs[0].index(sig.ins[i][d]) if sig.ins[i][d] in sig.outs[0] else -1 for i, d in holders]
+    if not holders or max(outs) < 0:
+        return None
+    keys, key_dim = holders[outs.index(max(outs))]
+    other = next(i for i in operands if i != keys)
+    spots = [d for d, dim in enumerate(facts.dims(inner_call.nodes[other])) if leaves(dim) == axis]
+    inner = tuple(d for d, x in enumerate(sig.ins[keys]) if x is not None and sig.role(x) is Role.SUM)
+    return AttentionSite(
+        place(node) or f"attention {index}",
+        inner_call.nodes[other],
+        inner_call.nodes[keys],
+        out,
+        spots[0] if spots else 0,
+        key_dim,
+        inner,
+    )
+
+
+def _product_above(node: fx.Node, axis: Dim, facts: Facts, calls: dict[fx.Node, Call]) -> fx.Node | None:
+    todo, seen = [node], set()
+    while todo:
+        node = todo.pop(0)
+        if node in seen or node not in calls:
+            continue
+        seen.add(node)
+        if isinstance(find(calls[node]), Contraction) and not any(n in facts.constant for n in calls[node].nodes[-2:]):
+            return node
+        todo += [n for n in calls[node].nodes if any(leaves(dim) == axis for dim in facts.axes[n][0])]
+    return None
+
+
+def _product_below(node: fx.Node, axis: Dim, facts: Facts, calls: dict[fx.Node, Call]) -> fx.Node | None:
+    todo, seen = list(node.users), set()
+    while todo:
+        node = todo.pop(0)
+        if node in seen or node not in calls:
+            continue
+        seen.add(node)
+        call = calls[node]
+        rule = find(call)
+        if isinstance(rule, Contraction):
+            sig = rule.signature(call, facts)
+            for source, letters in zip(call.nodes, sig.ins, strict=True):
+                for dim, letter in zip(facts.dims(source), letters, strict=True):
+                    if letter is not None and sig.role(letter) is Role.SUM and leaves(dim) == axis:
+                        return node
+        todo += list(node.users)
+    return None
+
+
+__all__ = ["AttentionSite", "find_attention", "fuse_attention", "place"]

@@ -1,0 +1,125 @@
+"""Where a value is merged: runs of atoms, the merge steps behind them, and the intensive/extensive bit.
+
+A *run* is a stretch of adjacent leaves inside one dim (usually all of it: the token axis) that has been merged by a
+chain of *steps*. A layout says this for every dim of a value; `()` everywhere is an ordinary value. Layouts are
+abstract: `plan` moves them through the graph without touching a tensor, `rewrite` carries them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from .axes import Dim, Size
+
+
+@dataclass(eq=False)
+class Step:
+    """One merge: `before` tokens become `after`. Steps form a chain through `prev`; identity is object identity.
+
+    `shift(lo, hi)` is the same merge on an axis with `lo` more tokens in front and `hi` more behind (negative: fewer).
+    A slice that drops the class token and a `cat` that puts it back cancel exactly, so that queries, keys and
+    values that took different ways hold the *same* step object.
+    """
+
+    site: int
+    prev: Step | None
+    sample: Dim
+    before: Size
+    after: Size
+    prefix: int
+    suffix: int
+    base: Step | None = None
+    offset: tuple[int, int] = (0, 0)
+    variants: dict[tuple[int, int], Step] = field(default_factory=dict, repr=False)
+
+    def shift(self, lo: int, hi: int) -> Step:
+        base = self.base or self
+        key = (self.offset[0] + lo, self.offset[1] + hi)
+        if key == (0, 0):
+            return base
+        if key not in base.variants:
+            prev = base.prev.shift(*key) if base.prev else None
+            grow = sum(key)
+            base.variants[key] = Step(
+                base.site,
+                prev,
+                base.sample,
+                base.before + grow,
+                base.after + grow,
+                base.prefix + key[0],
+                base.suffix + key[1],
+                base,
+                key,
+            )
+        return base.variants[key]
+
+    def chain(self) -> tuple[Step, ...]:
+        return (*(self.prev.chain() if self.prev else ()), self)
+
+    @property
+    def full(self) -> Size:
+        """The length of the axis before any merge."""
+        return self.chain()[0].before
+
+    def fixed_prefix(self) -> int:
+        return min(step.prefix for step in self.chain())
+
+    def fixed_suffix(self) -> int:
+        return min(step.suffix for step in self.chain())
+
+
+def meet(steps: Sequence[Step | None]) -> Step | None:
+    """The state to which values merged by different chains are brought: the longest chain that all others lead to.
+
+    Where two chains fork, the last step they share (None: unmerged).
+    """
+    chains = [step.chain() if step else () for step in steps]
+    longest = max(chains, key=len)
+    if all(longest[: len(chain)] == chain for chain in chains):
+        return longest[-1] if longest else None
+    common: Step | None = None
+    for column in zip(*chains, strict=False):
+        if any(step is not column[0] for step in column):
+            break
+        common = column[0]
+    return common
+
+
+@dataclass(frozen=True)
+class Run:
+    """Leaves `start .. start + count` of a dim, merged by `step` and its predecessors.
+
+    `extensive`: the value is already multiplied by the group's size (a softmax over the axis is); otherwise it is one
+    value per group.
+    """
+
+    start: int
+    count: int
+    step: Step
+    extensive: bool = False
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.start, self.count
+
+    def overlaps(self, other: Run) -> bool:
+        return self.start < other.start + other.count and other.start < self.start + self.count
+
+    def at(self, start: int) -> Run:
+        return replace(self, start=start)
+
+    def intensive(self) -> Run:
+        return replace(self, extensive=False)
+
+
+DimLayout = tuple[Run, ...]
+Layout = tuple[DimLayout, ...]
+
+
+def plain(rank: int) -> Layout:
+    return ((),) * rank
+
+
+def is_plain(layout: Layout) -> bool:
+    return not any(layout)

@@ -1,0 +1,301 @@
+"""plan: from a schedule to merge points, and how far each merge travels.
+
+One abstract walk over the graph carries layouts (which dims are merged, by which step) through the op rules. It
+settles for every node the layout each operand must be brought to, so it knows every unmerge and the FLOPs of the
+rewritten graph before anything is rewritten. Sites that save less than their matching and gathers cost are dropped and
+the walk is done again. It only annotates.
+
+    add_1: [b][n][d]  merged -> [b][n: 197 -> 181][d]      linear, norm, view, ...: follow
+    view to [b][h][w][d]: needs n whole -> unmerge on that edge
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tome_fx.config import ToMeConfig
+from tome_fx.report import SiteReport, SkipReason, Unmerge
+from tome_fx.schedule import merged_away, tokens_per_block
+
+from .axes import leaves, locate
+from .axes import expr as size_expr
+from .find_attention import AttentionSite, place
+from .find_blocks import Block
+from .layout import Layout, Run, Step, plain
+from .rules import Call, Decision, Facts, find, op_name
+
+aten = torch.ops.aten
+# What moving one element in a merge or unmerge costs, in FLOPs that a matrix product could have done meanwhile.
+FLOPS_PER_MOVE = 4.0
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merge to carry out right after its node: the dim and run of leaves, the step, and how many tokens go."""
+
+    block: Block
+    dim: int
+    key: tuple[int, int]
+    step: Step
+    r: int
+
+
+@dataclass
+class Plan:
+    decisions: dict[fx.Node, Decision] = field(default_factory=dict)
+    layouts: dict[fx.Node, tuple[Layout, ...]] = field(default_factory=dict)
+    merges: dict[fx.Node, Merge] = field(default_factory=dict)
+    unmerges: list[Unmerge] = field(default_factory=list)
+    skipped: list[SkipReason] = field(default_factory=list)
+    saved: dict[int, float] = field(default_factory=dict)
+    spent: dict[int, float] = field(default_factory=dict)
+    site_flops: dict[int, list[float]] = field(default_factory=dict)
+    flops_before: float = 0.0
+    flops_after: float = 0.0
+    r: Any = None
+
+    @property
+    def share(self) -> float:
+        return self.flops_after / self.flops_before if self.flops_before else 1.0
+
+
+def make_plan(
+    gm: fx.GraphModule, facts: Facts, calls: dict[fx.Node, Call], blocks: list[Block], config: ToMeConfig
+) -> Plan:
+    """The plan for a config. Raises ValueError where the schedule does not fit the model (a list longer than its blocks)."""
+    if config.flops is not None:
+        r = _r_for(config.flops, lambda r: _profitable(gm, facts, calls, blocks, [r] * len(blocks), config).share, blocks)
+        plan = _profitable(gm, facts, calls, blocks, [r] * len(blocks), config)
+        plan.r = r
+        if plan.share > config.flops:
+            plan.skipped.append(SkipReason("flops target", "", f"{config.flops} is out of reach; r={r} gives {plan.share:.2f}"))
+        return plan
+    plan = _profitable(gm, facts, calls, blocks, tokens_per_block(config.schedule, len(blocks)), config)
+    plan.r = config.schedule
+    return plan
+
+
+def _r_for(target: float, share: Any, blocks: list[Block]) -> int:
+    """The smallest constant r whose share of FLOPs is at most the target: FLOPs fall as r grows."""
+    if not blocks:
+        return 0
+    low, high = 0, max(int(size_hint(block.site.k.meta["val"].shape[block.site.key_dim])) // 2 for block in blocks)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if share(middle) <= target else (middle + 1, high)
+    return low
+
+
+def _profitable(
+    gm: fx.GraphModule,
+    facts: Facts,
+    calls: dict[fx.Node, Call],
+    blocks: list[Block],
+    wanted: list[int | float],
+    config: ToMeConfig,
+) -> Plan:
+    """Plan all blocks, drop those that do not pay, and plan again until all pay (placement "auto" only)."""
+    active = list(range(len(blocks)))
+    dropped: list[SkipReason] = []
+    while True:
+        plan = _Walk(gm, facts, calls, blocks, active, wanted).run()
+        losing = [m.step.site for m in plan.merges.values() if plan.saved.get(m.step.site, 0.0) <= plan.spent[m.step.site]]
+        if config.placement != "auto" or not losing:
+            plan.skipped = dropped + plan.skipped
+            return plan
+        # The cheapest first: with it gone the others may pay.
+        worst = min(losing, key=lambda s: plan.saved.get(s, 0.0) - plan.spent[s])
+        dropped.append(
+            SkipReason(
+                "does not pay",
+                blocks[worst].site.name,
+                f"matching and merging would cost {plan.spent[worst]:.2g} FLOPs and save {plan.saved.get(worst, 0.0):.2g}",
+            )
+        )
+        active.remove(worst)
+
+
+def size_hint(size: Any) -> int:
+    """A size as a number: symbolic ones by the value they were traced with."""
+    if isinstance(size, int):
+        return size
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint) if size.node.hint is not None else int(size)
+    return int(size)
+
+
+class _Walk:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        facts: Facts,
+        calls: dict[fx.Node, Call],
+        blocks: list[Block],
+        active: list[int],
+        wanted: list[int | float],
+    ) -> None:
+        self.gm, self.facts, self.calls, self.blocks = gm, facts, calls, blocks
+        self.at = {blocks[i].merge: i for i in active}
+        self.wanted = wanted
+        self.plan = Plan()
+
+    def run(self) -> Plan:
+        for node in self.gm.graph.nodes:
+            self._visit(node)
+            if node in self.at:
+                self._merge(node, self.at[node])
+        for merge in self.plan.merges.values():
+            self._cost(merge)
+        return self.plan
+
+    def _visit(self, node: fx.Node) -> None:
+        plan, facts = self.plan, self.facts
+        if node.op == "output":
+            for source in node.all_input_nodes:
+                self._whole(node, source, "is an output of the graph")
+            return
+        if node.op == "call_function" and node.target is operator.getitem and node.args[0] in plan.layouts:
+            source, index = node.args
+            held = source.meta.get("val")  # type: ignore[union-attr]
+            at = sum(isinstance(v, Tensor) for v in held[:index])
+            layouts = plan.layouts[source]  # type: ignore[index]
+            plan.layouts[node] = (layouts[at],) if isinstance(held[index], Tensor) else ()  # type: ignore[index]
+            return
+        call = self.calls.get(node)
+        if call is None:
+            plan.layouts[node] = tuple(plain(len(dims)) for dims in facts.axes[node])
+            if node.op == "call_function" and node.target is not aten.sym_size.int:
+                for source in node.all_input_nodes:
+                    self._whole(node, source, "reads its values")
+            return
+        ins = [plan.layouts[n][0] for n in call.nodes]
+        rule = find(call)
+        if any(any(layout) for layout in ins):
+            decision = rule.plan(call, ins, facts)
+            self._note_unmerges(node, call, ins, decision)
+        else:
+            decision = Decision(tuple(ins), tuple(plain(v.dim()) for v in call.results))
+        plan.decisions[node] = decision
+        plan.layouts[node] = decision.outs
+        self._count(call, rule, decision)
+
+    def _whole(self, node: fx.Node, source: fx.Node, why: str) -> None:
+        if any(any(layout) for layout in self.plan.layouts.get(source, ())):
+            self.plan.unmerges.append(Unmerge(op_name(node) if node.op != "output" else "output", node.name, place(source), why))
+
+    def _note_unmerges(self, node: fx.Node, call: Call, ins: list[Layout], decision: Decision) -> None:
+        reasons = dict(decision.reasons)
+        for i, (have, want) in enumerate(zip(ins, decision.ins, strict=True)):
+            kept = {run.key: run.step.chain() for runs in want for run in runs}
+            lost = [run for runs in have for run in runs if run.step not in kept.get(run.key, ())]
+            if lost:
+                why = reasons.get(i, "its operands were merged apart from each other")
+                self.plan.unmerges.append(Unmerge(call.op, node.name, place(node), why))
+
+    # FLOPs.
+
+    def _count(self, call: Call, rule: Any, decision: Decision) -> None:
+        full = rule.flops(call, lambda i, d: self._size(call, decision, i, d, -1))
+        if not full:
+            return
+        plan = self.plan
+        sites = sorted({step.site for layout in decision.ins for runs in layout for run in runs for step in run.step.chain()})
+        now = full
+        for site in sites:
+            less = rule.flops(call, lambda i, d, site=site: self._size(call, decision, i, d, site))
+            plan.saved[site] = plan.saved.get(site, 0.0) + now - less
+            now = less
+        plan.flops_before += full
+        plan.flops_after += now
+        if sites:
+            held = plan.site_flops.setdefault(sites[-1], [0.0, 0.0])
+            held[0] += full
+            held[1] += now
+
+    def _size(self, call: Call, decision: Decision, i: int, d: int, site: int) -> int:
+        """The size of a dim with all merges up to a site carried out (i = -1: of the result)."""
+        shape = (call.out if i < 0 else call.vals[i]).shape
+        layout = decision.outs[0] if i < 0 else decision.ins[i]
+        size = size_hint(shape[d])
+        for run in layout[d]:
+            before = size_hint(run.step.full)
+            done = [step for step in run.step.chain() if step.site <= site]
+            if done and before:
+                size = size // before * size_hint(done[-1].after)
+        return size
+
+    # Merging.
+
+    def _merge(self, node: fx.Node, index: int) -> None:
+        block = self.blocks[index]
+        layout = self.plan.layouts[node][0]
+        (dim, start), *_ = locate(block.tokens, self.facts.dims(node))
+        key = (start, len(block.tokens))
+        runs = layout[dim]
+        held = next((run for run in runs if run.key == key), None)
+        if held is None and any(run.overlaps(Run(*key, run.step)) for run in runs):
+            self._skip(block, "regrouped axis", "its token axis is merged together with another")
+            return
+        if held is not None and held.extensive:
+            self._skip(block, "extensive stream", "the residual stream is a sum over tokens")
+            return
+        k = block.site.k.meta["val"].shape[block.site.key_dim]
+        before = held.step.after if held is not None else k
+        prefix, suffix = block.prefix, block.suffix
+        r = merged_away(self.wanted[index], before, prefix + suffix)
+        if r == 0:
+            self._skip(block, "nothing to merge", "its share of the schedule is 0" if not self.wanted[index] else
+                       f"{before} tokens, {prefix + suffix} protected")  # fmt: skip
+            return
+        prev = held.step if held is not None else None
+        step = Step(index, prev, block.sample, before, before - r, prefix, suffix)
+        run = Run(*key, step)
+        merged = tuple(x for x in runs if x.key != key) + (run,)
+        self.plan.layouts[node] = ((*layout[:dim], merged, *layout[dim + 1 :]),)
+        self.plan.merges[node] = Merge(block, dim, key, step, r)
+
+    def _skip(self, block: Block, kind: str, detail: str) -> None:
+        self.plan.skipped.append(SkipReason(kind, block.site.name, detail))
+
+    def _cost(self, merge: Merge) -> None:
+        """Matching compares half of the tokens with the other half; merging moves every element of the stream once."""
+        site, step = merge.block.site, merge.step
+        samples = 1
+        for atom in leaves(step.sample):
+            samples *= size_hint(atom.size) if isinstance(atom.size, int) else 1
+        before = size_hint(step.before)
+        inner = 1
+        for d in site.inner_dims:
+            inner *= size_hint(site.k.meta["val"].shape[d])
+        elements = 1
+        for size in merge.block.merge.meta["val"].shape:
+            elements *= size_hint(size)
+        elements = elements * before // max(size_hint(step.full), 1)
+        self.plan.spent[step.site] = 2.0 * samples * (before / 2) ** 2 * inner + FLOPS_PER_MOVE * elements
+
+
+def site_reports(plan: Plan, blocks: list[Block], sites: list[AttentionSite], skipped: list[SkipReason]) -> list[SiteReport]:
+    """One row per attention site, merged or not."""
+    by_site = {m.block.site: m for m in plan.merges.values()}
+    why = {s.where: f"{s.kind}: {s.detail}" for s in (*skipped, *plan.skipped)}
+    rows = []
+    for site in sites:
+        tokens = size_hint(site.k.meta["val"].shape[site.key_dim])
+        merge = by_site.get(site)
+        if merge is None:
+            rows.append(SiteReport(site.name, (tokens, tokens), 0, False, skipped=why.get(site.name, "")))
+            continue
+        step = merge.step
+        flops = tuple(plan.site_flops.get(step.site, [0.0, 0.0]))
+        pair = (size_hint(step.before), size_hint(step.after))
+        rows.append(SiteReport(site.name, pair, step.prefix + step.suffix, True, flops))  # type: ignore[arg-type]
+    return rows
+
+
+__all__ = ["Merge", "Plan", "make_plan", "site_reports", "size_hint"]
+_ = (replace, size_expr)

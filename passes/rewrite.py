@@ -1,0 +1,467 @@
+"""rewrite: the only pass that changes values. It carries out a plan.
+
+It runs the graph once more under the tracer, and at each node brings the operands to the layout that the plan settled
+(merging, unmerging, dividing by size), lets the op's rule emit the op, and after the planned nodes emits a match and
+merges the value. Every shape that depended on the token count comes out of the factors of its dims.
+
+    add_1 = add(x, proj)                                 [2, 197, 384]
+    assign, keep, moved, similarity = tome.match(mean(k, heads), 16, 1, 0)
+    size   = tome.merge_size(None, assign, keep, moved)  [2, 181]
+    x_1    = tome.merge(add_1, None, size, assign, keep, moved)
+    ...
+    sdpa(q, k, v, attn_mask=log(size)[:, None, None, :])
+
+Invariants: placeholders and outputs keep their order, shapes, dtypes and devices; matching carries no gradient.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from tome_fx import ops  # noqa: F401 - defines the operators
+from tome_fx.config import ToMeConfig
+
+from .axes import Atom, Dims, leaves, size_of
+from .axes import expr as size_expr
+from .capture import Captured, is_impure
+from .layout import DimLayout, Layout, Run, Step, is_plain, plain
+from .plan import Merge, Plan
+from .rules import Call, Facts, find
+from .rules.base import Fill
+
+aten = torch.ops.aten
+tome = torch.ops.tome
+
+
+def rewrite(captured: Captured, facts: Facts, calls: dict[fx.Node, Call], plan: Plan, config: ToMeConfig) -> fx.GraphModule:
+    """The rewritten graph, with the placeholders of `captured.gm`."""
+    emitter = Emitter(captured.gm, facts, calls, plan, config)
+    with captured.fake_mode, fx_traceback.preserve_node_meta():
+        gm = make_fx(emitter.run, tracing_mode="real", pre_dispatch=True)(*captured.fakes)
+    gm.__dict__.pop("shape_env", None)
+    gm.graph.eliminate_dead_code(is_impure_node=is_impure)
+    gm.recompile()
+    return gm
+
+
+@dataclass(frozen=True)
+class StepTensors:
+    """What a merge step is at run time: see `tome_fx.ops` for the index form. size: float32 [*sample, N']."""
+
+    assign: Tensor
+    keep: Tensor
+    moved: Tensor
+    size: Tensor
+
+
+class Emitter(fx.Interpreter):
+    """Interprets the IR over tensors with layouts."""
+
+    def __init__(
+        self, gm: fx.GraphModule, facts: Facts, calls: dict[fx.Node, Call], plan: Plan, config: ToMeConfig
+    ) -> None:
+        # Keys are read once more at the merge point, after their last user.
+        super().__init__(gm, garbage_collect_values=False)
+        self.facts, self.calls, self.plan, self.config = facts, calls, plan, config
+        self.steps: dict[Step, StepTensors] = {}
+        self.known_sizes: dict[Any, Any] = {}
+        self._converted: dict[Any, Tensor] = {}
+        self._index: dict[Any, Tensor] = {}
+
+    # -- nodes -----------------------------------------------------------------------------------------------------
+
+    def run_node(self, n: fx.Node) -> Any:
+        with self._set_current_node(n):
+            value = self._value(n)
+            if n in self.plan.merges:
+                value = self._merge_here(self.plan.merges[n], value)
+            self._learn_sizes(n, value)
+            return value
+
+    def _value(self, n: fx.Node) -> Any:
+        if n.op == "output":
+            return fx.map_arg(n.args[0], self._whole)
+        if n.op == "call_function" and n.target is aten.sym_size.int:
+            source, d = n.args
+            return self.full_size(source, d)  # type: ignore[arg-type]
+        call = self.calls.get(n)
+        if call is not None:
+            return find(call).emit(call, self, self.plan.decisions[n])
+        if n.op == "call_function" and n.target is not operator.getitem:
+            return n.target(*fx.map_arg(n.args, self._whole), **fx.map_arg(n.kwargs, self._whole))  # type: ignore[operator]
+        return super().run_node(n)
+
+    def _whole(self, n: fx.Node) -> Any:
+        value = self.env[n]
+        return self.fetch(n, plain(value.dim())) if isinstance(value, Tensor) else value
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """As a tracer calls it: `run(*inputs)`; as a rule calls it: `run(call, operands, **overrides)`."""
+        if args and isinstance(args[0], Call):
+            return self._run_call(args[0], args[1], kwargs)
+        return super().run(*args, enable_io_processing=False)
+
+    def _run_call(self, call: Call, operands: Sequence[Tensor], overrides: dict[str, Any]) -> Any:
+        """The op of a call with new tensor operands, all other arguments as they were."""
+        values = dict(call.args)
+        for ((name, at), _), tensor in zip(call.operands, operands, strict=False):
+            if at is None:
+                values[name] = tensor
+            else:
+                items = list(values[name])
+                items[at] = tensor
+                values[name] = items
+        values.update(overrides)
+        resolve = lambda n: self.env[n]  # noqa: E731
+        values = {name: fx.map_arg(value, resolve) for name, value in values.items()}
+        used = call.given | set(overrides)
+        schema = call.target._schema
+        positional = [a for a in schema.arguments if not a.kwarg_only]
+        last = max((i for i, a in enumerate(positional) if a.name in used), default=-1)
+        return call.target(
+            *(values[a.name] for a in positional[: last + 1]),
+            **{a.name: values[a.name] for a in schema.arguments if a.kwarg_only and a.name in used},
+        )
+
+    # -- what rules ask for ----------------------------------------------------------------------------------------
+
+    def tensor(self, node: fx.Node) -> Tensor:
+        """A node's value in the layout that it has."""
+        return self.env[node]
+
+    def layout(self, node: fx.Node) -> Layout:
+        return self.plan.layouts[node][0]
+
+    def fetch(self, node: fx.Node, want: Layout, fill: Fill = Fill.MEAN, frame: Dims | None = None) -> Tensor:
+        """A node's value brought to a layout."""
+        have = self.layout(node)
+        if have == want:
+            return self.env[node]
+        key = (node, want, fill, frame)
+        if key not in self._converted:
+            self._converted[key] = self.convert(self.env[node], self.facts.dims(node), have, want, fill, frame)
+        return self._converted[key]
+
+    def weight(self, node: fx.Node, layout: Layout, d: int, run: Run) -> Tensor:
+        """The sizes of a run's groups, float32, shaped to broadcast against a value of `node` in `layout`."""
+        return self._spread(self._step(run.step).size, self.facts.dims(node), layout, d, run)
+
+    def full_size(self, node: fx.Node, d: int) -> Any:
+        """The length of a dim before any merge."""
+        size = node.meta["val"].shape[d]
+        return size if isinstance(size, int) else self._size_of(leaves(self.facts.dims(node)[d]))
+
+    def shape(self, node: fx.Node, layout: Layout) -> list[Any]:
+        """The shape of a node's value in a layout, from the factors of its dims."""
+        return [self._dim_size(leaves(dim), runs) for dim, runs in zip(self.facts.dims(node), layout, strict=True)]
+
+    # -- sizes -----------------------------------------------------------------------------------------------------
+
+    def _learn_sizes(self, n: fx.Node, value: Any) -> None:
+        """Keep a traced SymInt for each symbolic size that comes by, to build shapes from."""
+        if isinstance(value, torch.SymInt):
+            self.known_sizes.setdefault(size_expr(value), value)
+        if not isinstance(value, Tensor) or n not in self.plan.layouts or not self.plan.layouts[n]:
+            return
+        for size, runs, d in zip(value.shape, self.layout(n), range(value.dim()), strict=True):
+            if isinstance(size, torch.SymInt) and not runs and size_expr(size) not in self.known_sizes:
+                self.known_sizes[size_expr(size)] = value.shape[d]
+
+    def _size_of(self, atoms: Sequence[Atom]) -> Any:
+        whole = size_of(atoms)
+        if isinstance(whole, int):
+            return whole
+        if whole in self.known_sizes:
+            return self.known_sizes[whole]
+        total: Any = 1
+        for atom in atoms:
+            total = total * (atom.size if isinstance(atom.size, int) else self.known_sizes[atom.size])
+        return total
+
+    def _run_size(self, run: Run) -> Any:
+        after = run.step.after
+        return after if isinstance(after, int) else self._step(run.step).size.shape[-1]
+
+    def _dim_size(self, atoms: Sequence[Atom], runs: DimLayout) -> Any:
+        total: Any = 1
+        for factor in _factors(atoms, runs):
+            total = total * (self._run_size(factor) if isinstance(factor, Run) else self._size_of([factor]))
+        return total
+
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    def _step(self, step: Step) -> StepTensors:
+        if step not in self.steps:
+            assert step.base is not None, "a step is read before its merge"
+            self.steps[step] = _shifted(self._step(step.base), *step.offset)
+        return self.steps[step]
+
+    def _gather_index(self, step: Step, down_to: Step | None) -> Tensor:
+        """int64 [*sample, N]: where each token of the state `down_to` (None: unmerged) went; one gather however many steps."""
+        key = (step, down_to)
+        if key not in self._index:
+            own = self._step(step).assign
+            if step.prev is down_to:
+                self._index[key] = own
+            else:
+                assert step.prev is not None
+                before = self._gather_index(step.prev, down_to)
+                self._index[key] = own.gather(own.dim() - 1, before)
+        return self._index[key]
+
+    def _merge_here(self, merge: Merge, value: Tensor) -> Tensor:
+        step, block = merge.step, merge.block
+        metric = self._metric(merge).detach()
+        assign, keep, moved, _ = tome.match(metric, merge.r, step.prefix, step.suffix)
+        before = self._step(step.prev).size if step.prev else None
+        self.steps[step] = StepTensors(assign, keep, moved, tome.merge_size(before, assign, keep, moved))
+        node = block.merge
+        after = self.layout(node)
+        have = tuple(
+            tuple(Run(*run.key, run.step.prev) for run in runs if run.step is step and run.step.prev)
+            + tuple(run for run in runs if run.step is not step)
+            for runs in after
+        )
+        return self.convert(value, self.facts.dims(node), have, after)
+
+    def _metric(self, merge: Merge) -> Tensor:
+        """[*sample, N, d]: the keys, mean over heads (ToMe section 3, "Token Similarity"), or the residual stream."""
+        site, prev = merge.block.site, merge.step.prev
+        source = merge.block.stream if self.config.metric == "input" else site.k
+        dims = self.facts.dims(source)
+        where = [(d, i) for d, dim in enumerate(dims) for i in _find(leaves(dim), merge.block.tokens)]
+        (dim, start), *_ = where if self.config.metric == "input" else [w for w in where if w[0] == site.key_dim]
+        key = (start, len(merge.block.tokens))
+        run = (Run(*key, prev),) if prev else ()
+        want = tuple(run if d == dim else () for d in range(len(dims)))
+        x, factors = self._factored(self.fetch(source, want), dims, want)
+        spots = [self._spot(factors, leaf) for leaf in leaves(merge.step.sample)]
+        token = [i for i, (d, f) in enumerate(factors) if d == dim and (isinstance(f, Run) or f in merge.block.tokens)]
+        if self.config.metric == "input":
+            inner = [i for i in range(len(factors)) if i not in spots and i not in token]
+        else:
+            inner = [i for i, (d, _) in enumerate(factors) if d in site.inner_dims and i not in spots]
+        heads = [i for i in range(len(factors)) if i not in (*spots, *token, *inner)]
+        x = x.permute([*spots, *token, *heads, *inner])
+        lead, width = len(spots), len(token)
+        x = x.flatten(lead, lead + width - 1) if width > 1 else x
+        if heads:
+            x = x.flatten(lead + 1, lead + len(heads)).mean(lead + 1)
+        return x.flatten(lead + 1) if len(inner) > 1 else x if inner else x.unsqueeze(-1)
+
+    # -- conversions -----------------------------------------------------------------------------------------------
+
+    def convert(
+        self, x: Tensor, dims: Dims, have: Layout, want: Layout, fill: Fill = Fill.MEAN, frame: Dims | None = None
+    ) -> Tensor:
+        """Bring a tensor with axes `dims` from one layout to another.
+
+        Runs come or go one after the other. A tensor that lacks a sample axis of a run it must get is first expanded
+        along `frame`, the dims it broadcasts against.
+        """
+        if have == want:
+            return x
+        if frame is not None and not is_plain(want):
+            x, dims, have, want = self._widen(x, dims, have, want, frame)
+        for d in range(len(dims)):
+            for key in dict.fromkeys(run.key for run in (*have[d], *want[d])):
+                old = next((run for run in have[d] if run.key == key), None)
+                new = next((run for run in want[d] if run.key == key), None)
+                if old == new:
+                    continue
+                if old is not None and old.extensive and not (new is not None and new.extensive):
+                    x = x / self._spread(self._step(old.step).size, dims, have, d, old).to(x.dtype)
+                x, have = self._move(x, dims, have, d, key, old, new, fill)
+        return x
+
+    def _move(
+        self, x: Tensor, dims: Dims, have: Layout, d: int, key: tuple[int, int], old: Run | None, new: Run | None, fill: Fill
+    ) -> tuple[Tensor, Layout]:
+        """Carry one run from the state of `old` to that of `new`: forth by merges, back by one gather."""
+        start = old.step.chain() if old else ()
+        goal = new.step.chain() if new else ()
+        shared = 0
+        while shared < min(len(start), len(goal)) and start[shared] is goal[shared]:
+            shared += 1
+        if len(start) > shared:
+            index = self._gather_index(start[-1], start[shared - 1] if shared else None)
+            sample = leaves(start[-1].sample)
+            x, back = self._canonical(x, dims, have, d, key, sample)
+            x = tome.unmerge(x, index)
+            have = _with_run(have, d, key, Run(*key, start[shared - 1]) if shared else None)
+            x = back(x, have)
+        for step in goal[shared:]:
+            held = self._step(step)
+            size = self._step(step.prev).size if step.prev else None
+            x, back = self._canonical(x, dims, have, d, key, leaves(step.sample))
+            if fill is Fill.ROW:
+                x = tome.unmerge(x, held.keep)
+            elif fill is Fill.BIAS:
+                x = tome.merge_bias(x, size, held.size, held.assign)
+            else:
+                x = tome.merge(x, size, held.size, held.assign, held.keep, held.moved)
+            have = _with_run(have, d, key, Run(*key, step))
+            x = back(x, have)
+        return x, _with_run(have, d, key, new)
+
+    def _widen(
+        self, x: Tensor, dims: Dims, have: Layout, want: Layout, frame: Dims
+    ) -> tuple[Tensor, Dims, Layout, Layout]:
+        """Give x the rank of the frame, and full size along the frame's dims that hold sample axes it lacks."""
+        lead = len(frame) - len(dims)
+        dims, have, want = (*([()] * lead), *dims), (*plain(lead), *have), (*plain(lead), *want)
+        x = x.reshape(*([1] * lead), *x.shape)
+        sample = {leaf for runs in want for run in runs for leaf in leaves(run.step.sample)}
+        own = {leaf for dim in dims for leaf in leaves(dim)}
+        grow = [d for d in range(len(dims)) if not leaves(dims[d]) and (sample - own) & set(leaves(frame[d]))]
+        if grow:
+            x = x.expand([self._size_of(leaves(frame[d])) if d in grow else -1 for d in range(len(dims))])
+            dims = tuple(frame[d] if d in grow else dims[d] for d in range(len(dims)))
+        return x, dims, have, want
+
+    def _factored(self, x: Tensor, dims: Dims, layout: Layout) -> tuple[Tensor, list[tuple[int, Any]]]:
+        """One axis per factor (leaf or run); a size-1 dim keeps its axis, with factor None."""
+        factors: list[tuple[int, Any]] = []
+        shape: list[Any] = []
+        for d, (dim, runs) in enumerate(zip(dims, layout, strict=True)):
+            own = _factors(leaves(dim), runs) or [None]
+            factors += [(d, f) for f in own]
+            if len(own) == 1:
+                shape.append(x.shape[d])
+            else:
+                shape += [self._run_size(f) if isinstance(f, Run) else self._size_of([f]) for f in own]
+        return (x.reshape(shape) if len(shape) != x.dim() else x), factors
+
+    @staticmethod
+    def _spot(factors: list[tuple[int, Any]], leaf: Atom) -> int:
+        return next(i for i, (_, f) in enumerate(factors) if f is leaf)
+
+    def _canonical(
+        self, x: Tensor, dims: Dims, layout: Layout, d: int, key: tuple[int, int], sample: Sequence[Atom]
+    ) -> tuple[Tensor, Any]:
+        """x as [*sample, tokens, *rest] and the way back, given the layout afterwards."""
+        y, factors = self._factored(x, dims, layout)
+        spots = [self._spot(factors, leaf) for leaf in sample]
+        token = self._token_spots(factors, dims, d, key)
+        rest = [i for i in range(len(factors)) if i not in spots and i not in token]
+        order = [*spots, *token, *rest]
+        y = y.permute(order) if order != sorted(order) else y
+        lead = len(spots)
+        if len(token) > 1:
+            y = y.flatten(lead, lead + len(token) - 1)
+        # After the op the tokens are one axis, wherever they stood.
+        joined = [i for i in range(len(factors)) if i not in token[1:]]
+        slot = {i: k for k, i in enumerate([*spots, token[0], *rest])}
+        inverse = [slot[i] for i in joined]
+
+        def back(z: Tensor, after: Layout) -> Tensor:
+            z = z.permute(inverse) if inverse != sorted(inverse) else z
+            if z.dim() == len(dims) and all(len(_factors(leaves(dim), runs)) <= 1 for dim, runs in zip(dims, after, strict=True)):
+                return z
+            sizes = [self._dim_size(leaves(dim), runs) for dim, runs in zip(dims, after, strict=True)]
+            return z.reshape(sizes)
+
+        return y, back
+
+    @staticmethod
+    def _token_spots(factors: list[tuple[int, Any]], dims: Dims, d: int, key: tuple[int, int]) -> list[int]:
+        """The axes of the run `key` of dim d: one when merged, one per leaf when not."""
+        start, count = key
+        spots, position = [], 0
+        for i, (dim, f) in enumerate(factors):
+            if dim != d:
+                continue
+            width = f.count if isinstance(f, Run) else 1
+            if position >= start and position + width <= start + count:
+                spots.append(i)
+            position += width
+        return spots
+
+    def _spread(self, size: Tensor, dims: Dims, layout: Layout, d: int, run: Run) -> Tensor:
+        """[*sample, n] shaped to broadcast against a value with axes `dims`: 1 wherever it does not vary."""
+        sample = list(leaves(run.step.sample))
+        held: dict[Any, int] = {leaf: i for i, leaf in enumerate(sample)}
+        order: list[int] = []
+        grown: list[Any] = []
+        final: list[Any] = []
+        expand: list[Any] = []
+        for e, (dim, runs) in enumerate(zip(dims, layout, strict=True)):
+            own = _factors(leaves(dim), runs)
+            mine = [f for f in own if f in held or (e == d and isinstance(f, Run) and f.key == run.key)]
+            for f in own if mine else []:
+                source = len(sample) if isinstance(f, Run) and f in mine else held.get(f, -1)
+                length = self._run_size(f) if isinstance(f, Run) else self._size_of([f])
+                if source >= 0:
+                    order.append(source)
+                    grown.append(length)
+                else:
+                    grown.append(1)
+                expand.append(length)
+            if not mine:
+                grown.append(1)
+                expand.append(1)
+            final.append(self._dim_size(leaves(dim), runs) if mine else 1)
+        size = size.permute(order) if order != sorted(order) else size
+        size = size.reshape(grown)
+        if len(grown) == len(final):
+            return size
+        return size.expand(expand).reshape(final)
+
+
+def _find(have: Sequence[Atom], want: Sequence[Atom]) -> list[int]:
+    return [i for i in range(len(have) - len(want) + 1) if tuple(have[i : i + len(want)]) == tuple(want)]
+
+
+def _factors(atoms: Sequence[Atom], runs: DimLayout) -> list[Any]:
+    """The leaves of a dim with each run in place of the leaves it merged."""
+    out: list[Any] = []
+    at = 0
+    starts = {run.start: run for run in runs}
+    while at < len(atoms):
+        if at in starts:
+            out.append(starts[at])
+            at += starts[at].count
+        else:
+            out.append(atoms[at])
+            at += 1
+    return out
+
+
+def _with_run(layout: Layout, d: int, key: tuple[int, int], run: Run | None) -> Layout:
+    runs = tuple(r for r in layout[d] if r.key != key) + ((run,) if run else ())
+    return (*layout[:d], runs, *layout[d + 1 :])
+
+
+def _shifted(held: StepTensors, lo: int, hi: int) -> StepTensors:
+    """The same merge on an axis with `lo` more protected tokens in front and `hi` more behind (negative: fewer)."""
+    assign, keep, moved, size = held.assign, held.keep, held.moved, held.size
+    if lo < 0 or hi < 0:
+        front, back = max(-lo, 0), max(-hi, 0)
+        assign = assign.narrow(-1, front, assign.shape[-1] - front - back) - front
+        keep = keep.narrow(-1, front, keep.shape[-1] - front - back) - front
+        size = size.narrow(-1, front, size.shape[-1] - front - back)
+        moved = moved - front
+    if lo > 0 or hi > 0:
+        front, back = max(lo, 0), max(hi, 0)
+        assign, keep = (_padded(x, front, back, length) for x, length in ((assign, keep.shape[-1]), (keep, assign.shape[-1])))
+        size = torch.nn.functional.pad(size, (front, back), value=1.0)
+        moved = moved + front
+    return StepTensors(assign, keep, moved, size)
+
+
+def _padded(index: Tensor, front: int, back: int, length: Any) -> Tensor:
+    """An index into `length` places, with places that map to themselves put before and behind."""
+    lead = torch.arange(front, device=index.device).expand(*index.shape[:-1], front)
+    tail = torch.arange(back, device=index.device).expand(*index.shape[:-1], back) + length + front
+    return torch.cat([lead, index + front, tail], -1)
+
+
+__all__ = ["Emitter", "rewrite"]

@@ -1,0 +1,459 @@
+"""What a rule is: how an op's dims correspond, what each correspondence does, and how to emit the op on merged values.
+
+Most ops are described by a `Signature`, an einsum-like string of letters with a role per letter; one generic
+engine (`SignatureRule`) derives axis inference, planning and emission from it. Ops that rearrange dims (views, cat,
+slices) have rules of their own in `views.py` and `joins.py`.
+"""
+
+from __future__ import annotations
+
+import enum
+import operator
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from ..axes import Dims, fresh, fresh_dims, leaves, locate, unify
+from ..axes import expr as size_expr
+from ..layout import DimLayout, Layout, Run, meet, plain
+
+if TYPE_CHECKING:
+    from ..rewrite import Emitter
+
+Letter = Hashable
+Path = tuple[str, int | None]
+
+
+class Role(enum.Enum):
+    """What an op does along a letter, as far as merging is concerned."""
+
+    MAP = "map"  # each index on its own
+    SUM = "sum"  # a sum: weighted by size
+    SOFTMAX = "softmax"  # normalised: log(size) joins the scores, the result is extensive
+    NORM2 = "norm2"  # sum of squares: weighted by size
+    MAX = "max"  # a maximum: unchanged
+    MIX = "mix"  # anything else: needs every token
+
+
+class Fill(enum.Enum):
+    """How a full-length operand is brought to the merged length of its counterpart."""
+
+    MEAN = "mean"  # size-weighted mean: exact for sums of values
+    ROW = "row"  # the representative's row: for tables that depend on no input (RoPE)
+    BIAS = "bias"  # log-mean-exp: for terms of the attention scores
+    NONE = "none"  # cannot be merged: unmerge the counterpart
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Letters of each operand's and result's dims, a role per letter (default MAP), and how the op treats sizes.
+
+    ins, outs: one letter per dim; None is a dim of its own that no other dim corresponds to.
+    linear: operands in which the op is homogeneous of degree one, so that an extensive operand may pass.
+    additive: the op is a sum of its operands, so an extensive result needs all of them extensive.
+    frame: letters against which all operands broadcast, aligned at the right (None: no broadcasting).
+    fills: how operand i is merged to meet its counterparts (default MEAN).
+    """
+
+    ins: tuple[tuple[Letter | None, ...], ...]
+    outs: tuple[tuple[Letter | None, ...], ...]
+    roles: Mapping[Letter, Role] = field(default_factory=dict)
+    linear: frozenset[int] = frozenset()
+    additive: bool = False
+    frame: tuple[Letter, ...] | None = None
+    fills: Mapping[int, Fill] = field(default_factory=dict)
+
+    def role(self, letter: Letter) -> Role:
+        return self.roles.get(letter, Role.MAP)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What planning settled for one node: the layout each operand must be brought to, the layouts of its results,
+    and why operands had to be unmerged."""
+
+    ins: tuple[Layout, ...]
+    outs: tuple[Layout, ...]
+    reasons: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass
+class Facts:
+    """What the analyses know of the graph.
+
+    axes: dims of every tensor result of every node. constant: nodes that depend on no model input. scores: nodes
+    on the way to a softmax. segments: sizes of the pieces a token axis was concatenated from, with whether each
+    depends on no input. cuts: reads of an axis at a fixed position, (leaves, from the front, from the back).
+    """
+
+    axes: dict[fx.Node, tuple[Dims, ...]] = field(default_factory=dict)
+    constant: set[fx.Node] = field(default_factory=set)
+    scores: set[fx.Node] = field(default_factory=set)
+    slices: dict[tuple, Dims] = field(default_factory=dict)
+    segments: list[tuple[tuple, list[tuple[Any, bool]]]] = field(default_factory=list)
+    cuts: list[tuple[tuple, int, int]] = field(default_factory=list)
+    unknown: dict[str, int] = field(default_factory=dict)
+
+    def dims(self, node: fx.Node, result: int = 0) -> Dims:
+        return self.axes[node][result]
+
+
+def tensors_of(value: Any) -> tuple[Tensor, ...]:
+    """The tensor results of a node's `meta["val"]`, in order."""
+    if isinstance(value, Tensor):
+        return (value,)
+    if isinstance(value, (tuple, list)):
+        return tuple(v for v in value if isinstance(v, Tensor))
+    return ()
+
+
+class Call:
+    """A node's call with arguments bound by schema: `args[name]`, and its tensor operands in schema order."""
+
+    def __init__(self, node: fx.Node) -> None:
+        self.node = node
+        self.target = node.target
+        self.args: dict[str, Any] = {}
+        self.given: set[str] = set()
+        if isinstance(node.target, torch._ops.OpOverload):
+            self._bind(node.target._schema)
+        else:
+            self.args = {str(i): a for i, a in enumerate(node.args)}
+        self.operands: list[tuple[Path, fx.Node]] = [
+            (path, n) for path, n in self._leaves() if isinstance(n.meta.get("val"), Tensor)
+        ]
+
+    def _bind(self, schema: torch.FunctionSchema) -> None:
+        for i, arg in enumerate(schema.arguments):
+            if i < len(self.node.args) and not arg.kwarg_only:
+                self.args[arg.name] = self.node.args[i]
+                self.given.add(arg.name)
+            elif arg.name in self.node.kwargs:
+                self.args[arg.name] = self.node.kwargs[arg.name]
+                self.given.add(arg.name)
+            else:
+                self.args[arg.name] = arg.default_value
+
+    def _leaves(self) -> Iterable[tuple[Path, fx.Node]]:
+        for name, value in self.args.items():
+            if isinstance(value, fx.Node):
+                yield (name, None), value
+            elif isinstance(value, (list, tuple)):
+                for i, item in enumerate(value):
+                    if isinstance(item, fx.Node):
+                        yield (name, i), item
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return [node for _, node in self.operands]
+
+    @property
+    def vals(self) -> list[Tensor]:
+        return [node.meta["val"] for node in self.nodes]
+
+    @property
+    def results(self) -> tuple[Tensor, ...]:
+        return tensors_of(self.node.meta.get("val"))
+
+    @property
+    def out(self) -> Tensor:
+        return self.results[0]
+
+    def index(self, name: str) -> int | None:
+        """The position among the operands of the tensor argument `name`; None where it was not given."""
+        return next((i for i, (path, _) in enumerate(self.operands) if path == (name, None)), None)
+
+    def axis(self, value: int, rank: int | None = None) -> int:
+        rank = self.vals[0].dim() if rank is None else rank
+        return value % rank if rank else 0
+
+    @property
+    def op(self) -> str:
+        return op_name(self.node)
+
+
+def op_name(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.replace("::", ".")
+    return getattr(target, "__name__", str(target))
+
+
+class Rule:
+    """How merging moves through one op. The defaults treat an op nobody knows: every operand whole, results anew."""
+
+    def axes(self, call: Call, facts: Facts) -> tuple[Dims, ...]:
+        return tuple(fresh_dims(v.shape) for v in call.results)
+
+    def plan(self, call: Call, ins: Sequence[Layout], facts: Facts) -> Decision:
+        why = tuple((i, "no rule") for i, layout in enumerate(ins) if any(layout))
+        return Decision(
+            tuple(plain(v.dim()) for v in call.vals), tuple(plain(v.dim()) for v in call.results), why
+        )
+
+    def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
+        operands = [env.fetch(n, layout) for n, layout in zip(call.nodes, decision.ins, strict=True)]
+        return env.run(call, operands)
+
+    def flops(self, call: Call, sizes: Callable[[int, int], int]) -> float:
+        """Floating-point operations (2 per multiply-add); `sizes(operand, dim)`: size now; operand -1: the result."""
+        return 0.0
+
+
+class SignatureRule(Rule):
+    """Everything that follows from a signature."""
+
+    def __init__(self, signature: Callable[[Call, Facts], Signature], *, contraction: bool = False) -> None:
+        self.signature = signature
+        self.contraction = contraction
+
+    # -- axes ------------------------------------------------------------------------------------------------------
+
+    def axes(self, call: Call, facts: Facts) -> tuple[Dims, ...]:
+        sig = self.signature(call, facts)
+        known: dict[Letter, tuple] = {}
+        for node, letters, val in zip(call.nodes, sig.ins, call.vals, strict=True):
+            for letter, dim, size in zip(letters, facts.dims(node), val.shape, strict=True):
+                if letter is None or size_expr(size) == 1:
+                    continue
+                if letter not in known:
+                    known[letter] = dim
+                elif sig.role(letter) is not Role.MIX:
+                    unify(known[letter], dim)
+        out = []
+        for letters, val in zip(sig.outs, call.results, strict=True):
+            dims = []
+            for letter, size in zip(letters, val.shape, strict=True):
+                if size_expr(size) == 1:
+                    dims.append(())
+                elif letter in known and sig.role(letter) is not Role.MIX:
+                    dims.append(known[letter])
+                else:
+                    dims.append(fresh(size_expr(size)))
+                    if letter is not None and sig.role(letter) is not Role.MIX:
+                        known[letter] = dims[-1]
+            out.append(tuple(dims))
+        return tuple(out)
+
+    # -- planning --------------------------------------------------------------------------------------------------
+
+    def plan(self, call: Call, ins: Sequence[Layout], facts: Facts) -> Decision:
+        sig = self.signature(call, facts)
+        where = _occurrences(sig, call)
+        reasons: list[tuple[int, str]] = []
+        target: dict[Letter, DimLayout] = {}
+        for letter, places in where.items():
+            runs, why = _settle(sig, call, ins, facts, letter, places)
+            target[letter] = runs
+            if why:
+                reasons += [(i, why) for i, d in places if ins[i][d]]
+        for letter, runs in list(target.items()):
+            good = tuple(run for run in runs if not _sample_clash(sig, call, facts, letter, run))
+            if len(good) < len(runs):
+                target[letter] = good
+                reasons += [(i, "mixes the samples it was merged within") for i, d in where[letter] if ins[i][d]]
+        return _settle_extensive(sig, call, ins, where, target, reasons)
+
+    # -- emission --------------------------------------------------------------------------------------------------
+
+    def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
+        return env.run(call, self.operands(call, env, decision))
+
+    def operands(self, call: Call, env: Emitter, decision: Decision) -> list[Tensor]:
+        sig = self.signature(call, env.facts)
+        return [self.operand(call, env, decision, sig, i) for i in range(len(call.nodes))]
+
+    def operand(self, call: Call, env: Emitter, decision: Decision, sig: Signature, i: int) -> Tensor:
+        frame = frame_dims(sig, call, env.facts) if sig.frame is not None else None
+        return env.fetch(call.nodes[i], decision.ins[i], fill_of(sig, call, env.facts, i), frame)
+
+    def flops(self, call: Call, sizes: Callable[[int, int], int]) -> float:
+        if not self.contraction:
+            return 0.0
+        seen: dict[Letter, int] = {}
+        sig = self.signature(call, Facts())
+        for i, letters in enumerate(sig.ins):
+            for d, letter in enumerate(letters):
+                if letter is not None:
+                    seen[letter] = max(seen.get(letter, 1), sizes(i, d))
+        total = 2.0
+        for size in seen.values():
+            total *= size
+        return total
+
+
+def fill_of(sig: Signature, call: Call, facts: Facts, i: int) -> Fill:
+    if i in sig.fills:
+        return sig.fills[i]
+    return Fill.MEAN if call.vals[i].dtype.is_floating_point else Fill.NONE
+
+
+def _occurrences(sig: Signature, call: Call) -> dict[Letter, list[tuple[int, int]]]:
+    """Where each letter stands among the operands, size-1 (broadcast) dims left out."""
+    where: dict[Letter, list[tuple[int, int]]] = {}
+    for i, (letters, val) in enumerate(zip(sig.ins, call.vals, strict=True)):
+        for d, letter in enumerate(letters):
+            if letter is None:
+                letter = ("own", i, d)
+            if size_expr(val.shape[d]) != 1:
+                where.setdefault(letter, []).append((i, d))
+    return where
+
+
+def _settle(
+    sig: Signature, call: Call, ins: Sequence[Layout], facts: Facts, letter: Letter, places: list[tuple[int, int]]
+) -> tuple[DimLayout, str | None]:
+    """The runs that all operands are brought to along a letter, or none and why."""
+    everything = [run for i, d in places for run in ins[i][d]]
+    if not everything:
+        return (), None
+    role = sig.role(letter)
+    if role is Role.MIX or (isinstance(letter, tuple) and letter and letter[0] == "own"):
+        return (), "needs every token"
+    if len({leaves(facts.dims(call.nodes[i])[d]) for i, d in places}) > 1:
+        return (), "its operands cut the axis differently"
+    settled: list[Run] = []
+    for key in dict.fromkeys(run.key for run in everything):
+        here = [next((run for run in ins[i][d] if run.key == key), None) for i, d in places]
+        step = meet([run.step if run else None for run in here])
+        if step is None:
+            return (), "its operands were merged apart from each other"
+        candidate = Run(*key, step)
+        for (i, d), run in zip(places, here, strict=True):
+            if run is None or run.step is not step:
+                if fill_of(sig, call, facts, i) is Fill.NONE:
+                    return (), "an operand that cannot be averaged has full length"
+                if not _has_sample(sig, call, facts, i, candidate):
+                    return (), "it contracts the tokens with a full-length operand that all samples share"
+        settled.append(candidate)
+    if any(a.overlaps(b) for a in settled for b in settled if a is not b):
+        return (), "its operands group the axis differently"
+    return tuple(settled), None
+
+
+def _has_sample(sig: Signature, call: Call, facts: Facts, i: int, run: Run) -> bool:
+    """Whether operand i has, or can be broadcast to, the sample axes of a run."""
+    own = {leaf for dim in facts.dims(call.nodes[i]) for leaf in leaves(dim)}
+    missing = {leaf for leaf in leaves(run.step.sample) if leaf not in own}
+    if not missing:
+        return True
+    if sig.frame is None:
+        return False
+    around = {leaf for dim in frame_dims(sig, call, facts) for leaf in leaves(dim)}
+    return missing <= around
+
+
+def frame_dims(sig: Signature, call: Call, facts: Facts) -> Dims:
+    """The dims of the shape against which the operands broadcast."""
+    assert sig.frame is not None
+    found: dict[Letter, tuple] = {}
+    for node, letters in zip(call.nodes, sig.ins, strict=True):
+        for letter, dim in zip(letters, facts.dims(node), strict=True):
+            if dim and letter not in found:
+                found[letter] = dim
+    return tuple(found.get(letter, ()) for letter in sig.frame)
+
+
+def _sample_clash(sig: Signature, call: Call, facts: Facts, letter: Letter, run: Run) -> bool:
+    """Whether the op mixes the samples of a run: a merged value may meet only ops that keep them apart, each in one place."""
+    sample = set(leaves(run.step.sample))
+    for i, letters in enumerate(sig.ins):
+        if letter not in letters:
+            continue
+        dims = facts.dims(call.nodes[i])
+        for other, dim in zip(letters, dims, strict=True):
+            if sample & set(leaves(dim)) and (other is None or sig.role(other) is not Role.MAP):
+                return True
+    for result, letters in enumerate(sig.outs):
+        if letter not in letters:
+            continue
+        held = [leaf for dim in facts.axes[call.node][result] for leaf in leaves(dim) if leaf in sample]
+        if len(held) != len(sample):
+            return True
+    return False
+
+
+def _settle_extensive(
+    sig: Signature,
+    call: Call,
+    ins: Sequence[Layout],
+    where: dict[Letter, list[tuple[int, int]]],
+    target: dict[Letter, DimLayout],
+    reasons: list[tuple[int, str]],
+) -> Decision:
+    need = [[() for _ in letters] for letters in sig.ins]
+    result: dict[Letter, DimLayout] = {}
+    for letter, places in where.items():
+        out_runs = []
+        for run in target[letter]:
+            passing = [
+                i
+                for i, d in places
+                if i in sig.linear and any(r.key == run.key and r.step is run.step and r.extensive for r in ins[i][d])
+            ]
+            if sig.role(letter) in (Role.MAX, Role.NORM2, Role.SOFTMAX):
+                passing = []
+            elif sig.additive and len(passing) < len(sig.linear):
+                passing = []
+            elif not sig.additive:
+                passing = passing[:1]
+            for i, d in places:
+                need[i][d] = (*need[i][d], Run(*run.key, run.step, i in passing))
+            out_runs.append(Run(*run.key, run.step, sig.role(letter) is Role.SOFTMAX or bool(passing)))
+        result[letter] = tuple(out_runs)
+    outs = tuple(
+        tuple(result.get(letter, ()) if size_expr(size) != 1 else () for letter, size in zip(letters, val.shape, strict=True))
+        for letters, val in zip(sig.outs, call.results, strict=True)
+    )
+    return Decision(tuple(tuple(layout) for layout in need), outs, tuple(reasons))
+
+
+_RULES: dict[Any, Rule] = {}
+UNKNOWN = Rule()
+
+
+def register(rule: Rule, *targets: Any) -> None:
+    """Give every overload of the packets (or the single overloads, or callables) this rule."""
+    for target in targets:
+        if isinstance(target, torch._ops.OpOverloadPacket):
+            for overload in target.overloads():
+                _RULES.setdefault(getattr(target, overload), rule)
+        else:
+            _RULES[target] = rule
+
+
+def rule_for(target: Any) -> Rule | None:
+    return _RULES.get(target)
+
+
+def registered() -> Mapping[Any, Rule]:
+    return dict(_RULES)
+
+
+class GetItem(Rule):
+    """One result of an op with several: handled by the engine, which looks through it."""
+
+
+register(GetItem(), operator.getitem)
+
+__all__ = [
+    "UNKNOWN",
+    "Call",
+    "Decision",
+    "Facts",
+    "Fill",
+    "GetItem",
+    "Role",
+    "Rule",
+    "Signature",
+    "SignatureRule",
+    "locate",
+    "op_name",
+    "register",
+    "registered",
+    "rule_for",
+    "tensors_of",
+]

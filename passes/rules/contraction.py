@@ -1,0 +1,255 @@
+"""Matrix products, convolutions and scaled dot-product attention.
+
+A contraction over a merged axis is a sum over tokens: one operand is weighted by size, unless one of them is
+extensive already (attention probabilities are). That line alone makes attention by matmul, bmm, baddbmm or einsum,
+linear attention and attention pooling right.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..axes import expr as size_expr
+from .base import (
+    Call,
+    Decision,
+    Facts,
+    Fill,
+    Letter,
+    Role,
+    Signature,
+    SignatureRule,
+    frame_dims,
+    register,
+)
+
+if TYPE_CHECKING:
+    from ..rewrite import Emitter
+
+aten = torch.ops.aten
+
+
+class Contraction(SignatureRule):
+    def __init__(self, signature: Callable[[Call, Facts], Signature]) -> None:
+        super().__init__(signature, contraction=True)
+
+    def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
+        sig = self.signature(call, env.facts)
+        operands = self.operands(call, env, decision)
+        for letter, role in sig.roles.items():
+            if role is not Role.SUM:
+                continue
+            places = [(i, d) for i, letters in enumerate(sig.ins) for d, name in enumerate(letters) if name == letter]
+            for key in {run.key for i, d in places for run in decision.ins[i][d]}:
+                holders = [(i, d, run) for i, d in places for run in decision.ins[i][d] if run.key == key]
+                if any(run.extensive for *_, run in holders):
+                    continue
+                i, d, run = min(holders, key=lambda h: operands[h[0]].dim())
+                weight = env.weight(call.nodes[i], decision.ins[i], d, run)
+                operands[i] = operands[i] * weight.to(operands[i].dtype)
+        return env.run(call, operands)
+
+
+def _batch(rank: int) -> tuple[Letter, ...]:
+    return tuple(("b", k - rank) for k in range(rank))
+
+
+def _linear(call: Call, facts: Facts) -> Signature:
+    lead = _batch(call.vals[0].dim() - 1)
+    ins: list[tuple[Letter | None, ...]] = [(*lead, "i"), ("o", "i") if call.vals[1].dim() == 2 else ("i",)]
+    if len(call.vals) == 3:
+        ins.append(("o",) if call.vals[2].dim() else ())
+    out = (*lead, "o") if call.vals[1].dim() == 2 else lead
+    return Signature(tuple(ins), (out,), {"i": Role.SUM}, frozenset({0}) if len(ins) == 2 else frozenset())
+
+
+def _matmul(call: Call, facts: Facts) -> Signature:
+    a, b = call.vals[0].dim(), call.vals[1].dim()
+    left: tuple[Letter, ...] = ("k",) if a == 1 else (*_batch(a - 2), "m", "k")
+    right: tuple[Letter, ...] = ("k",) if b == 1 else (*_batch(b - 2), "k", "n")
+    lead = _batch(max(a, b, 2) - 2)
+    out = (*lead, *(("m",) if a > 1 else ()), *(("n",) if b > 1 else ()))
+    return Signature((left, right), (out,), {"k": Role.SUM}, frozenset({0, 1}))
+
+
+def _added(call: Call, facts: Facts) -> Signature:
+    """addmm, baddbmm: a third operand broadcasts over the product."""
+    batch = _batch(call.vals[1].dim() - 2)
+    frame: tuple[Letter, ...] = (*batch, "m", "n")
+    ins = (frame[len(frame) - call.vals[0].dim() :], (*batch, "m", "k"), (*batch, "k", "n"))
+    fill = Fill.BIAS if call.node in facts.scores else Fill.MEAN
+    return Signature(ins, (frame,), {"k": Role.SUM}, frame=frame, fills={0: fill})
+
+
+def parse_einsum(equation: str, ranks: list[int]) -> tuple[list[str], str]:
+    """The letters of each operand and of the result, an ellipsis spelled out in capitals from the end of the alphabet."""
+    equation = equation.replace(" ", "")
+    left, arrow, out = equation.partition("->")
+    terms = left.split(",")
+    free = [c for c in reversed(string.ascii_uppercase) if c not in equation]
+    widest = max([rank - len(t.replace("...", "")) for t, rank in zip(terms, ranks, strict=True) if "..." in t], default=0)
+    dots = "".join(reversed(free[:widest]))
+    full = []
+    for term, rank in zip(terms, ranks, strict=True):
+        width = rank - len(term.replace("...", ""))
+        full.append(term.replace("...", dots[len(dots) - width :] if width else ""))
+    if not arrow:
+        letters = "".join(terms).replace(".", "")
+        out = "..." * bool(dots) + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    return full, out.replace("...", dots)
+
+
+def _einsum(call: Call, facts: Facts) -> Signature:
+    terms, out = parse_einsum(call.args["equation"], [v.dim() for v in call.vals])
+    # A letter twice in one term is a diagonal: neither a map nor a sum.
+    roles = {c: Role.SUM for c in "".join(terms) if c not in out}
+    roles |= {c: Role.MIX for term in terms for c in term if term.count(c) > 1}
+    return Signature(tuple(tuple(t) for t in terms), (tuple(out),), roles, frozenset(range(len(terms))))
+
+
+def _convolution(spatial: int) -> Callable[[Call, Facts], Signature]:
+    def signature(call: Call, facts: Facts) -> Signature:
+        x = call.vals[0]
+        lead: tuple[Letter, ...] = ("b",) if x.dim() == spatial + 2 else ()
+        space: tuple[Letter, ...] = tuple(("s", k) for k in range(spatial))
+        ins: list[tuple[Letter | None, ...]] = [(*lead, "i", *space), (None,) * call.vals[1].dim()]
+        ins += [(None,)] * (len(call.vals) - 2)
+        roles: dict[Letter, Role] = {"i": Role.MIX}
+        if not _is_linear(call):
+            roles |= {s: Role.MIX for s in space}
+        return Signature(tuple(ins), ((*lead, None, *space),), roles)
+
+    return signature
+
+
+def _is_linear(call: Call) -> bool:
+    """A 1x1 convolution without stride or padding maps every position on its own."""
+    weight = call.vals[1]
+
+    def all_are(value: Any, want: int) -> bool:
+        return all(v == want for v in (value if isinstance(value, (list, tuple)) else [value]))
+
+    return (
+        all(size_expr(s) == 1 for s in weight.shape[2:])
+        and all_are(call.args.get("stride", 1), 1)
+        and all_are(call.args.get("padding", 0), 0)
+    )
+
+
+class Convolution(SignatureRule):
+    def __init__(self, spatial: int) -> None:
+        super().__init__(_convolution(spatial), contraction=True)
+
+    def flops(self, call: Call, sizes: Callable[[int, int], int]) -> float:
+        weight = call.vals[1]
+        per_output = 2.0
+        for d in range(1, weight.dim()):
+            per_output *= sizes(1, d)
+        for d in range(call.out.dim()):
+            per_output *= sizes(-1, d)
+        return per_output
+
+
+def _attention(call: Call, facts: Facts) -> Signature:
+    """q [batch, l, e], k [batch, s, e], v [batch, s, f], mask [batch, l, s] -> [batch, l, f]."""
+    lead = _batch(call.vals[0].dim() - 2)
+    shared: tuple[Letter, ...] = lead
+    if call.args.get("enable_gqa") and lead:
+        shared = (*lead[:-1], "kv_head")
+    frame: tuple[Letter, ...] = (*lead, "l", "s")
+    ins: list[tuple[Letter | None, ...]] = [(*lead, "l", "e"), (*shared, "s", "e"), (*shared, "s", "f")]
+    fills = {}
+    if len(call.vals) == 4:
+        ins.append(frame[len(frame) - call.vals[3].dim() :])
+        fills[3] = Fill.BIAS
+    # The softmax and the sum over keys are one: the result is intensive along the queries.
+    roles = {"e": Role.SUM, "s": Role.SUM}
+    if call.args.get("is_causal"):
+        roles |= {"l": Role.MIX, "s": Role.MIX}
+    return Signature(tuple(ins), ((*lead, "l", "f"),), roles, frame=frame, fills=fills)
+
+
+class Attention(SignatureRule):
+    """Fused attention stays fused: log(size) of the keys joins the mask, which broadcasts over heads and queries."""
+
+    def __init__(self) -> None:
+        super().__init__(_attention, contraction=True)
+
+    def flops(self, call: Call, sizes: Callable[[int, int], int]) -> float:
+        batch = 1.0
+        for d in range(call.vals[0].dim() - 2):
+            batch *= sizes(0, d)
+        return 2 * batch * sizes(0, -2) * sizes(1, -2) * (sizes(0, -1) + sizes(2, -1))
+
+    def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
+        sig = self.signature(call, env.facts)
+        operands = [self.operand(call, env, decision, sig, i) for i in range(3)]
+        key, layout, d = call.nodes[1], decision.ins[1], call.vals[1].dim() - 2
+        mask = self._mask(call, env, decision, sig) if len(call.vals) == 4 else None
+        dtype = operands[0].dtype
+        if env.config.prop_attn:
+            for run in layout[d]:
+                # [*batch, s, 1] -> [*batch, 1, s]
+                bias = env.weight(key, layout, d, run).log().transpose(-1, -2).to(dtype)
+                if call.args.get("enable_gqa") and size_expr(bias.shape[-3]) != 1:
+                    bias = bias.narrow(-3, 0, 1)
+                mask = bias if mask is None else _with_bias(mask, bias)
+        if mask is not None and mask.dtype is not torch.bool:
+            mask = mask.to(dtype)
+        return env.run(call, operands, attn_mask=mask)
+
+    def _mask(self, call: Call, env: Emitter, decision: Decision, sig: Signature) -> Tensor:
+        node = call.nodes[3]
+        mask, have, want = env.tensor(node), env.layout(node), decision.ins[3]
+        if have == want:
+            return mask
+        if mask.dtype is torch.bool:
+            mask = torch.where(mask, 0.0, float("-inf"))
+        return env.convert(mask, env.facts.dims(node), have, want, Fill.BIAS, frame_dims(sig, call, env.facts))
+
+
+def _with_bias(mask: Tensor, bias: Tensor) -> Tensor:
+    if mask.dtype is torch.bool:
+        return bias.masked_fill(torch.logical_not(mask), float("-inf"))
+    return mask + bias
+
+
+def _embedding(call: Call, facts: Facts) -> Signature:
+    lead = _batch(call.vals[1].dim())
+    return Signature(((None, "e"), lead), ((*lead, "e"),))
+
+
+def _pool(spatial: int) -> Callable[[Call, Facts], Signature]:
+    """Pooling and resizing: the last dims mix, all before map."""
+
+    def signature(call: Call, facts: Facts) -> Signature:
+        rank = call.vals[0].dim()
+        letters: tuple[Letter, ...] = tuple(range(rank))
+        tail = letters[rank - spatial :]
+        rest = tuple((None,) * v.dim() for v in call.vals[1:])
+        return Signature((letters, *rest), tuple(letters for _ in call.results), {d: Role.MIX for d in tail})
+
+    return signature
+
+
+register(Contraction(_linear), aten.linear)
+register(Contraction(_matmul), aten.matmul, aten.mm, aten.bmm, aten.mv, aten.dot)
+register(Contraction(_added), aten.addmm, aten.baddbmm)
+register(Contraction(_einsum), aten.einsum)
+register(Convolution(1), aten.conv1d)
+register(Convolution(2), aten.conv2d)
+register(Convolution(3), aten.conv3d)
+register(Attention(), aten.scaled_dot_product_attention)
+register(SignatureRule(_embedding), aten.embedding)
+register(SignatureRule(_pool(1)), aten.adaptive_avg_pool1d, aten.avg_pool1d, aten.max_pool1d, aten.upsample_nearest1d,
+         aten.upsample_linear1d)  # fmt: skip
+register(SignatureRule(_pool(2)), aten.adaptive_avg_pool2d, aten.avg_pool2d, aten.max_pool2d, aten.upsample_bilinear2d,
+         aten.upsample_bicubic2d, aten.upsample_nearest2d, aten.pixel_shuffle, aten.pixel_unshuffle)  # fmt: skip
+register(SignatureRule(_pool(3)), aten.adaptive_avg_pool3d, aten.avg_pool3d, aten.max_pool3d)
+
+__all__ = ["parse_einsum"]

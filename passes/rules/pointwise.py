@@ -1,0 +1,216 @@
+"""Pointwise ops: every dim maps, operands broadcast. Most are found by `torch.Tag.pointwise`, none is listed twice.
+
+Two finer points: which ops let an extensive value pass (homogeneous ones), and how masks merge. A mask of the
+attention scores becomes an additive term and merges by log-mean-exp; a mask that zeroes values becomes the share of
+the group that is kept, which makes masked pools exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from ..axes import expr as size_expr
+from ..layout import Layout
+from .base import Call, Decision, Facts, Fill, Letter, Role, Signature, SignatureRule, frame_dims, register
+
+if TYPE_CHECKING:
+    from ..rewrite import Emitter
+
+aten = torch.ops.aten
+
+# Homogeneous of degree one in their first operand: f(size * x) = size * f(x) for size > 0.
+_HOMOGENEOUS = (
+    aten.neg, aten.abs, aten.relu, aten.leaky_relu, aten.clone, aten.contiguous, aten.detach, aten.alias, aten.lift_fresh,
+    aten.lift_fresh_copy, aten.to, aten._to_copy, aten.type_as, aten.dropout, aten.native_dropout, aten.feature_dropout,
+    aten.alpha_dropout, aten.positive, aten.real, aten.imag, aten.view_as, aten.zeros_like, aten.empty_like,
+)  # fmt: skip
+# Pointwise in effect though not by tag, or by tag only in some releases of torch.
+_LIKE = """
+    ones_like full_like rand_like randn_like bernoulli gelu silu mish softplus hardtanh hardswish relu6 elu selu
+    celu logit nan_to_num clip clamp masked_fill isnan isinf isfinite isneginf bitwise_not logical_not fill copy
+    rrelu quantize_per_tensor fake_quantize_per_tensor_affine log_sigmoid softsign tanhshrink square float_power
+    __and__ __or__ __xor__ rsub true_divide multiply divide subtract greater less greater_equal less_equal not_equal
+    special_expit
+""".split()
+_ADD = (aten.add, aten.sub, aten.rsub, aten.subtract)
+_MULTIPLY = (aten.mul, aten.multiply)
+_DIVIDE = (aten.div, aten.true_divide, aten.divide)
+
+
+def _packet(call: Call) -> Any:
+    return call.target.overloadpacket
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def pointwise(call: Call, facts: Facts) -> Signature:
+    """Operands broadcast against each other, aligned at the right."""
+    rank = call.out.dim() if call.results else 0
+    frame: tuple[Letter, ...] = tuple(("f", k - rank) for k in range(rank))
+    ins = tuple(frame[rank - v.dim() :] for v in call.vals)
+    packet, count = _packet(call), len(call.vals)
+    linear: frozenset[int] = frozenset()
+    additive = packet in _ADD and count == 2
+    if packet in _HOMOGENEOUS:
+        linear = frozenset({0})
+    elif packet in _MULTIPLY or additive:
+        linear = frozenset(range(count))
+    elif packet in _DIVIDE and isinstance(call.args.get("self"), fx.Node) and call.args.get("rounding_mode") is None:
+        linear = frozenset({0})
+    fills = {i: _fill(call, facts, i, additive) for i in range(count)}
+    return Signature(ins, tuple(frame for _ in call.results), linear=linear, additive=additive, frame=frame, fills=fills)
+
+
+def _fill(call: Call, facts: Facts, i: int, additive: bool) -> Fill:
+    floating = call.vals[i].dtype.is_floating_point
+    if additive and floating:
+        return Fill.BIAS if call.node in facts.scores else Fill.MEAN
+    if call.nodes[i] in facts.constant:
+        return Fill.ROW
+    return Fill.MEAN if floating else Fill.NONE
+
+
+def _zeroing(value: Any) -> bool:
+    return _number(value) and value == 0
+
+
+class MaskRule(SignatureRule):
+    """`masked_fill(x, mask, value)` and `where(mask, x, value)` with a scalar value."""
+
+    def __init__(self) -> None:
+        super().__init__(self._signature)
+
+    @staticmethod
+    def parts(call: Call) -> tuple[int, int, Any, bool] | None:
+        """(operand index of x, of the mask, the value, whether the mask's True means fill), or None for other forms."""
+        a = call.args
+        if "mask" in a:
+            return _operand(call, "self"), _operand(call, "mask"), scalar(a["value"]), True
+        if isinstance(a["self"], fx.Node) and (value := scalar(a["other"])) is not None:
+            return _operand(call, "self"), _operand(call, "condition"), value, False
+        if isinstance(a["other"], fx.Node) and (value := scalar(a["self"])) is not None:
+            return _operand(call, "other"), _operand(call, "condition"), value, True
+        return None
+
+    def _signature(self, call: Call, facts: Facts) -> Signature:
+        sig = pointwise(call, facts)
+        fills = dict(sig.fills)
+        parts = self.parts(call)
+        linear: frozenset[int] = frozenset()
+        if parts is None:  # where(mask, x, y): a blend of two values
+            linear = frozenset({1, 2}) if len(call.vals) == 3 else frozenset()
+            return Signature(sig.ins, sig.outs, linear=linear, additive=True, frame=sig.frame, fills=fills)
+        x, mask, value, _ = parts
+        if call.node in facts.scores:
+            fills[mask] = Fill.BIAS
+        elif _zeroing(value):
+            fills[mask] = Fill.MEAN
+            linear = frozenset({x})
+        return Signature(sig.ins, sig.outs, linear=linear, frame=sig.frame, fills=fills)
+
+    def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
+        parts = self.parts(call)
+        if parts is None or env.layout(call.nodes[parts[1]]) == decision.ins[parts[1]]:
+            return super().emit(call, env, decision)
+        x_at, mask_at, value, fills = parts
+        sig = self.signature(call, env.facts)
+        x = self.operand(call, env, decision, sig, x_at)
+        node, frame = call.nodes[mask_at], frame_dims(sig, call, env.facts)
+        mask = env.tensor(node)
+        drop = mask if fills else torch.logical_not(mask)
+        have, want = env.layout(node), decision.ins[mask_at]
+        dims = env.facts.dims(node)
+        if sig.fills[mask_at] is Fill.BIAS:
+            term = torch.where(drop, value, 0.0).to(torch.float32)
+            return x + env.convert(term, dims, have, want, Fill.BIAS, frame).to(x.dtype)
+        if sig.fills[mask_at] is Fill.MEAN:
+            kept = torch.logical_not(drop).to(torch.float32)
+            return x * env.convert(kept, dims, have, want, Fill.MEAN, frame).to(x.dtype)
+        return super().emit(call, env, decision)
+
+
+def _operand(call: Call, name: str) -> int:
+    index = call.index(name)
+    assert index is not None
+    return index
+
+
+def scalar(value: Any) -> float | None:
+    """A number, or a constant zero-dim tensor that the graph makes from one; None for anything else."""
+    if _number(value):
+        return float(value)
+    if not isinstance(value, fx.Node):
+        return None
+    if value.op == "placeholder":
+        held = value.meta.get("constant")
+        return float(held) if held is not None and held.dim() == 0 else None
+    if value.op != "call_function":
+        return None
+    if value.target in (aten.scalar_tensor.default, aten.full.default):
+        number = value.args[0] if value.target is aten.scalar_tensor.default else value.args[1]
+        return float(number) if _number(number) else None  # type: ignore[arg-type]
+    if value.target in (aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.to.dtype, aten._to_copy.default,
+                        aten.detach.default, aten.clone.default, aten.expand.default):  # fmt: skip
+        return scalar(value.args[0])
+    return None
+
+
+def _expand_as(call: Call, facts: Facts) -> Signature:
+    rank = call.out.dim()
+    frame: tuple[Letter, ...] = tuple(("f", k - rank) for k in range(rank))
+    ins = tuple(frame[rank - v.dim() :] for v in call.vals)
+    return Signature(ins, (frame,), linear=frozenset({0}), frame=frame, fills={0: _fill(call, facts, 0, False), 1: Fill.NONE})
+
+
+def _shape_only(call: Call, facts: Facts) -> Signature:
+    """`new_zeros(x, size)` and the like read no value of x: its layout does not matter, the result is full-length."""
+    return Signature(tuple(tuple(("seen", i, d) for d in range(v.dim())) for i, v in enumerate(call.vals)),
+                     tuple(tuple(None for _ in range(v.dim())) for v in call.results))  # fmt: skip
+
+
+class PointwiseRule(SignatureRule):
+    def __init__(self) -> None:
+        super().__init__(pointwise)
+
+    def plan(self, call: Call, ins: Sequence[Layout], facts: Facts) -> Decision:
+        if not any(any(layout) for layout in ins):  # the common case, made cheap
+            return Decision(tuple(ins), tuple(((),) * v.dim() for v in call.results))
+        return super().plan(call, ins, facts)
+
+
+POINTWISE = PointwiseRule()
+
+
+def is_pointwise(target: Any) -> bool:
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and torch.Tag.pointwise in target.tags
+        and not target._schema.is_mutable
+    )
+
+
+def covers(call: Call) -> bool:
+    """Whether the results have the broadcast shape of the operands, as a pointwise op's must."""
+    if not call.results or not call.vals:
+        return False
+    want = torch.broadcast_shapes(*[tuple(size_expr(s) for s in v.shape) for v in call.vals])
+    return all(tuple(size_expr(s) for s in v.shape) == tuple(want) for v in call.results)
+
+
+def _present(names: Sequence[str]) -> list[Any]:
+    """The packets that this release of torch has."""
+    return [getattr(aten, name) for name in names if hasattr(aten, name)]
+
+
+register(MaskRule(), aten.masked_fill, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
+register(POINTWISE, *_HOMOGENEOUS, *_present(_LIKE))
+register(SignatureRule(_expand_as), aten.expand_as)
+register(SignatureRule(_shape_only), aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_full)
+
+__all__ = ["POINTWISE", "MaskRule", "Role", "is_pointwise", "pointwise", "scalar"]

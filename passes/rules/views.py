@@ -1,0 +1,182 @@
+"""Views: one algebra for reshape, view, flatten, squeeze, permute, transpose, expand, repeat.
+
+A merged run rides along as long as it stays inside one dim. The new sizes are computed from what the dims are made
+of, never patched. A view that would cut a merged axis (N -> H x W) needs it whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..axes import Dims, fresh, fresh_dims, leaves, regroup
+from ..axes import expr as size_expr
+from ..layout import Layout, Run, plain
+from .base import Call, Decision, Facts, Rule, register
+
+if TYPE_CHECKING:
+    from ..rewrite import Emitter
+
+aten = torch.ops.aten
+
+
+def _place(dims: Dims, run: Run) -> tuple[int, Run] | None:
+    """The dim that holds a flat run whole, and the run counted from that dim's start."""
+    base = 0
+    for d, dim in enumerate(dims):
+        width = len(leaves(dim))
+        if base <= run.start and run.start + run.count <= base + width:
+            return d, run.at(run.start - base)
+        base += width
+    return None
+
+
+class ViewRule(Rule):
+    """Row-major regrouping: the leaves in order are the same before and after."""
+
+    def axes(self, call: Call, facts: Facts) -> tuple[Dims, ...]:
+        shape = [size_expr(s) for s in call.out.shape]
+        return (regroup(facts.dims(call.nodes[0]), shape) or fresh_dims(call.out.shape),)
+
+    def plan(self, call: Call, ins: Sequence[Layout], facts: Facts) -> Decision:
+        have, want = facts.dims(call.nodes[0]), facts.dims(call.node)
+        rest = tuple(plain(v.dim()) for v in call.vals[1:])
+        aligned = [x for d in have for x in leaves(d)] == [x for d in want for x in leaves(d)]
+        placed: list[tuple[int, Run]] = []
+        kept: list[list[Run]] = [[] for _ in have]
+        base = 0
+        for d, (dim, runs) in enumerate(zip(have, ins[0], strict=True)):
+            for run in runs:
+                at = _place(want, run.at(base + run.start)) if aligned else None
+                if at is not None:
+                    placed.append(at)
+                    kept[d].append(run)
+            base += len(leaves(dim))
+        first = tuple(tuple(runs) for runs in kept)
+        out = tuple(tuple(run for d, run in placed if d == k) for k in range(len(want)))
+        why = ((0, "splits or regroups the token axis"),) if first != ins[0] else ()
+        return Decision((first, *rest), (out,), why)
+
+    def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
+        x = env.fetch(call.nodes[0], decision.ins[0])
+        if not any(decision.ins[0]):
+            return env.run(call, [x, *(env.fetch(n, plain(n.meta["val"].dim())) for n in call.nodes[1:])])
+        return x.reshape(env.shape(call.node, decision.outs[0]))
+
+
+class PermuteRule(Rule):
+    @staticmethod
+    def order(call: Call) -> list[int]:
+        rank, a = call.vals[0].dim(), call.args
+        if "dims" in a:
+            return [call.axis(d) for d in a["dims"]]
+        if "dim0" in a or "axis0" in a:
+            i, j = (call.axis(a[k]) for k in (("dim0", "dim1") if "dim0" in a else ("axis0", "axis1")))
+        elif "source" in a:
+            return _moved(rank, a["source"], a["destination"])
+        else:  # t, mT, numpy_T, adjoint: the last two dims
+            i, j = rank - 2, rank - 1
+        order = list(range(rank))
+        if rank > 1:
+            order[i], order[j] = order[j], order[i]
+        return order
+
+    def axes(self, call: Call, facts: Facts) -> tuple[Dims, ...]:
+        dims = facts.dims(call.nodes[0])
+        return (tuple(dims[d] for d in self.order(call)),)
+
+    def plan(self, call: Call, ins: Sequence[Layout], facts: Facts) -> Decision:
+        return Decision((ins[0],), (tuple(ins[0][d] for d in self.order(call)),))
+
+
+def _moved(rank: int, source: Any, destination: Any) -> list[int]:
+    src = [s % rank for s in ([source] if isinstance(source, int) else source)]
+    dst = [d % rank for d in ([destination] if isinstance(destination, int) else destination)]
+    order: list[int | None] = [None] * rank
+    for s, d in zip(src, dst, strict=True):
+        order[d] = s
+    rest = iter(k for k in range(rank) if k not in src)
+    return [next(rest) if k is None else k for k in order]
+
+
+class ExpandRule(Rule):
+    """expand, broadcast_to: a size-1 dim that grows is a new axis of its own until it meets another value."""
+
+    def axes(self, call: Call, facts: Facts) -> tuple[Dims, ...]:
+        dims, lead = facts.dims(call.nodes[0]), call.out.dim() - call.vals[0].dim()
+        old = (*([()] * lead), *dims)
+        return (
+            tuple(
+                fresh(size_expr(size)) if size_expr(size) != _size(call, d - lead) else old[d]
+                for d, size in enumerate(call.out.shape)
+            ),
+        )
+
+    def plan(self, call: Call, ins: Sequence[Layout], facts: Facts) -> Decision:
+        lead = call.out.dim() - call.vals[0].dim()
+        return Decision((ins[0],), ((*plain(lead), *ins[0]),))
+
+    def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
+        x = env.fetch(call.nodes[0], decision.ins[0])
+        if not any(decision.ins[0]):
+            return env.run(call, [x])
+        lead = call.out.dim() - x.dim()
+        sizes = [
+            -1 if d >= lead and size_expr(size) == _size(call, d - lead) else env.full_size(call.node, d)
+            for d, size in enumerate(call.out.shape)
+        ]
+        return x.expand(sizes)
+
+
+def _size(call: Call, d: int) -> Any:
+    return size_expr(call.vals[0].shape[d]) if d >= 0 else 1
+
+
+class RepeatRule(Rule):
+    """repeat: a dim repeated k times is [k, dim]."""
+
+    def axes(self, call: Call, facts: Facts) -> tuple[Dims, ...]:
+        lead = call.out.dim() - call.vals[0].dim()
+        old = (*([()] * lead), *facts.dims(call.nodes[0]))
+        out = []
+        for d, size in enumerate(call.out.shape):
+            before = _size(call, d - lead)
+            if size_expr(size) == before:
+                out.append(old[d])
+            elif before == 1:
+                out.append(fresh(size_expr(size)))
+            else:
+                count = regroup(((*fresh(size_expr(size)),),), [size_expr(size)])
+                times = call.args["repeats"][d] if isinstance(call.args["repeats"][d], int) else None
+                out.append((*fresh(times), *old[d]) if times else (count or ((),))[0])
+        return (tuple(out),)
+
+    def plan(self, call: Call, ins: Sequence[Layout], facts: Facts) -> Decision:
+        lead = call.out.dim() - call.vals[0].dim()
+        grown = {d - lead for d, s in enumerate(call.out.shape) if size_expr(s) != _size(call, d - lead)}
+        kept = tuple(() if d in grown else runs for d, runs in enumerate(ins[0]))
+        why = ((0, "repeats the token axis"),) if kept != ins[0] else ()
+        return Decision((kept,), ((*plain(lead), *kept),), why)
+
+
+class ComplexRule(Rule):
+    """view_as_complex / view_as_real: the trailing pair of numbers is one, everything else maps."""
+
+    def axes(self, call: Call, facts: Facts) -> tuple[Dims, ...]:
+        dims, out = facts.dims(call.nodes[0]), call.out.dim()
+        return ((*dims[:out], *fresh_dims(call.out.shape[len(dims[:out]) :])),)
+
+    def plan(self, call: Call, ins: Sequence[Layout], facts: Facts) -> Decision:
+        out = call.out.dim()
+        return Decision((ins[0],), ((*ins[0][:out], *plain(out - len(ins[0][:out]))),))
+
+
+register(ViewRule(), aten.view.default, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.squeeze,
+         aten.unsqueeze, aten.view_copy.default, aten._reshape_copy, aten.reshape_as, aten._reshape_alias)  # fmt: skip
+register(PermuteRule(), aten.permute, aten.transpose.int, aten.t, aten.movedim, aten.moveaxis, aten.swapaxes,
+         aten.swapdims, aten.numpy_T, aten.mT, aten.adjoint, aten.matrix_H)  # fmt: skip
+register(ExpandRule(), aten.expand, aten.broadcast_to)
+register(RepeatRule(), aten.repeat, aten.tile)
+register(ComplexRule(), aten.view_as_complex, aten.view_as_real)

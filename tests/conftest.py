@@ -1,0 +1,30 @@
+"""Every test starts with a fresh Dynamo, seeds and two threads; hypothesis has no deadline and is repeatable in CI."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "dev", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+settings.register_profile("ci", settings.get_profile("dev"), derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """Seeds set and no compiled code left from the test before."""
+    random.seed(0)
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()

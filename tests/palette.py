@@ -1,0 +1,204 @@
+"""The lossless law: when the tokens that get merged are equal, the merged model equals the original one.
+
+A palette input is made of K random patches tiled at random over the grid, so that (positions aside) every merge finds
+an equal partner, layer after layer. `equalize` takes the positions out of any model. `assert_lossless` is the law; it
+tells three failures apart: `LossyMatch` (the test is void: unequal tokens were merged), a wrong report, a wrong result.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import tome_fx
+from tests.models import Spec, complete, redraw
+
+POSITION = re.compile(
+    r"(^|\.|_)(pos_emb\w*|position_emb\w*|positional_emb\w*|pos_embedding\w*|embed_positions|rel_pos\w*|"
+    r"relative_position_bias_table|wpe)(\.|$)"
+)
+"""Names of position embeddings and bias tables in timm, transformers, torchvision, open_clip and our models."""
+ROTARY = re.compile(r"rope|rotary", re.IGNORECASE)
+LAYER_SCALE = re.compile(r"(^|\.)(ls\d?|layer_?scale\w*)(\.\w+)*$|(^|\.)(gamma|lambda)_\d$")
+
+
+class LossyMatch(AssertionError):
+    """Tokens that are not equal were merged, so the law says nothing about this case. Not a bug of the rewrite."""
+
+
+# -- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def palette_index(batch: int, count: int, k: int, generator: torch.Generator, run: int = 1) -> Tensor:
+    """[batch, count] in 0..k-1, each sample its own; `run` neighbours share one value."""
+    index = torch.randint(k, (batch, math.ceil(count / run)), generator=generator)
+    return index.repeat_interleave(run, dim=1)[:, :count]
+
+
+def palette_grid(
+    batch: int, grid: Sequence[int], cell: Sequence[int], channels: int = 3, k: int = 4, seed: int = 0
+) -> Tensor:
+    """[batch, channels, *(grid * cell)]: K random cells tiled at random over an image (2-d) or a video (3-d grid)."""
+    generator = torch.Generator().manual_seed(seed)
+    palette = torch.randn(batch, k, channels, *cell, generator=generator)
+    index = palette_index(batch, math.prod(grid), k, generator)
+    tiles = torch.stack([p[i] for p, i in zip(palette, index, strict=True)])
+    d = len(grid)
+    tiles = tiles.view(batch, *grid, channels, *cell)
+    order = [0, d + 1, *(axis for i in range(d) for axis in (1 + i, d + 2 + i))]
+    return tiles.permute(order).reshape(batch, channels, *(g * c for g, c in zip(grid, cell, strict=True)))
+
+
+def palette_image(batch: int, size: int, patch: int, k: int = 4, seed: int = 0, channels: int = 3) -> Tensor:
+    """Square palette image [batch, channels, size, size]."""
+    return palette_grid(batch, (size // patch,) * 2, (patch,) * 2, channels, k, seed)
+
+
+def palette_tokens(batch: int, count: int, dim: int, k: int = 4, seed: int = 0, run: int = 1) -> Tensor:
+    """[batch, count, dim] of K distinct random tokens; runs of `run` equal neighbours (for overlapping stems)."""
+    generator = torch.Generator().manual_seed(seed)
+    palette = torch.randn(batch, k, dim, generator=generator)
+    index = palette_index(batch, count, k, generator, run)
+    return torch.stack([p[i] for p, i in zip(palette, index, strict=True)])
+
+
+def palette_input(spec: Spec, k: int = 3, seed: int = 0) -> tuple[Tensor | None, ...]:
+    """Palette inputs for a model of tests.models, with mask and second sequence where the spec wants them."""
+    if spec.stem == "conv":
+        x = palette_grid(spec.batch, spec.grid, (spec.patch, spec.patch), 3, k, seed)
+    else:
+        dim = spec.dim if spec.stem == "tokens" else 3 * spec.patch**2
+        x = palette_tokens(spec.batch, spec.patches, dim, k, seed)
+    return complete(spec, x, torch.Generator().manual_seed(seed + 1))
+
+
+# -- models ----------------------------------------------------------------------------------------------------------
+
+
+def equalize(model: nn.Module, seed: int | None = None, layer_scale: float = 0.5) -> nn.Module:
+    """Make equal patches equal tokens, in place: positions zeroed, LayerScale raised. Returns the model in eval mode.
+
+    Finds positions by name among parameters, buffers and plain tensor attributes. Rotary tables get the same row
+    everywhere (zeros would zero the keys). `seed` also redraws all weights, so that every part is felt at the output.
+    """
+    if seed is not None:
+        redraw(model, seed)
+    with torch.no_grad():
+        for path, module in model.named_modules():
+            rotary = ROTARY.search(type(module).__name__) or ROTARY.search(path.rpartition(".")[2])
+            plain = {k: v for k, v in vars(module).items() if isinstance(v, Tensor)}
+            own = {**plain, **dict(module.named_buffers(recurse=False)), **dict(module.named_parameters(recurse=False))}
+            for name, value in own.items():
+                full = f"{path}.{name}"
+                if not value.is_floating_point():
+                    continue
+                if rotary:
+                    value.copy_(value[:1].expand_as(value).clone())
+                elif POSITION.search(full):
+                    value.zero_()
+                elif LAYER_SCALE.search(full):
+                    value.fill_(layer_scale)
+    return model.eval()
+
+
+# -- comparing -------------------------------------------------------------------------------------------------------
+
+
+def leaves(out: Any) -> list[Tensor]:
+    """Every tensor of a (nested) output, transformers' ModelOutput included."""
+    if isinstance(out, dict):
+        return [t for value in out.values() for t in leaves(value)]
+    if isinstance(out, (list, tuple)):
+        return [t for value in out for t in leaves(value)]
+    return [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+
+
+def distance(got: Any, want: Any) -> float:
+    """Largest |got - want| of any leaf, relative to that leaf's largest |want|; shapes and dtypes must agree."""
+    a, b = leaves(got), leaves(want)
+    assert len(a) == len(b) > 0, f"{len(a)} output tensors, expected {len(b)}"
+    worst = 0.0
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        same = (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device)
+        assert same, f"output {i}: {x.dtype} {tuple(x.shape)}, expected {y.dtype} {tuple(y.shape)}"
+        assert all(bool(t.isfinite().all()) for t in (x, y)), f"output {i}: not finite"
+        if x.numel():
+            x, y = x.double(), y.double()
+            worst = max(worst, ((x - y).abs().amax() / y.abs().amax().clamp_min(1e-6)).item())
+    return worst
+
+
+def lowest_similarity(trace: Any) -> float:
+    """The lowest cosine at which any two tokens of a TokenTrace were merged; 1.0 when none was."""
+    values = [m.similarity.min().item() for m in trace.merges if m.similarity.numel()]
+    return min(values, default=1.0)
+
+
+def compiled(model: nn.Module, r: Any, **config: Any) -> Callable[..., Any]:
+    """The model under tome_backend, after a Dynamo reset so that no earlier graph is taken over."""
+    torch._dynamo.reset()
+    return torch.compile(model, backend=tome_fx.tome_backend(r, **{"inner": "eager", **config}))
+
+
+def run(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any] | None, r: Any, **config: Any) -> tuple[Any, Any]:
+    """(output, report) of the model under tome_backend, without gradients."""
+    fast, before = compiled(model, r, **config), len(tome_fx.reports())
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        out = fast(*args, **(kwargs or {}))
+    made = tome_fx.reports()[before:] if len(tome_fx.reports()) > before else tome_fx.reports()[-1:]
+    assert made, "tome_fx.reports() has no report of the graph that was just compiled"
+    return out, made[-1]
+
+
+def assert_lossless(
+    model: nn.Module,
+    args: Sequence[Any],
+    r: Any,
+    *,
+    kwargs: dict[str, Any] | None = None,
+    tokens: list[tuple[int, int]] | None = None,
+    sites: int | None = None,
+    tol: float = 2e-5,
+    control: bool | None = None,
+    **config: Any,
+) -> Any:
+    """The law for one model whose inputs are palettes and whose positions are out; returns the report.
+
+    tokens: the (before, after) of each merge that the report must show; sites: only their number. tol: the largest
+    relative error. control=True proves that the test can fail: without log(size) the error must exceed 1e-4.
+    Raises LossyMatch when unequal tokens were merged.
+    """
+    with torch.no_grad():
+        want = model(*args, **(kwargs or {}))
+    got, report = run(model, args, kwargs, r, **config)
+    assert report.merged_sites > 0, f"nothing was merged:\n{report}"
+    if tokens is not None:
+        assert [tuple(t) for t in report.tokens] == tokens, f"expected tokens {tokens}:\n{report}"
+    if sites is not None:
+        assert report.merged_sites == sites, f"expected {sites} merges:\n{report}"
+    error = distance(got, want)
+    if error > tol:
+        lowest = trace_similarity(model, args, kwargs, r, config)
+        if lowest <= 1 - 1e-4:
+            raise LossyMatch(f"lossy match, test is void: merged at cosine {lowest:.6f}, error {error:.2e}")
+        raise AssertionError(f"merging equal tokens (cosine {lowest:.7f}) changed the output by {error:.2e}:\n{report}")
+    if control:
+        without = distance(run(model, args, kwargs, r, **{**config, "prop_attn": False})[0], want)
+        assert without > 1e-4, f"the test cannot fail: without proportional attention the error is {without:.2e} too"
+    return report
+
+
+def trace_similarity(
+    model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any] | None, r: Any, config: dict[str, Any]
+) -> float:
+    """Lowest similarity merged, from the rewritten graph's own provenance."""
+    config = {k: v for k, v in config.items() if k not in ("inner", "strict")}
+    return lowest_similarity(tome_fx.trace_tokens(model, tuple(args), kwargs, r=r, **config))

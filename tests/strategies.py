@@ -1,0 +1,55 @@
+"""Hypothesis: any legal small transformer of tests.models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+from tests.models import CHOICES, Spec
+
+_FLAGS = ("rms", "qk_norm", "layer_scale", "parallel", "talking", "cross", "slice_write", "skip", "shared", "dead")
+_SIZES: dict[str, tuple[Any, ...]] = {
+    "grid": ((6, 6), (5, 6), (4, 8), (7, 5)),
+    "dim": (32, 48),
+    "heads": (2, 4),
+    "depth": (3, 2, 4),
+    "batch": (2, 1, 3),
+    "drop": (0.0, 0.1),
+    "drop_path": (0.0, 0.1),
+}
+_ORDER: dict[str, tuple[Any, ...]] = {
+    **{name: CHOICES[name] for name in ("attention", "kind", "softmax", "mask", "prefix", "readout")},
+    **{name: values for name, values in CHOICES.items() if name not in ("attention", "kind", "softmax")},
+    **dict.fromkeys(_FLAGS, (False, True)),
+    **_SIZES,
+}
+
+
+def legal(spec: Spec, **changes: Any) -> Spec | None:
+    """The changed spec, or None when there is no such model."""
+    try:
+        return spec.replace(**changes)
+    except ValueError:
+        return None
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> Spec:
+    """Chooses field after field among the values that keep the spec legal; shrinks to the plainest model."""
+    spec = Spec(readout="tokens", seed=draw(st.integers(0, 999)))
+    for name, values in _ORDER.items():
+        options = [made for value in values if (made := legal(spec, **{name: value}))]
+        spec = draw(st.sampled_from(options))
+    return spec
+
+
+def schedules(depth: int) -> st.SearchStrategy[Any]:
+    """Every form of r that keeps enough equal partners for 30 and more tokens."""
+    count = st.integers(1, 4)
+    return st.one_of(
+        count,
+        st.lists(st.integers(0, 5), min_size=depth, max_size=depth).filter(any),
+        st.tuples(st.integers(2, 3), st.sampled_from([-1, 1, 0.5])),
+        st.sampled_from([0.05, 0.1]),
+    )

@@ -1,0 +1,210 @@
+"""The command line: what it parses, what it prints, and one sentence for every mistake of the user."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.models import Spec, build
+from tome_fx import cli, timing
+
+HERE = "tests.test_cli"
+INPUT = ["--input", "2,3,24,24"]
+NUMBER = 3
+
+
+def tiny_vit() -> nn.Module:
+    """37 tokens, three blocks."""
+    return build(Spec())[0]
+
+
+def convolution() -> nn.Module:
+    """Nothing to merge."""
+    return nn.Conv2d(3, 4, 3)
+
+
+def no_module() -> int:
+    return NUMBER
+
+
+@pytest.mark.parametrize(
+    ("text", "r"),
+    [
+        ("16", 16),
+        ("0", 0),
+        ("0.1", 0.1),
+        ("16,-1", (16, -1.0)),
+        ("16,0.5", (16, 0.5)),
+        ("8,8,4", [8, 8, 4]),
+        ("8, 8, 4, 2", [8, 8, 4, 2]),
+    ],
+)
+def test_parse_r(text: str, r: Any) -> None:
+    parsed = cli.parse_r(text)
+    assert parsed == r
+    assert type(parsed) is type(r)
+
+
+@pytest.mark.parametrize("text", ["", "many", "8,", "8,8,x", "0.5,1"])
+def test_parse_r_refuses(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="count per block"):
+        cli.parse_r(text)
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    return cli._parser().parse_args(words)
+
+
+def test_the_configuration_reaches_the_backend() -> None:
+    args = arguments("explain", "m", "--r", "16,-1", "--metric", "input", "--placement", "stream", "--strict")
+    expected = {"r": (16, -1.0), "placement": "stream", "metric": "input", "inner": "inductor", "strict": True}
+    assert cli._config(args) == expected
+    assert cli._config(arguments("explain", "m"))["r"] == cli.DEFAULT_R
+    flops = cli._config(arguments("bench", "m", "--flops", "0.5", "--inner", "eager"))
+    assert (flops["flops"], flops["inner"], "r" in flops) == (0.5, "eager", False)
+
+
+def test_explain_prints_the_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    assert cli.main(["explain", f"{HERE}:tiny_vit", "--r", "4", *INPUT, "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "37 -> 33" in printed
+    written = json.loads(out.read_text())
+    assert written["model"] == f"{HERE}:tiny_vit"
+    assert written["input"] == [2, 3, 24, 24]
+    assert written["tokens"] == [[37, 33], [33, 29], [29, 25]]
+
+
+def test_explain_says_when_there_is_nothing_to_merge(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", f"{HERE}:convolution", "--size", "16"]) == 0
+    assert "nothing merged" in capsys.readouterr().out
+
+
+def test_explain_a_timm_model_at_another_size(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("timm")
+    assert cli.main(["explain", "vit_tiny_patch16_224", "--size", "96", "--r", "2"]) == 0
+    assert "37 -> 35" in capsys.readouterr().out
+
+
+def test_bench_times_both_and_writes_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    words = ["bench", f"{HERE}:tiny_vit", "--r", "4", *INPUT, "--inner", "eager", "--rounds", "2", "--no-cold"]
+    assert cli.main([*words, "--json", str(out)]) == 0
+    assert "images/s" in capsys.readouterr().out
+    written = json.loads(out.read_text())
+    assert set(written["candidates"]) == {"plain", "tome_fx"}
+    assert written["candidates"]["plain"]["ratio"] == 1.0
+    for row in written["candidates"].values():
+        assert len(row["seconds"]) == 2
+        assert row["images_per_second"] == pytest.approx(2 / row["median"])
+        assert row["cold"] is None
+
+
+def test_the_cold_process_rebuilds_a_candidate_from_the_command_line() -> None:
+    """A tuple r would come back from JSON as a list, which means another schedule: hence the words themselves."""
+    words = ["bench", f"{HERE}:tiny_vit", "--r", "8,-1", *INPUT, "--inner", "eager"]
+    case = timing.Case("tome_fx.cli:bench_step", {"argv": words, "candidate": "tome_fx"})
+    merged = cli.bench_step(**json.loads(json.dumps(dict(case.kwargs))))()
+    plain = cli.bench_step(words, "plain")()
+    assert isinstance(merged, torch.Tensor)
+    assert isinstance(plain, torch.Tensor)
+    assert merged.shape == plain.shape
+    assert not torch.equal(merged, plain)
+
+
+@pytest.mark.slow
+def test_bench_measures_cold_compiles(tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    assert cli.main(["bench", f"{HERE}:tiny_vit", "--r", "4", *INPUT, "--rounds", "1", "--json", str(out)]) == 0
+    candidates = json.loads(out.read_text())["candidates"]
+    assert candidates["plain"]["cold"]["passes"] == {}
+    assert candidates["tome_fx"]["cold"]["passes"]
+    assert all(row["cold"]["seconds"] > 0 and row["cold"]["peak_bytes"] > 0 for row in candidates.values())
+
+
+MISTAKES = [
+    (["explain", "vit_smal_patch16_224"], "did you mean vit_small_patch16_224"),
+    (["explain", "vit_tiny_patch16_224.nonsense"], "nonsense"),
+    (["explain", "resnet18", "--input", "1,3,32,32"], "--batch and --size"),
+    (["explain", "no_such_package.models:vit"], "no module 'no_such_package'"),
+    (["explain", "tests.nothing:vit"], "no module 'tests.nothing'"),
+    (["explain", f"{HERE}:nothing"], "nothing"),
+    (["explain", f"{HERE}:NUMBER"], "not a function"),
+    (["explain", f"{HERE}:no_module"], "returned int"),
+    (["explain", f"{HERE}:"], "package.module:function"),
+    (["explain", f"{HERE}:tiny_vit", "--input", "1,5,24,24"], "does not take an input [1, 5, 24, 24]"),
+    (["explain", f"{HERE}:tiny_vit", "--input", "1,3,24,24", "--size", "24"], "leave --size out"),
+    (["explain", f"{HERE}:tiny_vit", "--pretrained"], "--pretrained is for timm"),
+    (["explain", f"{HERE}:tiny_vit", *INPUT, "--metric", "kee"], "metric"),
+    (["explain", f"{HERE}:tiny_vit", *INPUT, "--placement", "nowhere"], "placement"),
+    (["explain", f"{HERE}:tiny_vit", *INPUT, "--r", "-3"], "r must be"),
+    (["explain", f"{HERE}:tiny_vit", *INPUT, "--r", "1.5"], "r must be"),
+    (["bench", f"{HERE}:tiny_vit", *INPUT, "--flops", "2"], "flops must be"),
+    (["demo", "--out", "no/such/folder/picture.png"], "folder"),
+]
+
+
+@pytest.mark.parametrize(("words", "sentence"), MISTAKES, ids=lambda value: " ".join(value) if value else None)
+def test_a_mistake_gets_one_sentence(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if ":" not in words[1] and words[0] != "demo":
+        pytest.importorskip("timm")
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.startswith("tome_fx: error: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["explain"], "model"),
+        (["bench", "m", "--r", "some"], "count per block"),
+        (["bench", "m", "--r", "8", "--flops", "0.5"], "not allowed with"),
+        (["bench", "m", "--batch", "0"], "above 0"),
+        (["bench", "m", "--rounds", "two"], "above 0"),
+        (["bench", "m", "--input", "1,3,x"], "above 0"),
+        (["bench", "m", "--device", "toaster"], "no device of this machine"),
+        (["bench", "m", "--dtype", "int8"], "invalid choice"),
+        (["bench", "m", "--json", "no/such/folder/out.json"], "cannot write"),
+        (["measure", "m"], "invalid choice"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_word_that_cannot_be_parsed(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+
+
+def test_without_timm_the_sentence_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["explain", "vit_tiny_patch16_224"]) == 2
+    assert "pip install timm torchvision" in capsys.readouterr().err
+
+
+def test_an_import_error_inside_the_module_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A missing dependency of the user's module is not a missing module: the sentence would point at the wrong one."""
+    (tmp_path / "needs_more.py").write_text("import not_installed_at_all\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="not_installed_at_all"):
+        cli.main(["explain", "needs_more:vit"])
+
+
+def test_the_demo_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = pytest.importorskip("tome_fx.demo")
+    got: dict[str, Any] = {}
+    monkeypatch.setattr(demo, "run", lambda photo=None, **options: got.update(photo=photo, **options))
+    assert cli.main(["demo", "--photo", "cat.jpg", "--r", "24", "--out", "cat.png"]) == 0
+    assert {key: got[key] for key in ("photo", "r", "out")} == {"photo": "cat.jpg", "r": 24, "out": "cat.png"}

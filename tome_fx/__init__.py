@@ -1,0 +1,30 @@
+"""tome_fx: Token Merging for any traced transformer, as a torch.compile backend.
+
+    model = torch.compile(model, backend=tome_backend(r=16))
+"""
+
+from tome_fx.backend import ToMeBackend, ToMeError, ToMeWarning, tome_backend
+from tome_fx.config import ToMeConfig
+from tome_fx.explain import MergeStep, TokenTrace, explain, rewrite, trace_tokens
+from tome_fx.report import SiteReport, SkipReason, ToMeReport, Unmerge, clear_reports, reports
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MergeStep",
+    "SiteReport",
+    "SkipReason",
+    "ToMeBackend",
+    "ToMeConfig",
+    "ToMeError",
+    "ToMeReport",
+    "ToMeWarning",
+    "TokenTrace",
+    "Unmerge",
+    "clear_reports",
+    "explain",
+    "reports",
+    "rewrite",
+    "tome_backend",
+    "trace_tokens",
+]

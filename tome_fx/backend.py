@@ -1,0 +1,233 @@
+"""The torch.compile backend: `torch.compile(model, backend=tome_backend(r=16))`."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.utils import counters
+from torch._guards import CompileContext
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from tome_fx.config import ToMeConfig, config_from
+from tome_fx.passes import Result, run_pipeline
+from tome_fx.report import SkipReason, ToMeReport, record
+
+log = logging.getLogger(__name__)
+
+
+class ToMeWarning(UserWarning):
+    """tome_backend could not do what was asked; the message says why. The model still computes what it did."""
+
+
+class ToMeError(RuntimeError):
+    """With `strict=True`: what would otherwise be a ToMeWarning."""
+
+
+@dataclass(frozen=True)
+class ToMeBackend:
+    """A torch.compile backend. Equal instances share compiled code."""
+
+    config: ToMeConfig = field(default_factory=ToMeConfig)
+
+    @property
+    def __name__(self) -> str:
+        return "tome"
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+        """Rewrite one Dynamo graph and compile it. `mode=` and `options=` reach the inner compiler."""
+        rewritten, report = transform(gm, example_inputs, self.config)
+        record(report)
+        return compile_inner(rewritten if rewritten is not None else gm, example_inputs, self.config.inner, **kwargs)
+
+
+def tome_backend(
+    r: Any = 16,
+    *,
+    flops: float | None = None,
+    prop_attn: bool = True,
+    metric: str = "key",
+    protect: str | int = "auto",
+    placement: str = "auto",
+    inner: str = "inductor",
+    strict: bool = False,
+) -> ToMeBackend:
+    """A backend for `torch.compile` that merges tokens (ToMe, arXiv 2210.09461) in every transformer it is given.
+
+    Args:
+        r: tokens merged away per block: an int; a float below 1, a share of the block's mergeable tokens;
+            `(r, inflection)`, falling (-1) or rising (1) linearly over the blocks; or a list, one int per block.
+        flops: instead of `r`, the share of the model's FLOPs to aim at.
+        prop_attn: proportional attention, equation 1 of the paper.
+        metric: what tokens are compared by, "key" or "input" (the residual stream).
+        protect: leading tokens that never merge; "auto" finds class, distillation and register tokens.
+        placement: "stream" or "auto" (only where it pays).
+        inner: "inductor", "aot_eager" or "eager".
+        strict: raise ToMeError where the default is a ToMeWarning.
+
+    Raises: TypeError or ValueError on values that are not allowed.
+    """
+    return ToMeBackend(
+        ToMeConfig(r, flops, prop_attn, metric, protect, placement, inner, strict)  # type: ignore[arg-type]
+    )
+
+
+def tome(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+    """The backend by name: `torch.compile(model, backend="tome", options={"tome.r": 16})`; other options go to Inductor."""
+    options = dict(kwargs.pop("options", None) or {})
+    own = {key.removeprefix("tome."): options.pop(key) for key in list(options) if key.startswith("tome.")}
+    return ToMeBackend(config_from(own))(gm, example_inputs, options=options, **kwargs)
+
+
+def transform(
+    gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig
+) -> tuple[fx.GraphModule | None, ToMeReport]:
+    """The rewritten graph with the placeholders of `gm`, or None where `gm` is to be used as it is, and the report.
+
+    Warns (strict: raises ToMeError) where a site does not pay, nothing merges, or a pass fails.
+    """
+    try:
+        result = run_pipeline(gm, inputs, config)
+        rewritten = None if result.gm is None else finish(gm, result)
+    except ValueError as error:
+        if "lists" in str(error):
+            raise
+        return None, _internal_error(config)
+    except Exception:
+        return None, _internal_error(config)
+    report = result.report
+    report.compile_id = str(CompileContext.current_compile_id() or "")
+    _count(report)
+    _tell(report, config)
+    return rewritten, report
+
+
+def _internal_error(config: ToMeConfig) -> ToMeReport:
+    """The last rung of the fallback ladder: the original graph is compiled, and the traceback is shown."""
+    text = traceback.format_exc()
+    message = f"tome_backend failed on a graph and left it as it is; please report this:\n{text}"
+    if config.strict:
+        raise ToMeError(message)
+    warnings.warn(message, ToMeWarning, stacklevel=2)
+    counters["tome_fx"]["internal_errors"] += 1
+    last = text.strip().splitlines()[-1]
+    return ToMeReport(graphs=1, skipped=[SkipReason("internal error", "", last)], r=config.r)
+
+
+def _count(report: ToMeReport) -> None:
+    counts = counters["tome_fx"]
+    counts["graphs"] += 1
+    counts["attention_sites"] += report.attention_sites
+    counts["merged_sites"] += report.merged_sites
+    counts["unmerges"] += len(report.unmerges)
+    counts["skipped"] += len(report.skipped)
+
+
+def _tell(report: ToMeReport, config: ToMeConfig) -> None:
+    log.info("%s", report)
+    nothing_wanted = config.flops is None and not _wants_any(config.r)
+    unpaid = [s for s in report.skipped if s.kind in ("does not pay", "flops target")]
+    if not report.merged_sites and not nothing_wanted:
+        _warn(f"tome_backend: {report.summary()}", config)
+    elif unpaid and config.strict:
+        raise ToMeError("; ".join(map(str, unpaid)))
+
+
+def _wants_any(r: Any) -> bool:
+    return any(r) if isinstance(r, tuple) else bool(r)
+
+
+def _warn(message: str, config: ToMeConfig) -> None:
+    if config.strict:
+        raise ToMeError(message)
+    warnings.warn(message, ToMeWarning, stacklevel=3)
+
+
+def finish(source: fx.GraphModule, result: Result) -> fx.GraphModule:
+    """Make the rewritten graph a drop-in for the source graph: its inputs and their meta, its attributes, its meta."""
+    gm, captured = result.gm, result.captured
+    assert gm is not None and captured is not None
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    originals = source.graph.find_nodes(op="placeholder")
+    lifted, inputs = placeholders[: len(captured.attributes)], placeholders[len(captured.attributes) :]
+    for (name, value), node in zip(captured.attributes.items(), lifted, strict=True):
+        _attach(gm, name, value)
+        with gm.graph.inserting_after(placeholders[-1]):
+            held = gm.graph.get_attr(name)
+        held.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(held)
+        gm.graph.erase_node(node)
+    for node, original in zip(inputs, originals, strict=True):
+        node.meta.update({k: v for k, v in original.meta.items() if k not in ("val", "example_value", "tensor_meta")})
+        if hasattr(original, "_dynamo_source"):
+            node._dynamo_source = original._dynamo_source  # type: ignore[attr-defined]
+    gm.graph.lint()
+    gm.recompile()
+    gm.meta.update(source.meta)
+    return gm
+
+
+def _attach(gm: fx.GraphModule, name: str, value: torch.Tensor) -> None:
+    """Register a tensor under a dotted name."""
+    owner: torch.nn.Module = gm
+    *path, last = name.split(".")
+    for part in path:
+        if not isinstance(getattr(owner, part, None), torch.nn.Module):
+            setattr(owner, part, torch.nn.Module())
+        owner = getattr(owner, part)
+    if isinstance(value, torch.nn.Parameter):
+        owner.register_parameter(last, value)
+    else:
+        owner.register_buffer(last, value)
+
+
+def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], inner: str, **kwargs: Any) -> Callable[..., Any]:
+    """Hand a graph to the inner compiler, with the `mode` and `options` of torch.compile."""
+    if inner == "eager":
+        return gm.forward
+    if inner == "aot_eager":
+        return torch._dynamo.lookup_backend("aot_eager")(gm, inputs)
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches: dict[str, Any] = {}
+    if mode := kwargs.get("mode"):
+        patches.update(list_mode_options(mode, kwargs.get("dynamic")))
+    patches.update({key.replace("-", "_"): value for key, value in (kwargs.get("options") or {}).items()})
+    patches.update(_cache_identity())
+    return compile_fx(gm, list(inputs), config_patches=patches)
+
+
+class _CacheIdentity(CustomGraphPass):
+    """A pass that does nothing but put our sources into Inductor's cache keys: the keys hold only the names of ops."""
+
+    def __init__(self, user: Any) -> None:
+        self.user = user
+
+    def __call__(self, graph: fx.Graph) -> None:
+        if self.user is not None:
+            self.user(graph)
+
+    def uuid(self) -> Any:
+        own = self.user.uuid() if isinstance(self.user, CustomGraphPass) else None
+        return (source_digest(), own)
+
+
+def _cache_identity() -> dict[str, Any]:
+    return {"post_grad_custom_pre_pass": _CacheIdentity(torch._inductor.config.post_grad_custom_pre_pass)}
+
+
+@functools.cache
+def source_digest() -> str:
+    """sha256 over the sources that decide what our operators compute."""
+    here = Path(__file__).parent
+    return hashlib.sha256((here / "ops.py").read_bytes()).hexdigest()

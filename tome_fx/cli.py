@@ -1,0 +1,363 @@
+"""The command line: ``python -m tome_fx explain|bench|demo``.
+
+A model is a timm name (vit_small_patch16_224) or package.module:function, a function or class that returns an
+nn.Module when called without arguments. Mistakes of the user end with one sentence on stderr and status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+import tome_fx
+from tome_fx import timing
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+INNERS = ("inductor", "aot_eager", "eager")
+DEFAULT_R = 16
+DEFAULT_INPUT = (3, 224, 224)
+PLAIN, MERGED = "plain", "tome_fx"
+"""The two candidates of `bench`: the inner compiler alone, and tome_fx before it."""
+
+
+class UserError(Exception):
+    """A mistake of the user, told in one sentence."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one sentence, without the usage in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's) and return the exit status: 0, or 2 for a user's mistake."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = _parser().parse_args(words)
+    try:
+        args.command(args, words, Console())
+    except UserError as error:
+        sys.stderr.write(f"tome_fx: error: {error}\n")
+        return 2
+    return 0
+
+
+def parse_r(text: str) -> int | float | tuple[int, float] | list[int]:
+    """A schedule as typed: "16"; "0.1", a share; "16,-1", r and inflection; "8,8,4", tokens of each block.
+
+    Raises ArgumentTypeError for anything else; whether the numbers make sense is for `tome_backend` to say.
+    """
+    parts = text.split(",")
+    try:
+        if len(parts) == 1:
+            return int(text) if text.lstrip("-").isdecimal() else float(text)
+        if len(parts) == 2:
+            return int(parts[0]), float(parts[1])
+        return [int(part) for part in parts]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"must be a count (16), a share (0.1), r and inflection (16,-1) or a count per block (8,8,4), not {text!r}"
+        ) from error
+
+
+def bench_step(argv: Sequence[str], candidate: str) -> timing.Step:
+    """A candidate of `bench`, built anew from its command line: how the process of a cold compile gets it."""
+    args = _parser().parse_args(argv)
+    return _steps(args, *_load(args))[candidate]
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The three commands with their options; `command` of the result is the function to call."""
+    parser = _Parser(prog="tome_fx", description="Token merging for any traced transformer.")
+    commands = parser.add_subparsers(required=True, metavar="explain|bench|demo")
+
+    explain = commands.add_parser("explain", help="say what would be merged in a model, and what not and why")
+    _add_model_options(explain, batch=1)
+    explain.set_defaults(command=_explain)
+
+    bench = commands.add_parser("bench", help="time a model with and without merging")
+    _add_model_options(bench, batch=8)
+    bench.add_argument("--rounds", type=_positive, default=5, help="timed rounds (default %(default)s)")
+    bench.add_argument("--no-cold", action="store_true", help="skip cold compile time and peak memory")
+    bench.set_defaults(command=_bench)
+
+    demo = commands.add_parser("demo", help="merge the tokens of a trained model and draw them on a photo")
+    demo.add_argument("--photo", help="path of a picture (default: photos that come with scikit-learn)")
+    demo.add_argument("--r", type=_positive, help="tokens merged in each layer")
+    demo.add_argument("--out", default="tome_demo.png", help="path of the PNG (default %(default)s)")
+    demo.set_defaults(command=_demo)
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser, batch: int) -> None:
+    """The model, its input and the configuration of the pass."""
+    parser.add_argument("model", help="timm name, or package.module:function returning an nn.Module")
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--r", type=parse_r, help=f"16, 0.1, 16,-1 or 8,8,4 (default {DEFAULT_R})")
+    amount.add_argument("--flops", type=float, help="target share of the FLOPs, 0.5 for half")
+    parser.add_argument("--batch", type=_positive, default=batch, help="images (default %(default)s)")
+    parser.add_argument("--size", type=_positive, help="image side in pixels (default: the model's own, or 224)")
+    parser.add_argument("--input", type=_shape, help="whole input shape, as 1,3,224,224; for package.module:function")
+    parser.add_argument("--device", type=_device, default=torch.device("cpu"), help="default %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default %(default)s")
+    parser.add_argument("--pretrained", action="store_true", help="load the weights of a timm model")
+    parser.add_argument("--placement", default="auto", help="where merging goes (default %(default)s)")
+    parser.add_argument("--metric", default="key", help="what tokens are compared by (default %(default)s)")
+    parser.add_argument("--inner", choices=INNERS, default="inductor", help="compiler behind (default %(default)s)")
+    parser.add_argument("--strict", action="store_true", help="an error instead of a warning when nothing is merged")
+    parser.add_argument("--json", type=_output, metavar="FILE", help="write the numbers there as well")
+
+
+def _positive(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text!r}")
+    return int(text)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    """Comma-separated sizes."""
+    return tuple(_positive(part.strip()) for part in text.split(","))
+
+
+def _device(text: str) -> torch.device:
+    """A device that this machine has."""
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        # torch built without CUDA raises AssertionError
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine") from error
+    return device
+
+
+def _output(text: str) -> Path:
+    """A file in a directory that exists: checked before the work, not after it."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"cannot write {text!r}: not a file in an existing directory")
+    return path
+
+
+def _load(args: argparse.Namespace) -> tuple[nn.Module, torch.Tensor]:
+    """The model in eval mode and a random input [B, ...], on the device, in the dtype. Raises UserError."""
+    model, shape = _from_module(args) if ":" in args.model else _from_timm(args)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator)
+    return model.eval().to(args.device, DTYPES[args.dtype]), x.to(args.device, DTYPES[args.dtype])
+
+
+def _from_module(args: argparse.Namespace) -> tuple[nn.Module, tuple[int, ...]]:
+    """The model that a function of the user's returns, and its input shape."""
+    if args.pretrained:
+        raise UserError("--pretrained is for timm models; let the function load its own weights")
+    if args.input and args.size:
+        raise UserError("--input already says the size: leave --size out")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # the console script does not have it, `python -m` does
+    model = _user_function(args.model)()
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{args.model} returned {type(model).__name__}, not an nn.Module")
+    side = args.size or DEFAULT_INPUT[1]
+    return model, args.input or (args.batch, DEFAULT_INPUT[0], side, side)
+
+
+def _user_function(path: str) -> Any:
+    """What package.module:function names, a callable."""
+    module = path.partition(":")[0]
+    try:
+        function = timing.load_object(path)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, but something that it imports is not: its author wants the traceback
+        raise UserError(f"there is no module {error.name!r} to import, from here ({os.getcwd()})") from error
+    except (AttributeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    if not callable(function):
+        raise UserError(f"{path} is not a function or class")
+    return function
+
+
+def _from_timm(args: argparse.Namespace) -> tuple[nn.Module, tuple[int, ...]]:
+    """A timm model by name, built for `--size` where its size is fixed, and its input shape."""
+    if args.input:
+        raise UserError("--input is for package.module:function; a timm model takes --batch and --size")
+    if importlib.util.find_spec("timm") is None:
+        raise UserError("timm is not installed: pip install timm torchvision, or give package.module:function")
+    import timm  # lazy: it is no dependency, and slow to import
+
+    if not timm.is_model(args.model):
+        close = difflib.get_close_matches(args.model, timm.list_models(), n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ", and package.module:function has a colon"
+        raise UserError(f"timm has no model {args.model!r}{hint}")
+    try:
+        config = timm.get_pretrained_cfg(args.model)
+        channels, *_, side = config.input_size if config else DEFAULT_INPUT
+        options: dict[str, Any] = {"img_size": args.size} if args.size and config and config.fixed_input_size else {}
+        model = timm.create_model(args.model, pretrained=args.pretrained, **options)
+    except (RuntimeError, OSError, AssertionError, ValueError) as error:
+        raise UserError(f"timm cannot make {args.model}: {_first_line(error)}") from error
+    size = args.size or side
+    return model, (args.batch, channels, size, size)
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its name when it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _check_runs(model: nn.Module, x: torch.Tensor) -> None:
+    """One eager pass: an input that does not fit is reported before anything is compiled. Raises UserError."""
+    try:
+        with torch.no_grad():
+            model(x)
+    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
+        raise UserError(f"the model does not take an input {list(x.shape)}: {_first_line(error)}") from error
+
+
+def _config(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `tome_backend`."""
+    amount = {"flops": args.flops} if args.flops is not None else {"r": DEFAULT_R if args.r is None else args.r}
+    return {**amount, "placement": args.placement, "metric": args.metric, "inner": args.inner, "strict": args.strict}
+
+
+def _backend(args: argparse.Namespace) -> Any:
+    """The backend, and with it the check of its options. Raises UserError."""
+    try:
+        return tome_fx.tome_backend(**_config(args))
+    except (ValueError, TypeError) as error:
+        raise UserError(_first_line(error)) from error
+
+
+def _explain(args: argparse.Namespace, _: Sequence[str], console: Console) -> None:
+    """Print the report of a model."""
+    _backend(args)
+    model, x = _load(args)
+    _check_runs(model, x)
+    with torch.no_grad():
+        report = tome_fx.explain(model, (x,), **_config(args))
+    console.print(Text.from_ansi(str(report)), soft_wrap=True)
+    _write(args.json, {"model": args.model, "input": list(x.shape), **report.to_dict()})
+
+
+def _steps(args: argparse.Namespace, model: nn.Module, x: torch.Tensor) -> dict[str, timing.Step]:
+    """Both candidates, compiled when first called; the same module, weights and input."""
+    compiled = {
+        PLAIN: torch.compile(model, backend=args.inner, dynamic=False),
+        MERGED: torch.compile(model, backend=_backend(args), dynamic=False),
+    }
+    return {name: _step(run, x) for name, run in compiled.items()}
+
+
+def _step(run: Any, x: torch.Tensor) -> timing.Step:
+    """A forward pass without gradients."""
+
+    def step() -> object:
+        with torch.no_grad():
+            return run(x)
+
+    return step
+
+
+def _bench(args: argparse.Namespace, words: Sequence[str], console: Console) -> None:
+    """Time both candidates and print the table."""
+    _backend(args)
+    model, x = _load(args)
+    _check_runs(model, x)
+    steps = _steps(args, model, x)
+    with Progress(console=console, transient=True) as bar:
+        cold = {} if args.no_cold else _cold(words, args.device, bar)
+        task = bar.add_task("compile and time", total=len(steps) * (args.rounds + 2))
+        seconds = timing.interleaved(
+            steps, args.rounds, warmup=2, progress=lambda *_: bar.advance(task), device=args.device
+        )
+    numbers = _numbers(args, x, seconds, cold)
+    console.print(_table(numbers))
+    _write(args.json, numbers)
+
+
+def _cold(words: Sequence[str], device: torch.device, bar: Progress) -> dict[str, timing.ColdCompile]:
+    """The cold compile of each candidate, one after another."""
+    task = bar.add_task("cold compiles", total=2)
+    found = {}
+    for name in (PLAIN, MERGED):
+        case = timing.Case("tome_fx.cli:bench_step", {"argv": list(words), "candidate": name})
+        found[name] = timing.cold_compile(case, device)
+        bar.advance(task)
+    return found
+
+
+def _numbers(
+    args: argparse.Namespace,
+    x: torch.Tensor,
+    seconds: dict[str, list[float]],
+    cold: dict[str, timing.ColdCompile],
+) -> dict[str, Any]:
+    """The measurement as JSON: seconds, bytes, images a second."""
+    rows = {
+        name: {
+            "seconds": times,
+            **dataclasses.asdict(timing.summary(times)),
+            "images_per_second": len(x) / timing.summary(times).median,
+            "ratio": timing.ratio(times, seconds[PLAIN]),
+            "cold": dataclasses.asdict(cold[name]) if name in cold else None,
+        }
+        for name, times in seconds.items()
+    }
+    return {
+        "model": args.model,
+        "input": list(x.shape),
+        "config": _config(args),
+        "machine": timing.machine_info(args.device, DTYPES[args.dtype]),
+        "candidates": rows,
+    }
+
+
+def _table(numbers: dict[str, Any]) -> Table:
+    """The measurement for a terminal."""
+    machine, inner = numbers["machine"], numbers["config"]["inner"]
+    title = f"{numbers['model']}, input {numbers['input']} {machine['dtype']}, {machine['device']}"
+    table = Table(title=title, caption="median and (best) of the rounds; cold: compile time and peak memory")
+    for column in ("", "images/s", "ms", "speed", "cold s", "passes s", "MiB"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for name, row in numbers["candidates"].items():
+        cold, after = row["cold"], ("-", "-", "-")
+        if cold:
+            passes = f"{sum(cold['passes'].values()):.2f}" if cold["passes"] else "-"
+            after = (f"{cold['seconds']:.1f}", passes, f"{cold['peak_bytes'] / 2**20:.0f}")
+        milliseconds = f"{row['median'] * 1e3:.1f} ({row['min'] * 1e3:.1f})"
+        label = inner if name == PLAIN else f"{MERGED} + {inner}"
+        table.add_row(label, f"{row['images_per_second']:.1f}", milliseconds, f"{row['ratio']:.2f}x", *after)
+    return table
+
+
+def _demo(args: argparse.Namespace, _: Sequence[str], console: Console) -> None:
+    """Run the demo."""
+    from tome_fx import assets, demo  # late: it needs packages that explain and bench do without
+
+    try:
+        demo.run(args.photo, r=args.r, out=args.out, console=console)
+    except (assets.AssetError, ValueError) as error:
+        raise UserError(_first_line(error)) from error
+
+
+def _write(path: Path | None, numbers: dict[str, Any]) -> None:
+    """Write `numbers` to `path`, if there is one."""
+    if path is not None:
+        path.write_text(json.dumps(numbers, indent=2) + "\n")

@@ -1,0 +1,116 @@
+"""The one configuration object behind `tome_backend`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+INNER = ("inductor", "aot_eager", "eager")
+METRICS = ("key", "input")
+PLACEMENTS = ("auto", "stream", "branch")
+
+
+@dataclass(frozen=True)
+class ToMeConfig:
+    """How to merge. Equal configs share compiled code; any change recompiles.
+
+    Raises TypeError or ValueError, with a sentence that says what is allowed, on impossible values.
+    """
+
+    r: int | float | tuple[int, ...] | tuple[int, float] | None = 16
+    """Tokens merged away per block: a count, a share below 1, `(r, inflection)`, or a list with one count per block."""
+    flops: float | None = None
+    """Instead of `r`: the share of the model's FLOPs to aim at; the constant r that comes nearest from below is used."""
+    prop_attn: bool = True
+    """Proportional attention: add log(size) to the scores of each key (ToMe section 3, equation 1)."""
+    metric: str = "key"
+    """What tokens are compared by: "key" (mean over heads of the attention's keys) or "input" (the residual stream)."""
+    protect: str | int = "auto"
+    """Leading tokens that never merge: "auto" finds class, distillation and register tokens, or a number."""
+    placement: str = "auto"
+    """"stream" merges on the residual stream; "auto" does so where it pays; "branch" is not available yet."""
+    inner: str = "inductor"
+    """What compiles the rewritten graph: "inductor", "aot_eager" or "eager"."""
+    strict: bool = False
+    """Raise where the default is a warning: a site that does not pay, nothing merged, an internal error."""
+    is_list: bool = False
+    """Whether `r` was given as a list (kept as a tuple so that the config is hashable)."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.r, list):
+            object.__setattr__(self, "r", tuple(self.r))
+            object.__setattr__(self, "is_list", True)
+        if self.flops is not None:
+            object.__setattr__(self, "r", None)
+            if not _real(self.flops) or not 0 < self.flops < 1:
+                raise ValueError(f"flops must be a share of the model's FLOPs between 0 and 1, got {self.flops!r}")
+        else:
+            self._check_r()
+        for name, allowed in (("metric", METRICS), ("placement", PLACEMENTS), ("inner", INNER)):
+            _one_of(name, getattr(self, name), allowed)
+        if self.protect != "auto" and (isinstance(self.protect, bool) or not isinstance(self.protect, int) or self.protect < 0):
+            raise ValueError(f'protect must be "auto" or a number of leading tokens, 0 or more, got {self.protect!r}')
+        for name in ("prop_attn", "strict"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.placement == "branch":
+            raise ValueError('placement="branch" is not available yet; use "auto" or "stream"')
+
+    def _check_r(self) -> None:
+        allowed = "an int of 0 or more, a float below 1 (a share), (r, inflection), or a list with one int per block"
+        r = self.r
+        if isinstance(r, tuple) and self.is_list:
+            if not all(_whole(x) for x in r):
+                raise TypeError(f"r must be {allowed}; the list {list(r)!r} holds something else than ints")
+            if any(x < 0 for x in r):
+                raise ValueError(f"r must be {allowed}; the list {list(r)!r} holds a negative count")
+        elif isinstance(r, tuple):
+            if len(r) != 2 or not _whole(r[0]) or not _real(r[1]):
+                raise TypeError(f"r must be {allowed}; a tuple is (r, inflection), got {r!r}")
+            if r[0] < 0 or not -1 <= r[1] <= 1:
+                raise ValueError(f"r must be {allowed}; in (r, inflection) r is 0 or more and inflection in [-1, 1], got {r!r}")
+        elif _whole(r):
+            if r < 0:  # type: ignore[operator]
+                raise ValueError(f"r must be {allowed}, got {r!r}")
+        elif isinstance(r, float):
+            if not 0 <= r < 1:
+                raise ValueError(f"r must be {allowed}; a float is a share of at least 0 and below 1, got {r!r}")
+        else:
+            raise TypeError(f"r must be {allowed}, got {r!r}")
+
+    @property
+    def schedule(self) -> Any:
+        return list(self.r) if self.is_list else self.r  # type: ignore[arg-type]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        choices = ", ".join(f'"{a}"' for a in allowed)
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}{_close(value, allowed)}")
+
+
+def _close(value: Any, allowed: Any) -> str:
+    near = difflib.get_close_matches(str(value), list(allowed), 1)
+    return f'; did you mean "{near[0]}"?' if near else ""
+
+
+def config_from(values: Mapping[str, Any]) -> ToMeConfig:
+    """A config from loose keys, as `options=` and the command line give them. Unknown keys raise ValueError."""
+    known = [f.name for f in fields(ToMeConfig) if f.name != "is_list"]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"unknown tome option {key!r}{_close(key, known)}; the options are {', '.join(known)}")
+    return ToMeConfig(**values)

@@ -1,0 +1,202 @@
+"""Look before (or instead of) compiling: `explain`, `rewrite`, `trace_tokens`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map
+
+from tome_fx.backend import ToMeError, transform
+from tome_fx.config import config_from
+from tome_fx.report import ToMeReport
+
+tome = torch.ops.tome
+
+
+def explain(
+    model: Callable[..., Any],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    r: Any = 16,
+    **config: Any,
+) -> ToMeReport:
+    """What tome_backend would do to `model(*args, **kwargs)`. No kernel of the model is run.
+
+    Each graph is analysed on fake tensors and then stands in for itself with zeros, so that a model with graph breaks
+    is seen whole. `config`: the keywords of `tome_backend`. Raises what torch.compile raises where it cannot trace.
+    """
+    settings = config_from({"r": r, "inner": "eager", **config})
+    found: list[ToMeReport] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        found.append(transform(gm, inputs, settings)[1])
+        return _zeros_like_outputs(gm)
+
+    with _isolated():
+        torch.compile(model, backend=backend)(*args, **(kwargs or {}))
+    total = ToMeReport(r=settings.r)
+    for report in found:
+        total = total + report
+    return total
+
+
+def _isolated() -> Any:
+    """Allow many compilations of one function: each explain is one more."""
+    names = ("recompile_limit", "accumulated_recompile_limit")
+    return torch._dynamo.config.patch({name: 10_000 for name in names})
+
+
+def _zeros_like_outputs(gm: fx.GraphModule) -> Callable[..., Any]:
+    (output,) = gm.graph.find_nodes(op="output")
+
+    def zeros(node: fx.Node) -> Any:
+        value = node.meta.get("example_value", node.meta.get("val"))
+        if isinstance(value, Tensor):
+            shape = [int(s) for s in value.shape]
+            return torch.zeros(shape, dtype=value.dtype, device=value.device)
+        return int(value) if isinstance(value, torch.SymInt) else value
+
+    return lambda *_: fx.map_arg(output.args[0], zeros)
+
+
+def rewrite(
+    model: torch.nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    r: Any = 16,
+    **config: Any,
+) -> fx.GraphModule:
+    """The rewritten graph as a module with the call signature of `model`, sharing its parameters.
+
+    It is traced whole for the shapes of `args`, by torch.export. Where nothing merges it is the traced graph itself.
+    Raises ToMeError where a pass fails; what torch.export raises where the model cannot be traced whole.
+    """
+    gm, report = _rewritten(model, args, kwargs, {"r": r, **config})
+    gm.meta["tome_report"] = report
+    return gm
+
+
+def _rewritten(
+    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, config: Mapping[str, Any]
+) -> tuple[fx.GraphModule, ToMeReport]:
+    settings = config_from({"inner": "eager", **config})
+    exported = torch.export.export(model, tuple(args), dict(kwargs or {}), strict=False)
+    source = _module(exported)
+    flat = [_flat_value(node) for node in source.graph.find_nodes(op="placeholder")]
+    rewritten, report = transform(source, flat, settings)
+    if any(s.kind == "internal error" for s in report.skipped):
+        raise ToMeError(str(report.skipped[0]))
+    if rewritten is None:
+        return source, report
+    rewritten.graph._codegen = copy.deepcopy(source.graph._codegen)
+    for name in ("_in_spec", "_out_spec"):
+        if hasattr(source, name):
+            setattr(rewritten, name, getattr(source, name))
+    _flatten_output(rewritten.graph)
+    rewritten.recompile()
+    return rewritten, report
+
+
+def _module(exported: Any) -> fx.GraphModule:
+    """The exported program as a module, without the call that re-checks input shapes."""
+    module = exported.module()
+    for node in list(module.graph.nodes):
+        if node.op == "call_module" and str(node.target) == "_guards_fn":
+            module.graph.erase_node(node)
+    module.recompile()
+    return module
+
+
+def _flat_value(node: fx.Node) -> Any:
+    return node.meta.get("val")
+
+
+def _flatten_output(graph: fx.Graph) -> None:
+    """The codegen of an exported module unflattens a flat list."""
+    (output,) = graph.find_nodes(op="output")
+    if not isinstance(output.args[0], (list, tuple)):
+        output.args = ([output.args[0]],)
+
+
+@dataclass(frozen=True)
+class MergeStep:
+    """One merge as it ran.
+
+    name: place in the model. tokens_before, tokens_after: lengths of the token axis. groups: int64 [*sample, N0], the
+    index after this merge of each ORIGINAL token. similarity: float32 [*sample, r], cosine of each merged pair, most
+    similar first. protected: leading tokens that never merge.
+    """
+
+    name: str
+    tokens_before: int
+    tokens_after: int
+    groups: Tensor
+    similarity: Tensor
+    protected: int
+
+
+@dataclass(frozen=True)
+class TokenTrace:
+    """Which original tokens ended in which group, merge by merge, as the rewritten graph did it."""
+
+    merges: list[MergeStep]
+    report: ToMeReport
+
+    @property
+    def groups(self) -> Tensor:
+        """int64 [*sample, N0]: the groups after the last merge. Raises ValueError where nothing merged."""
+        if not self.merges:
+            raise ValueError(f"no tokens were merged: {self.report.summary()}")
+        return self.merges[-1].groups
+
+
+class _MatchRecorder(fx.Interpreter):
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.found: list[tuple[fx.Node, tuple[Tensor, ...]]] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.target is tome.match.default:
+            self.found.append((n, value))
+        return value
+
+
+def trace_tokens(
+    model: torch.nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    r: Any = 16,
+    **config: Any,
+) -> TokenTrace:
+    """Run the rewritten model eagerly and read off every merge.
+
+    Raises what `rewrite` raises.
+    """
+    gm, report = _rewritten(model, args, kwargs, {"r": r, **config})
+    recorder = _MatchRecorder(gm)
+    with torch.no_grad():
+        recorder.run(*_flat_inputs(gm, args, kwargs), enable_io_processing=False)
+    names = [site.name for site in report.sites if site.merged]
+    merges: list[MergeStep] = []
+    groups: Tensor | None = None
+    for name, (node, (assign, _, moved, similarity)) in zip(names, recorder.found, strict=True):
+        continues = groups is not None and int(groups.max()) + 1 == assign.shape[-1] and groups.dim() == assign.dim()
+        groups = assign.gather(-1, groups) if continues and groups is not None else assign
+        before = assign.shape[-1]
+        prefix = int(node.args[2])  # type: ignore[arg-type]
+        merges.append(MergeStep(name, before, before - moved.shape[-1], groups, similarity, prefix))
+    return TokenTrace(merges, report)
+
+
+def _flat_inputs(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> list[Any]:
+    values = tree_map(lambda x: x, (tuple(args), dict(kwargs or {})))
+    return list(gm.graph._codegen.process_inputs(*values[0], **values[1]))

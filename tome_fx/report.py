@@ -1,0 +1,182 @@
+"""What a compilation did: the public report, its parts, and the registry of reports."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class SkipReason:
+    """Why something was not merged: a short kind, the place in the model or graph, and a sentence."""
+
+    kind: str
+    where: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.kind} ({self.detail})" if self.where else f"{self.kind} ({self.detail})"
+
+
+@dataclass(frozen=True)
+class Unmerge:
+    """A value that had to be brought back to full length: the op that forced it, its node, the place, and why."""
+
+    op: str
+    node: str
+    where: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One attention site. tokens: (before, after) its merge, equal where nothing merged. flops: of the part of the
+    graph between this merge and the next, per forward pass, as traced and as rewritten."""
+
+    name: str
+    tokens: tuple[int, int]
+    protected: int
+    merged: bool
+    flops: tuple[float, float] = (0.0, 0.0)
+    skipped: str = ""
+
+
+@dataclass
+class ToMeReport:
+    """What was rewritten, what was not, and why.
+
+    graphs: how many graphs the model was traced into. attention_sites, merged_sites: counts. tokens: (before, after)
+    of each merge, in order. unmerges: places where full length was restored. skipped: sites and graphs left as they
+    were. flops_before, flops_after: estimated floating-point operations of one forward pass. seconds: time spent in
+    each pass.
+    """
+
+    graphs: int = 0
+    sites: list[SiteReport] = field(default_factory=list)
+    unmerges: list[Unmerge] = field(default_factory=list)
+    skipped: list[SkipReason] = field(default_factory=list)
+    flops_before: float = 0.0
+    flops_after: float = 0.0
+    unknown_ops: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    r: Any = None
+    compile_id: str = ""
+
+    @property
+    def attention_sites(self) -> int:
+        return len(self.sites)
+
+    @property
+    def merged_sites(self) -> int:
+        return sum(site.merged for site in self.sites)
+
+    @property
+    def tokens(self) -> list[tuple[int, int]]:
+        return [site.tokens for site in self.sites if site.merged]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, dicts and numbers, ready for JSON."""
+        return {
+            "graphs": self.graphs,
+            "attention_sites": self.attention_sites,
+            "merged_sites": self.merged_sites,
+            "tokens": [list(pair) for pair in self.tokens],
+            "sites": [asdict(site) for site in self.sites],
+            "unmerges": [asdict(u) for u in self.unmerges],
+            "skipped": [asdict(s) for s in self.skipped],
+            "flops_before": self.flops_before,
+            "flops_after": self.flops_after,
+            "unknown_ops": self.unknown_ops,
+            "seconds": self.seconds,
+            "r": self.r,
+        }
+
+    def __add__(self, other: ToMeReport) -> ToMeReport:
+        """Two graphs of one model as one report."""
+        seconds = {k: self.seconds.get(k, 0.0) + other.seconds.get(k, 0.0) for k in {**self.seconds, **other.seconds}}
+        unknown = {k: self.unknown_ops.get(k, 0) + other.unknown_ops.get(k, 0) for k in {**self.unknown_ops, **other.unknown_ops}}
+        return ToMeReport(
+            self.graphs + other.graphs,
+            self.sites + other.sites,
+            self.unmerges + other.unmerges,
+            self.skipped + other.skipped,
+            self.flops_before + other.flops_before,
+            self.flops_after + other.flops_after,
+            unknown,
+            seconds,
+            self.r if self.r is not None else other.r,
+            self.compile_id or other.compile_id,
+        )
+
+    def summary(self) -> str:
+        """One line: sites, tokens, FLOPs."""
+        graphs = f"{self.graphs} graph" + "s" * (self.graphs != 1)
+        if not self.merged_sites:
+            why = "; ".join(dict.fromkeys(str(s) for s in self.skipped)) or "no attention was found"
+            return f"nothing merged in {graphs} with {self.attention_sites} attention sites: {why}"
+        first, last = self.tokens[0][0], self.tokens[-1][1]
+        share = self.flops_after / self.flops_before if self.flops_before else 1.0
+        return (
+            f"{self.merged_sites} of {self.attention_sites} attention sites merged in {graphs}: "
+            f"{first} -> {last} tokens, {_flops(self.flops_before)} -> {_flops(self.flops_after)} ({share:.0%})"
+        )
+
+    def __str__(self) -> str:
+        buffer = io.StringIO()
+        console = Console(file=buffer, width=110, color_system=None)
+        if self.sites:
+            console.print(self._site_table())
+        if self.unmerges:
+            console.print(self._unmerge_table())
+        for reason in dict.fromkeys(self.skipped):
+            if not any(site.skipped and site.name == reason.where for site in self.sites):
+                console.print(f"skipped: {reason}", markup=False)
+        console.print(self.summary(), markup=False)
+        return buffer.getvalue().rstrip()
+
+    def _site_table(self) -> Table:
+        table = Table(title="attention sites", title_justify="left")
+        for name, justify in (("site", "left"), ("tokens", "right"), ("protected", "right"), ("FLOPs", "right"), ("", "left")):
+            table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        for site in self.sites:
+            tokens = f"{site.tokens[0]} -> {site.tokens[1]}" if site.merged else str(site.tokens[0] or "")
+            flops = f"{_flops(site.flops[0])} -> {_flops(site.flops[1])}" if site.flops[0] else ""
+            table.add_row(site.name, tokens, str(site.protected) if site.merged else "", flops, site.skipped)
+        return table
+
+    def _unmerge_table(self) -> Table:
+        table = Table(title="unmerged before", title_justify="left")
+        for name in ("op", "place", "why"):
+            table.add_column(name, overflow="fold")
+        rows = dict.fromkeys((u.op, u.where or u.node, u.detail) for u in self.unmerges)
+        for row in rows:
+            table.add_row(*row)
+        return table
+
+
+def _flops(count: float) -> str:
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}FLOP"
+    return f"{count:.0f} FLOP"
+
+
+_REPORTS: list[ToMeReport] = []
+
+
+def record(report: ToMeReport) -> None:
+    _REPORTS.append(report)
+
+
+def reports() -> list[ToMeReport]:
+    """The report of every graph compiled by tome_backend in this process, oldest first."""
+    return list(_REPORTS)
+
+
+def clear_reports() -> None:
+    """Forget all reports."""
+    _REPORTS.clear()

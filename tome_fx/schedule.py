@@ -1,0 +1,40 @@
+"""Schedules: how many tokens each block merges away (ToMe section 3 and section 4.1, "merging schedule")."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Schedule = int | float | tuple[int, float] | tuple[int, ...] | list[int]
+
+
+def tokens_per_block(r: Schedule, blocks: int) -> list[int | float]:
+    """The schedule spelled out for a model of `blocks` mergeable blocks: a count, or a share below 1, for each.
+
+    - `r` int: the same count everywhere; a float below 1: that share of the block's mergeable tokens.
+    - `(r, inflection)`: from r * (1 - inflection) at the first block to r * (1 + inflection) at the last, truncated to
+      whole tokens: (16, -1) over 12 blocks is 32, 29, 26, 23, 20, 17, 14, 11, 8, 5, 2, 0.
+    - a list: one count per block; blocks beyond its end merge nothing.
+
+    Raises ValueError if a list is longer than the number of blocks.
+    """
+    if isinstance(r, (int, float)):
+        return [r] * blocks
+    if isinstance(r, tuple):
+        count, inflection = r
+        first, last = count * (1 - inflection), count * (1 + inflection)
+        step = (last - first) / max(blocks - 1, 1)
+        return [int(first + step * i) for i in range(blocks)]
+    if len(r) > blocks:
+        raise ValueError(f"r lists {len(r)} blocks, but the model has {blocks} that can merge")
+    return [*r, *[0] * (blocks - len(r))]
+
+
+def merged_away(want: int | float, tokens: int, protected: int) -> int:
+    """Tokens that a block really merges: at most half of the `tokens - protected` that may take part."""
+    free = max(tokens - protected, 0)
+    count = int(free * want) if isinstance(want, float) else want
+    return max(min(count, free // 2), 0)
+
+
+__all__ = ["Schedule", "merged_away", "tokens_per_block"]
+_ = Sequence
