@@ -15,8 +15,8 @@ LABELS = {
     "inductor": "Inductor",
     "tome_fx": "tome_fx",
     "oracle": "slice oracle",
-    "patch": "ToMe patch, eager",
-    "patch_compiled": "ToMe patch, torch.compile",
+    "patch": "patch, eager",
+    "patch_compiled": "patch, compiled",
 }
 """Variant -> what the tables call it."""
 

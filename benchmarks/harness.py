@@ -27,6 +27,8 @@ from rich.table import Table
 from tome_fx import timing
 
 RESULTS = Path(__file__).parent / "results"
+BUSY = 0.4
+"""Load average for each core from which a machine counts as busy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,14 +131,27 @@ def _inductor_cache(cache: Path) -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
+def machine(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """`timing.machine_info`, to be taken before anything is measured; says so when the machine is busy."""
+    info = timing.machine_info(args.device, getattr(torch, args.dtype))
+    if (info["load"] or 0.0) > BUSY * info["cores"]:
+        console.print(f"[yellow]The machine is busy (load {info['load']}): the compile times will be too long.")
+    return info
+
+
 def record(
-    name: str, measured: Mapping[str, Measured], baseline: str, claims: Sequence[Claim], args: argparse.Namespace
+    name: str,
+    info: Mapping[str, Any],
+    measured: Mapping[str, Measured],
+    baseline: str,
+    claims: Sequence[Claim],
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """The JSON of a benchmark (see the module's docstring)."""
+    """The JSON of a benchmark (see the module's docstring); `info` is what `machine` said at the start."""
     base = measured[baseline].seconds
     return {
         "benchmark": name,
-        "machine": timing.machine_info(args.device, getattr(torch, args.dtype)),
+        "machine": info,
         "settings": {"r": args.r, "batch": args.batch, "rounds": args.rounds},
         "baseline": baseline,
         "variants": {key: _row(m, base, args.batch) for key, m in measured.items()},
@@ -178,10 +193,10 @@ def _table(result: Mapping[str, Any]) -> Table:
     """The result for a terminal."""
     table = Table(
         title=f"{result['benchmark']}: {result['machine']['cpu']}, torch {result['machine']['torch']}",
-        caption="ms: median; cold, warm: compile time with empty and full caches; MiB: peak of one call",
+        caption="ms: median; cold, warm: compile with empty, full caches; MiB: peak of a call",
     )
-    for column in ("", "ms", "best", "images/s", "speed", "cold s", "warm s", "passes s", "MiB"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
+    for column in ("", "ms", "img/s", "speed", "cold s", "warm s", "pass s", "MiB"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for row in result["variants"].values():
         cold = row["cold"]
         after = ("-", "-", "-", "-")
@@ -189,7 +204,7 @@ def _table(result: Mapping[str, Any]) -> Table:
             passes = f"{sum(cold['passes'].values()):.2f}" if cold["passes"] else "-"
             warm = max(row["warm_compile"] - row["median"], 0.0)
             after = (f"{cold['seconds']:.1f}", f"{warm:.1f}", passes, f"{cold['peak_bytes'] / 2**20:.0f}")
-        times = (f"{row['median'] * 1e3:.0f}", f"{row['min'] * 1e3:.0f}", f"{row['images_per_second']:.2f}")
+        times = (f"{row['median'] * 1e3:.0f}", f"{row['images_per_second']:.2f}")
         table.add_row(row["label"], *times, f"{row['ratio']:.2f}", *after)
     return table
 

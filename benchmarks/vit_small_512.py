@@ -38,6 +38,7 @@ def main() -> int:
     """Run the benchmark; 1 with --check when a claim does not hold."""
     args = harness.arguments(__doc__, R, BATCH)
     console = Console()
+    info = harness.machine(args, console)
     variants = {
         name: harness.Variant(
             label,
@@ -48,7 +49,7 @@ def main() -> int:
         if name == "inductor" or not args.only or name in args.only
     }
     measured = harness.measure(variants, args.rounds, args.device, console)
-    result = harness.record("vit_small_512", measured, "inductor", claims(measured), args)
+    result = harness.record("vit_small_512", info, measured, "inductor", claims(measured), args)
     harness.publish(result, args.out, console)
     return int(args.check and not all(claim["holds"] for claim in result["claims"]))
 

@@ -210,11 +210,13 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 
 
 def _fused_mask(mask: Tensor | None, mask_type: int | None) -> Tensor | None:
-    """The fused ops' mask (bool: True is left out) as SDPA takes it. Types: 0 [N, N], 1 [B, N] keys, 2 [B, H, N, N]."""
+    """The fused ops' mask as SDPA takes it (True is kept). Types: 0 [N, N], 1 [B, N] keys, 2 [B, H, N, N].
+
+    The fused kernels read a mask of any dtype as bool, True (non-zero) is left out: so do we.
+    """
     if mask is None:
         return None
-    mask = mask[:, None, None, :] if mask_type == 1 else mask
-    return torch.logical_not(mask) if mask.dtype is torch.bool else mask
+    return torch.logical_not((mask[:, None, None, :] if mask_type == 1 else mask).to(torch.bool))
 
 
 def _multi_head_attention(
@@ -241,17 +243,13 @@ def _multi_head_attention(
     if need_weights:
         scores = q @ k.transpose(-1, -2) * (embed_dim // num_head) ** -0.5
         if allowed is not None:
-            scores = scores + _additive(allowed)
+            scores = scores + torch.where(allowed, 0.0, float("-inf"))
         shown = scores.softmax(-1)
         out = shown @ v
         shown = shown.mean(1) if average_attn_weights else shown
     else:
         out = scaled_dot_product_attention(q, k, v, attn_mask=allowed)
     return linear(out.transpose(1, 2).reshape(query.shape), proj_weight, proj_bias), shown
-
-
-def _additive(mask: Tensor) -> Tensor:
-    return torch.where(mask, 0.0, float("-inf")) if mask.dtype is torch.bool else mask
 
 
 def _encoder_layer(

@@ -25,6 +25,8 @@ import torch
 import torch.fx.traceback as fx_traceback
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from tome_fx import ops  # noqa: F401 - defines the operators
 from tome_fx.config import ToMeConfig
@@ -156,12 +158,15 @@ class Emitter(fx.Interpreter):
 
     def full_size(self, node: fx.Node, d: int) -> Any:
         """The length of a dim before any merge."""
-        size = node.meta["val"].shape[d]
-        return size if isinstance(size, int) else self._size_of(leaves(self.facts.dims(node)[d]))
+        return self._evaluate(size_expr(node.meta["val"].shape[d]))
 
     def shape(self, node: fx.Node, layout: Layout) -> list[Any]:
         """The shape of a node's value in a layout, from the factors of its dims."""
-        return [self._dim_size(leaves(dim), runs) for dim, runs in zip(self.facts.dims(node), layout, strict=True)]
+        sizes = node.meta["val"].shape
+        return [
+            self._dim_size(leaves(dim), runs) if runs else self._evaluate(size_expr(size))
+            for dim, runs, size in zip(self.facts.dims(node), layout, sizes, strict=True)
+        ]
 
     # -- sizes -----------------------------------------------------------------------------------------------------
 
@@ -183,8 +188,17 @@ class Emitter(fx.Interpreter):
             return self.known_sizes[whole]
         total: Any = 1
         for atom in atoms:
-            total = total * (atom.size if isinstance(atom.size, int) else self.known_sizes[atom.size])
+            total = total * self._evaluate(atom.size)
         return total
+
+    def _evaluate(self, size: Any) -> Any:
+        """A symbolic size as a traced SymInt: seen before, or computed from the symbols in it."""
+        if isinstance(size, int):
+            return size
+        if size not in self.known_sizes:
+            symbols = {symbol: self.known_sizes[symbol] for symbol in size.free_symbols}
+            self.known_sizes[size] = sympy_interp(PythonReferenceAnalysis, symbols, size)
+        return self.known_sizes[size]
 
     def _run_size(self, run: Run) -> Any:
         after = run.step.after
@@ -364,7 +378,7 @@ class Emitter(fx.Interpreter):
 
         def back(z: Tensor, after: Layout) -> Tensor:
             z = z.permute(inverse) if inverse != sorted(inverse) else z
-            if z.dim() == len(dims) and all(len(_factors(leaves(dim), runs)) <= 1 for dim, runs in zip(dims, after, strict=True)):
+            if [factors[i][0] for i in joined] == list(range(len(dims))):
                 return z
             sizes = [self._dim_size(leaves(dim), runs) for dim, runs in zip(dims, after, strict=True)]
             return z.reshape(sizes)

@@ -130,7 +130,7 @@ def distance(got: Any, want: Any) -> float:
         assert same, f"output {i}: {x.dtype} {tuple(x.shape)}, expected {y.dtype} {tuple(y.shape)}"
         assert all(bool(t.isfinite().all()) for t in (x, y)), f"output {i}: not finite"
         if x.numel():
-            x, y = x.double(), y.double()
+            x, y = x.detach().double(), y.detach().double()
             worst = max(worst, ((x - y).abs().amax() / y.abs().amax().clamp_min(1e-6)).item())
     return worst
 
@@ -147,10 +147,12 @@ def compiled(model: nn.Module, r: Any, **config: Any) -> Callable[..., Any]:
     return torch.compile(model, backend=tome_fx.tome_backend(r, **{"inner": "eager", **config}))
 
 
-def run(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any] | None, r: Any, **config: Any) -> tuple[Any, Any]:
-    """(output, report) of the model under tome_backend, without gradients."""
+def run(
+    model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any] | None, r: Any, *, grad: bool = False, **config: Any
+) -> tuple[Any, Any]:
+    """(output, report) of the model under tome_backend, without gradients unless `grad`."""
     fast, before = compiled(model, r, **config), len(tome_fx.reports())
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.set_grad_enabled(grad), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         out = fast(*args, **(kwargs or {}))
     made = tome_fx.reports()[before:] if len(tome_fx.reports()) > before else tome_fx.reports()[-1:]
@@ -167,18 +169,20 @@ def assert_lossless(
     tokens: list[tuple[int, int]] | None = None,
     sites: int | None = None,
     tol: float = 2e-5,
-    control: bool | None = None,
+    control: bool = False,
+    grad: bool = False,
     **config: Any,
 ) -> Any:
     """The law for one model whose inputs are palettes and whose positions are out; returns the report.
 
     tokens: the (before, after) of each merge that the report must show; sites: only their number. tol: the largest
     relative error. control=True proves that the test can fail: without log(size) the error must exceed 1e-4.
+    grad: run with gradients on, which takes torch's own modules off their fused eval path.
     Raises LossyMatch when unequal tokens were merged.
     """
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         want = model(*args, **(kwargs or {}))
-    got, report = run(model, args, kwargs, r, **config)
+    got, report = run(model, args, kwargs, r, grad=grad, **config)
     assert report.merged_sites > 0, f"nothing was merged:\n{report}"
     if tokens is not None:
         assert [tuple(t) for t in report.tokens] == tokens, f"expected tokens {tokens}:\n{report}"
@@ -191,7 +195,7 @@ def assert_lossless(
             raise LossyMatch(f"lossy match, test is void: merged at cosine {lowest:.6f}, error {error:.2e}")
         raise AssertionError(f"merging equal tokens (cosine {lowest:.7f}) changed the output by {error:.2e}:\n{report}")
     if control:
-        without = distance(run(model, args, kwargs, r, **{**config, "prop_attn": False})[0], want)
+        without = distance(run(model, args, kwargs, r, grad=grad, **{**config, "prop_attn": False})[0], want)
         assert without > 1e-4, f"the test cannot fail: without proportional attention the error is {without:.2e} too"
     return report
 

@@ -37,6 +37,8 @@ def match(keys: Tensor, r: int, protected: int) -> Groups:
     sources = [i for i in range(protected, n) if i % 2 == 0]
     destinations = [i for i in range(protected, n) if i % 2 == 1]
     r = max(0, min(r, (n - protected) // 2))
+    if r == 0:
+        return [[i] for i in range(n)]
     scored = []
     for i in sources:
         cosine = [(unit[i] @ unit[j]).item() for j in destinations]

@@ -44,12 +44,12 @@ def specs(draw: st.DrawFn) -> Spec:
     return spec
 
 
-def schedules(depth: int) -> st.SearchStrategy[Any]:
-    """Every form of r that keeps enough equal partners for 30 and more tokens."""
-    count = st.integers(1, 4)
+def schedules(spec: Spec) -> st.SearchStrategy[Any]:
+    """Every form of r that merges something and leaves enough equal partners among 30 and more tokens."""
+    blocks = spec.depth if spec.kind == "softmax" or spec.shared else 1
     return st.one_of(
-        count,
-        st.lists(st.integers(0, 5), min_size=depth, max_size=depth).filter(any),
-        st.tuples(st.integers(2, 3), st.sampled_from([-1, 1, 0.5])),
+        st.integers(1, 4),
+        st.lists(st.integers(0, 5), min_size=1, max_size=blocks).filter(any),
+        st.tuples(st.integers(2, 3), st.sampled_from([-1, 0.5])),
         st.sampled_from([0.05, 0.1]),
     )

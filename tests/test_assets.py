@@ -91,6 +91,7 @@ def test_a_failed_download_names_the_package_and_the_way_out(
     for part in ("some-package==1.0", "no matching distribution", pinned.filename, str(cache)):
         assert part in message
     assert "slow" not in message
+    assert "\n" not in message  # the command line shows an error's first line
 
 
 def test_a_changed_wheel_is_refused(

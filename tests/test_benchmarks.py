@@ -124,7 +124,8 @@ def test_results_are_written_and_claims_judged(tmp_path: Path) -> None:
     claims = [harness.Claim("fast", 2.0, 1.5, at_least=True), harness.Claim("small", 2.0, 1.5, at_least=False)]
     args = argparse.Namespace(device="cpu", dtype="float32", r=4, batch=2, rounds=2)
     console = Console(record=True, width=100)
-    harness.publish(harness.record("trial", measured, "inductor", claims, args), tmp_path, console)
+    info = harness.machine(args, console)
+    harness.publish(harness.record("trial", info, measured, "inductor", claims, args), tmp_path, console)
     written = json.loads((tmp_path / "trial-cpu.json").read_text())
     assert written["variants"]["tome_fx"]["ratio"] == pytest.approx(2.0)
     assert written["variants"]["patch"]["images_per_second"] == pytest.approx(2 / 4.2)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tests.models import Spec, build
-from tome_fx import cli, timing
+from tome_fx import ToMeWarning, cli, timing
 
 HERE = "tests.test_cli"
 INPUT = ["--input", "2,3,24,24"]
@@ -82,7 +82,8 @@ def test_explain_prints_the_report(capsys: pytest.CaptureFixture[str], tmp_path:
 
 
 def test_explain_says_when_there_is_nothing_to_merge(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["explain", f"{HERE}:convolution", "--size", "16"]) == 0
+    with pytest.warns(ToMeWarning, match="nothing merged"):
+        assert cli.main(["explain", f"{HERE}:convolution", "--size", "16"]) == 0
     assert "nothing merged" in capsys.readouterr().out
 
 
@@ -146,11 +147,16 @@ MISTAKES = [
     (["explain", f"{HERE}:tiny_vit", *INPUT, "--r", "-3"], "r must be"),
     (["explain", f"{HERE}:tiny_vit", *INPUT, "--r", "1.5"], "r must be"),
     (["bench", f"{HERE}:tiny_vit", *INPUT, "--flops", "2"], "flops must be"),
+    (["explain", f"{HERE}:tiny_vit", *INPUT, "--r", "4,4,4,4"], "lists 4 blocks"),
+    (["explain", f"{HERE}:convolution", "--size", "16", "--strict"], "nothing merged"),
+    (["bench", f"{HERE}:convolution", "--size", "16", "--strict", "--inner", "eager"], "nothing merged"),
     (["demo", "--out", "no/such/folder/picture.png"], "folder"),
 ]
 
 
-@pytest.mark.parametrize(("words", "sentence"), MISTAKES, ids=lambda value: " ".join(value) if value else None)
+@pytest.mark.parametrize(
+    ("words", "sentence"), MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
 def test_a_mistake_gets_one_sentence(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     if ":" not in words[1] and words[0] != "demo":
         pytest.importorskip("timm")

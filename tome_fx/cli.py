@@ -7,13 +7,14 @@ nn.Module when called without arguments. Mistakes of the user end with one sente
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +24,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 import tome_fx
 from tome_fx import timing
@@ -245,12 +247,24 @@ def _backend(args: argparse.Namespace) -> Any:
         raise UserError(_first_line(error)) from error
 
 
+@contextlib.contextmanager
+def _refusals(args: argparse.Namespace) -> Iterator[None]:
+    """Turn what --strict refuses, and an r with too many blocks, from a compiler error into a UserError."""
+    try:
+        yield
+    except BackendCompilerFailed as error:
+        inner = error.inner_exception
+        if isinstance(inner, tome_fx.ToMeError) or (isinstance(inner, ValueError) and isinstance(args.r, list)):
+            raise UserError(str(inner)) from error
+        raise
+
+
 def _explain(args: argparse.Namespace, _: Sequence[str], console: Console) -> None:
     """Print the report of a model."""
     _backend(args)
     model, x = _load(args)
     _check_runs(model, x)
-    with torch.no_grad():
+    with torch.no_grad(), _refusals(args):
         report = tome_fx.explain(model, (x,), **_config(args))
     console.print(Text.from_ansi(str(report)), soft_wrap=True)
     _write(args.json, {"model": args.model, "input": list(x.shape), **report.to_dict()})
@@ -281,12 +295,12 @@ def _bench(args: argparse.Namespace, words: Sequence[str], console: Console) -> 
     model, x = _load(args)
     _check_runs(model, x)
     steps = _steps(args, model, x)
-    with Progress(console=console, transient=True) as bar:
-        cold = {} if args.no_cold else _cold(words, args.device, bar)
+    with Progress(console=console, transient=True) as bar, _refusals(args):
         task = bar.add_task("compile and time", total=len(steps) * (args.rounds + 2))
         seconds = timing.interleaved(
             steps, args.rounds, warmup=2, progress=lambda *_: bar.advance(task), device=args.device
         )
+        cold = {} if args.no_cold else _cold(words, args.device, bar)
     numbers = _numbers(args, x, seconds, cold)
     console.print(_table(numbers))
     _write(args.json, numbers)

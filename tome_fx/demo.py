@@ -199,8 +199,13 @@ def _draw(trace: TokenTrace, pictures: Sequence[Image.Image], path: Path) -> Non
     merges = trace.merges
     shown = [merges[len(merges) * third // 3 - 1] for third in (1, 2, 3)]
     rows = [
-        [picture, *(visualize(picture, step.groups[i], prefix=step.protected) for step in shown)]
+        [picture, *(visualize(picture, _of_photo(step.groups, i), prefix=step.protected) for step in shown)]
         for i, picture in enumerate(pictures)
     ]
     titles = [f"original: {merges[0].tokens_before} tokens", *(f"{s.name}: {s.tokens_after} tokens" for s in shown)]
     sheet(rows, [titles] * len(rows)).save(path)
+
+
+def _of_photo(groups: torch.Tensor, i: int) -> torch.Tensor:
+    """Groups [N0] of the i-th photo. A batch of one has no axis of its own in a trace."""
+    return groups.reshape(-1, groups.shape[-1])[i]

@@ -38,7 +38,7 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 class ChildError(RuntimeError):
-    """The process of a cold compile failed; the message ends with the last line it wrote to stderr."""
+    """The process of a cold compile failed; the message ends with what it last wrote to stderr."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,13 +146,18 @@ def ratio(times: Sequence[float], baseline: Sequence[float]) -> float:
     return statistics.median(base / mine for mine, base in zip(times, baseline, strict=True))
 
 
-def machine_info(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str | int]:
-    """What a reader must know to judge a number: processor, threads, device, versions, dtype, date (UTC, ISO 8601)."""
+def machine_info(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """What a reader must know to judge a number: processor, threads, device, versions, dtype, date (UTC, ISO 8601).
+
+    `load` is the system's load average of the last minute (null where there is none): taken before a measurement,
+    anything near the number of cores says that the machine was not quiet.
+    """
     where = torch.device(device)
-    info: dict[str, str | int] = {
+    info: dict[str, Any] = {
         "cpu": _cpu_name(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "device": torch.cuda.get_device_name(where) if where.type == "cuda" else where.type,
         "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
@@ -209,8 +214,8 @@ def _run_child(job: str, env: Mapping[str, str], timeout: float) -> None:
     except subprocess.TimeoutExpired as error:
         raise ChildError(f"a cold compile took longer than {timeout:g} s") from error
     if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise ChildError(f"a cold compile failed: {lines[-1]}")
+        tail = "\n".join(done.stderr.strip().splitlines()[-20:])
+        raise ChildError(f"a cold compile failed with status {done.returncode}:\n{tail}")
 
 
 def _child() -> None:
@@ -237,7 +242,7 @@ def _one_line(x: torch.Tensor) -> torch.Tensor:
 
 def pass_seconds() -> dict[str, float]:
     """Seconds of each tome_fx pass, summed over the graphs this process has compiled."""
-    from tome_fx import reports  # late: the package imports this module's neighbours first
+    from tome_fx import reports  # late: the rest of this module needs none of the package
 
     total: dict[str, float] = {}
     for report in reports():

@@ -437,11 +437,47 @@ def _scatter_slice(call: Call, facts: Facts) -> Signature:
 
 
 class ScatterSlice(SignatureRule):
-    """Writing into a slice leaves the axis what it was: it keeps its atoms although a merged one must be whole."""
+    """Writing into a slice leaves the axis what it was: it keeps its atoms.
+
+    Where the slice ends at protected tokens and the written value is merged alike, the write is to the merged rows.
+    """
 
     def axes(self, call: Call, facts: Facts) -> tuple[Dims, ...]:
         super().axes(call, facts)
-        return (facts.dims(call.nodes[0]),)
+        dims, d = facts.dims(call.nodes[0]), call.axis(call.args.get("dim", 0))
+        if "start" in call.args:
+            start, stop, step, size = self._spec(call, d)
+            if step == 1 and call.vals[1].dim() == call.vals[0].dim():
+                unify(slice_dim(facts, dims[d], size, start, stop, step), facts.dims(call.nodes[1])[d])
+                _note_cut(facts, dims[d], start, stop, size)
+        return (dims,)
+
+    @staticmethod
+    def _spec(call: Call, d: int) -> tuple[Any, Any, int, Any]:
+        size = size_expr(call.vals[0].shape[d])
+        start, stop = bounds(call.args.get("start"), call.args.get("end"), size)
+        return start, stop, call.args.get("step") or 1, size
+
+    def plan(self, call: Call, ins: Sequence[Layout], facts: Facts) -> Decision:
+        d = call.axis(call.args.get("dim", 0))
+        whole = super().plan(call, ins, facts)
+        if "start" not in call.args or not ins[0][d]:
+            return whole
+        start, stop, step, size = self._spec(call, d)
+        runs = cut(facts, facts.dims(call.nodes[0]), ins[0], d, start, stop, size) if step == 1 else None
+        source = ins[1][d]
+        if not runs or len(source) != 1 or source[0].step is not runs[0].step or runs[0].extensive or source[0].extensive:
+            return whole
+        base, src = (_replaced(layout, d, own) for layout, own in ((whole.ins[0], ins[0][d]), (whole.ins[1], source)))
+        return Decision((base, src), (_replaced(whole.outs[0], d, ins[0][d]),), tuple(r for r in whole.reasons if r[0] > 1))
+
+    def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
+        base, src = (env.fetch(n, layout) for n, layout in zip(call.nodes, decision.ins, strict=True))
+        d = call.axis(call.args.get("dim", 0))
+        if not decision.ins[0][d]:
+            return env.run(call, [base, src])
+        start, stop, _, size = self._spec(call, d)
+        return torch.slice_scatter(base, src, d, start, base.shape[d] - (size - stop))
 
 
 register(CatRule(), aten.cat.default, aten.concat.default, aten.concatenate.default)

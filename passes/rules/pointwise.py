@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ..axes import expr as size_expr
+from ..axes import same
 from ..layout import Layout
 from .base import Call, Decision, Facts, Fill, Letter, Role, Signature, SignatureRule, frame_dims, register
 
@@ -199,8 +200,13 @@ def covers(call: Call) -> bool:
     """Whether the results have the broadcast shape of the operands, as a pointwise op's must."""
     if not call.results or not call.vals:
         return False
-    want = torch.broadcast_shapes(*[tuple(size_expr(s) for s in v.shape) for v in call.vals])
-    return all(tuple(size_expr(s) for s in v.shape) == tuple(want) for v in call.results)
+    rank = max(v.dim() for v in call.vals)
+    want = []
+    for k in range(1, rank + 1):
+        sizes = [size_expr(v.shape[-k]) for v in call.vals if v.dim() >= k]
+        want.append(next((size for size in sizes if size != 1), 1))
+    shape = list(reversed(want))
+    return all(len(shape) == v.dim() and all(same(a, size_expr(b)) for a, b in zip(shape, v.shape, strict=True)) for v in call.results)
 
 
 def _present(names: Sequence[str]) -> list[Any]:
