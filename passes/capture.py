@@ -160,6 +160,8 @@ class _Tracer(fx.Interpreter):
         return self.attributes[target] if target in self.attributes else super().get_attr(target, args, kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in AUTOCAST_SWITCHES:
+            return AUTOCAST_SWITCHES[target](*args)
         if (expansion := _EXPANSIONS.get(target)) is not None:
             return expansion(*args, **kwargs)
         if isinstance(target, torch._ops.HigherOrderOperator):
@@ -198,6 +200,23 @@ def _mark_recompute(body: fx.GraphModule) -> None:
     for node in body.graph.nodes:
         node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
         node.meta["ac_graph_id"] = id(body)
+
+
+def _enter_autocast(device: str, dtype: torch.dtype, enabled: bool, cache: bool) -> torch.autocast:
+    """Really enter the region: under a pre-dispatch trace the switch itself is only recorded, and dtypes would be wrong."""
+    region = torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)
+    region.__enter__()
+    return region
+
+
+def _exit_autocast(region: torch.autocast) -> None:
+    region.__exit__(None, None, None)
+
+
+AUTOCAST_SWITCHES: dict[Any, Callable[..., Any]] = {
+    torch.amp.autocast_mode._enter_autocast: _enter_autocast,
+    torch.amp.autocast_mode._exit_autocast: _exit_autocast,
+}
 
 
 # -- fused inference ops -----------------------------------------------------------------------------------------------

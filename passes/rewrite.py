@@ -33,7 +33,7 @@ from tome_fx.config import ToMeConfig
 
 from .axes import Atom, Dims, leaves, size_of
 from .axes import expr as size_expr
-from .capture import Captured, is_impure
+from .capture import AUTOCAST_SWITCHES, Captured, is_impure
 from .layout import DimLayout, Layout, Run, Step, is_plain, plain
 from .plan import Merge, Plan
 from .rules import Call, Facts, find
@@ -98,7 +98,8 @@ class Emitter(fx.Interpreter):
         if call is not None:
             return find(call).emit(call, self, self.plan.decisions[n])
         if n.op == "call_function" and n.target is not operator.getitem:
-            return n.target(*fx.map_arg(n.args, self._whole), **fx.map_arg(n.kwargs, self._whole))  # type: ignore[operator]
+            target: Any = AUTOCAST_SWITCHES.get(n.target, n.target)
+            return target(*fx.map_arg(n.args, self._whole), **fx.map_arg(n.kwargs, self._whole))
         return super().run_node(n)
 
     def _whole(self, n: fx.Node) -> Any:

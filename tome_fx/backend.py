@@ -18,9 +18,10 @@ from torch._dynamo.utils import counters
 from torch._guards import CompileContext
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from tome_fx.config import ToMeConfig, config_from
+from tome_fx.config import ToMeConfig, updated
 from tome_fx.passes import Result, run_pipeline
 from tome_fx.report import SkipReason, ToMeReport, record
+from tome_fx.schedule import ScheduleError
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +45,22 @@ class ToMeBackend:
         return "tome"
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-        """Rewrite one Dynamo graph and compile it. `mode=` and `options=` reach the inner compiler."""
-        rewritten, report = transform(gm, example_inputs, self.config)
+        """Rewrite one Dynamo graph and compile it.
+
+        `mode=` and `options=` of torch.compile reach the inner compiler; options that begin with "tome." are ours and
+        replace the config's. Raises ValueError or TypeError for such an option that is not allowed.
+        """
+        options = dict(kwargs.pop("options", None) or {})
+        own = {key.removeprefix("tome."): options.pop(key) for key in list(options) if key.startswith("tome.")}
+        config = updated(self.config, own) if own else self.config
+        rewritten, report = transform(gm, example_inputs, config)
         record(report)
-        return compile_inner(rewritten if rewritten is not None else gm, example_inputs, self.config.inner, **kwargs)
+        chosen = rewritten if rewritten is not None else gm
+        return compile_inner(chosen, example_inputs, config.inner, options=options, **kwargs)
 
 
 def tome_backend(
-    r: Any = 16,
+    r: Any = None,
     *,
     flops: float | None = None,
     prop_attn: bool = True,
@@ -64,7 +73,7 @@ def tome_backend(
     """A backend for `torch.compile` that merges tokens (ToMe, arXiv 2210.09461) in every transformer it is given.
 
     Args:
-        r: tokens merged away per block: an int; a float below 1, a share of the block's mergeable tokens;
+        r: tokens merged away per block (16 unless given): an int; a float below 1, a share of the block's mergeable tokens;
             `(r, inflection)`, falling (-1) or rising (1) linearly over the blocks; or a list, one int per block.
         flops: instead of `r`, the share of the model's FLOPs to aim at.
         prop_attn: proportional attention, equation 1 of the paper.
@@ -83,9 +92,7 @@ def tome_backend(
 
 def tome(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
     """The backend by name: `torch.compile(model, backend="tome", options={"tome.r": 16})`; other options go to Inductor."""
-    options = dict(kwargs.pop("options", None) or {})
-    own = {key.removeprefix("tome."): options.pop(key) for key in list(options) if key.startswith("tome.")}
-    return ToMeBackend(config_from(own))(gm, example_inputs, options=options, **kwargs)
+    return ToMeBackend()(gm, example_inputs, **kwargs)
 
 
 def transform(
@@ -98,11 +105,9 @@ def transform(
     try:
         result = run_pipeline(gm, inputs, config)
         rewritten = None if result.gm is None else finish(gm, result)
-    except ValueError as error:
-        if "lists" in str(error):
-            raise
-        return None, _internal_error(config)
-    except Exception:
+    except ScheduleError:
+        raise
+    except Exception:  # noqa: BLE001 - the last rung of the fallback ladder: a bug of ours must not cost the user's result
         return None, _internal_error(config)
     report = result.report
     report.compile_id = str(CompileContext.current_compile_id() or "")

@@ -19,8 +19,9 @@ class ToMeConfig:
     Raises TypeError or ValueError, with a sentence that says what is allowed, on impossible values.
     """
 
-    r: int | float | tuple[int, ...] | tuple[int, float] | None = 16
-    """Tokens merged away per block: a count, a share below 1, `(r, inflection)`, or a list with one count per block."""
+    r: int | float | tuple[int, ...] | tuple[int, float] | None = None
+    """Tokens merged away per block: a count, a share below 1, `(r, inflection)`, or a list with one count per block.
+    None: 16, or what `flops` asks for."""
     flops: float | None = None
     """Instead of `r`: the share of the model's FLOPs to aim at; the constant r that comes nearest from below is used."""
     prop_attn: bool = True
@@ -43,10 +44,12 @@ class ToMeConfig:
             object.__setattr__(self, "r", tuple(self.r))
             object.__setattr__(self, "is_list", True)
         if self.flops is not None:
-            object.__setattr__(self, "r", None)
+            if self.r is not None:
+                raise ValueError(f"give r or flops, not both; got r={self.r!r} and flops={self.flops!r}")
             if not _real(self.flops) or not 0 < self.flops < 1:
                 raise ValueError(f"flops must be a share of the model's FLOPs between 0 and 1, got {self.flops!r}")
         else:
+            object.__setattr__(self, "r", 16 if self.r is None else self.r)
             self._check_r()
         for name, allowed in (("metric", METRICS), ("placement", PLACEMENTS), ("inner", INNER)):
             _one_of(name, getattr(self, name), allowed)
@@ -114,3 +117,14 @@ def config_from(values: Mapping[str, Any]) -> ToMeConfig:
         if key not in known:
             raise ValueError(f"unknown tome option {key!r}{_close(key, known)}; the options are {', '.join(known)}")
     return ToMeConfig(**values)
+
+
+def updated(config: ToMeConfig, values: Mapping[str, Any]) -> ToMeConfig:
+    """The config with loose keys replaced; `r` and `flops` replace each other. Raises as `config_from`."""
+    base = {f.name: getattr(config, f.name) for f in fields(ToMeConfig) if f.name != "is_list"}
+    base["r"] = None if config.flops is not None else config.schedule
+    if "r" in values:
+        base["flops"] = None
+    if "flops" in values:
+        base["r"] = None
+    return config_from({**base, **values})

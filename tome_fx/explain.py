@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map
+from torch._dynamo.exc import BackendCompilerFailed
 
 from tome_fx.backend import ToMeError, transform
 from tome_fx.config import config_from
@@ -23,7 +23,7 @@ def explain(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    r: Any = 16,
+    r: Any = None,
     **config: Any,
 ) -> ToMeReport:
     """What tome_backend would do to `model(*args, **kwargs)`. No kernel of the model is run.
@@ -39,7 +39,10 @@ def explain(
         return _zeros_like_outputs(gm)
 
     with _isolated():
-        torch.compile(model, backend=backend)(*args, **(kwargs or {}))
+        try:
+            torch.compile(model, backend=backend)(*args, **(kwargs or {}))
+        except BackendCompilerFailed as error:
+            raise error.inner_exception from None  # the user asked us, not torch.compile
     total = ToMeReport(r=settings.r)
     for report in found:
         total = total + report
@@ -70,7 +73,7 @@ def rewrite(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    r: Any = 16,
+    r: Any = None,
     **config: Any,
 ) -> fx.GraphModule:
     """The rewritten graph as a module with the call signature of `model`, sharing its parameters.
@@ -131,7 +134,7 @@ class MergeStep:
 
     name: place in the model. tokens_before, tokens_after: lengths of the token axis. groups: int64 [*sample, N0], the
     index after this merge of each ORIGINAL token. similarity: float32 [*sample, r], cosine of each merged pair, most
-    similar first. protected: leading tokens that never merge.
+    similar first. protected: leading tokens that never merge. There is always at least one sample axis.
     """
 
     name: str
@@ -174,7 +177,7 @@ def trace_tokens(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    r: Any = 16,
+    r: Any = None,
     **config: Any,
 ) -> TokenTrace:
     """Run the rewritten model eagerly and read off every merge.
@@ -189,14 +192,15 @@ def trace_tokens(
     merges: list[MergeStep] = []
     groups: Tensor | None = None
     for name, (node, (assign, _, moved, similarity)) in zip(names, recorder.found, strict=True):
-        continues = groups is not None and int(groups.max()) + 1 == assign.shape[-1] and groups.dim() == assign.dim()
+        continues = groups is not None and int(groups.max()) + 1 == assign.shape[-1]
+        assign = assign[None] if assign.dim() == 1 else assign  # a batch of one has no axis in the graph
         groups = assign.gather(-1, groups) if continues and groups is not None else assign
         before = assign.shape[-1]
+        similarity = similarity[None] if similarity.dim() == 1 else similarity
         prefix = int(node.args[2])  # type: ignore[arg-type]
         merges.append(MergeStep(name, before, before - moved.shape[-1], groups, similarity, prefix))
     return TokenTrace(merges, report)
 
 
 def _flat_inputs(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> list[Any]:
-    values = tree_map(lambda x: x, (tuple(args), dict(kwargs or {})))
-    return list(gm.graph._codegen.process_inputs(*values[0], **values[1]))
+    return list(gm.graph._codegen.process_inputs(*args, **(kwargs or {})))

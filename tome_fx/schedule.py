@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+
+class ScheduleError(ValueError):
+    """A schedule that does not fit the model."""
+
 
 Schedule = int | float | tuple[int, float] | tuple[int, ...] | list[int]
 
@@ -15,7 +18,7 @@ def tokens_per_block(r: Schedule, blocks: int) -> list[int | float]:
       whole tokens: (16, -1) over 12 blocks is 32, 29, 26, 23, 20, 17, 14, 11, 8, 5, 2, 0.
     - a list: one count per block; blocks beyond its end merge nothing.
 
-    Raises ValueError if a list is longer than the number of blocks.
+    Raises ScheduleError if a list is longer than the number of blocks.
     """
     if isinstance(r, (int, float)):
         return [r] * blocks
@@ -25,7 +28,7 @@ def tokens_per_block(r: Schedule, blocks: int) -> list[int | float]:
         step = (last - first) / max(blocks - 1, 1)
         return [int(first + step * i) for i in range(blocks)]
     if len(r) > blocks:
-        raise ValueError(f"r lists {len(r)} blocks, but the model has {blocks} that can merge")
+        raise ScheduleError(f"r lists {len(r)} blocks, but the model has {blocks} that can merge")
     return [*r, *[0] * (blocks - len(r))]
 
 
@@ -34,7 +37,3 @@ def merged_away(want: int | float, tokens: int, protected: int) -> int:
     free = max(tokens - protected, 0)
     count = int(free * want) if isinstance(want, float) else want
     return max(min(count, free // 2), 0)
-
-
-__all__ = ["Schedule", "merged_away", "tokens_per_block"]
-_ = Sequence
