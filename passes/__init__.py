@@ -8,6 +8,7 @@
 | `find_blocks`    | site -> token axis, residual stream, merge point, protected ends  |
 | `plan`           | schedule -> merges, and how far each of them travels              |
 | `rewrite`        | emits match, merge, unmerge, sizes: the only pass that changes values |
+| `lower`          | tome ops -> the form that is fastest on the device                |
 | `verify`         | what must hold of the result                                      |
 """
 
@@ -28,11 +29,12 @@ from .capture import Captured, CaptureError, capture
 from .find_attention import find_attention, fuse_attention
 from .find_blocks import find_blocks
 from .infer_axes import infer_axes
+from .lower import lower
 from .plan import make_plan, site_reports
 from .rewrite import rewrite
 from .verify import VerifyError, verify
 
-PIPELINE = ("capture", "find_attention", "infer_axes", "find_blocks", "plan", "rewrite", "verify")
+PIPELINE = ("capture", "find_attention", "infer_axes", "find_blocks", "plan", "rewrite", "lower", "verify")
 
 
 @dataclass
@@ -79,6 +81,8 @@ def run_pipeline(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig) 
         return Result(None, report, captured)
     with _timed(seconds, "rewrite"):
         rewritten = rewrite(captured, facts, calls, plan, config)
+    with _timed(seconds, "lower"):
+        lower(rewritten)
     with _timed(seconds, "verify"):
         verify(captured.gm, rewritten)
     return Result(rewritten, report, captured)

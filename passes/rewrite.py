@@ -5,11 +5,11 @@ It runs the graph once more under the tracer, and at each node brings the operan
 merges the value. Every shape that depended on the token count comes out of the factors of its dims.
 
     add_1 = add(x, proj)                                 [2, 197, 384]
-    assign, keep, moved, similarity = tome.match(mean(k, heads), 16, 1, 0)
-    size   = tome.merge_size(None, assign, keep, moved)  [2, 181]
+    assign, keep, moved, similarity = tome.match(k as [2, 197, 12, 64], 16, 1, 0, True)
+    size = tome.merge_size(None, assign, keep, moved)    [2, 181]
     x_1    = tome.merge(add_1, None, size, assign, keep, moved)
     ...
-    sdpa(q, k, v, attn_mask=log(size)[:, None, None, :])
+    sdpa(q, k, v, attn_mask=tome.log_size(size)[:, None, None, :])
 
 Invariants: placeholders and outputs keep their order, shapes, dtypes and devices; matching carries no gradient.
 """
@@ -76,6 +76,7 @@ class Emitter(fx.Interpreter):
         self.steps: dict[Step, StepTensors] = {}
         self.known_sizes: dict[Any, Any] = {}
         self._converted: dict[Any, Tensor] = {}
+        self._log_sizes: dict[Step, Tensor] = {}
         self._index: dict[Any, Tensor] = {}
 
     # -- nodes -----------------------------------------------------------------------------------------------------
@@ -157,6 +158,12 @@ class Emitter(fx.Interpreter):
         """The sizes of a run's groups, float32, shaped to broadcast against a value of `node` in `layout`."""
         return self._spread(self._step(run.step).size, self.facts.dims(node), layout, d, run)
 
+    def log_weight(self, node: fx.Node, layout: Layout, d: int, run: Run) -> Tensor:
+        """The logarithm of `weight`: what proportional attention adds to the scores."""
+        if run.step not in self._log_sizes:
+            self._log_sizes[run.step] = tome.log_size(self._step(run.step).size)
+        return self._spread(self._log_sizes[run.step], self.facts.dims(node), layout, d, run)
+
     def full_size(self, node: fx.Node, d: int) -> Any:
         """The length of a dim before any merge."""
         return self._evaluate(size_expr(node.meta["val"].shape[d]))
@@ -234,8 +241,8 @@ class Emitter(fx.Interpreter):
 
     def _merge_here(self, merge: Merge, value: Tensor) -> Tensor:
         step, block = merge.step, merge.block
-        metric = self._metric(merge).detach()
-        assign, keep, moved, _ = tome.match(metric, merge.r, step.prefix, step.suffix)
+        metric, heads = self._metric(merge)
+        assign, keep, moved, _ = tome.match(metric.detach(), merge.r, step.prefix, step.suffix, heads)
         before = self._step(step.prev).size if step.prev else None
         self.steps[step] = StepTensors(assign, keep, moved, tome.merge_size(before, assign, keep, moved))
         node = block.merge
@@ -247,8 +254,9 @@ class Emitter(fx.Interpreter):
         )
         return self.convert(value, self.facts.dims(node), have, after)
 
-    def _metric(self, merge: Merge) -> Tensor:
-        """[*sample, N, d]: the keys, mean over heads (ToMe section 3, "Token Similarity"), or the residual stream."""
+    def _metric(self, merge: Merge) -> tuple[Tensor, bool]:
+        """The keys of the block's attention [*sample, N, h, d] and True, or without an axis of heads [*sample, N, d] and
+        False; or the residual stream."""
         site, prev = merge.block.site, merge.step.prev
         source = merge.block.stream if self.config.metric == "input" else site.k
         dims = self.facts.dims(source)
@@ -268,9 +276,10 @@ class Emitter(fx.Interpreter):
         x = x.permute([*spots, *token, *heads, *inner])
         lead, width = len(spots), len(token)
         x = x.flatten(lead, lead + width - 1) if width > 1 else x
-        if heads:
-            x = x.flatten(lead + 1, lead + len(heads)).mean(lead + 1)
-        return x.flatten(lead + 1) if len(inner) > 1 else x if inner else x.unsqueeze(-1)
+        x = x.flatten(lead + 1, lead + len(heads)) if len(heads) > 1 else x
+        at = lead + 1 + bool(heads)
+        x = x.flatten(at) if len(inner) > 1 else x if inner else x.unsqueeze(-1)
+        return x, bool(heads)
 
     # -- conversions -----------------------------------------------------------------------------------------------
 

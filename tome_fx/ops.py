@@ -9,29 +9,27 @@ All three share one index form. For a token axis of N tokens that a merge shorte
 `keep` and `moved` follow from `assign`, but carrying them lets a merge touch r rows instead of N.
 `*sample` are the leading axes along which each entry is merged on its own (batch, frame, window).
 
-`match` is opaque to the compiler: fusing gains nothing inside a matrix product followed by a top-r, and its own
-kernels for every length would cost compile time. `merge` and `unmerge` decompose into ATen, so Inductor fuses them.
+Which form is fastest depends on the device, and the pass `lower` chooses. `match`, `merge`, `merge_size` and `log_size`
+are opaque to the compiler: on a CPU each length of the token axis would give Inductor another five kernels per layer to
+compile. `*_aten` are the same functions spelled out, for devices where fusing pays; `unmerge` and `merge_bias` are
+always spelled out.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _LIB = torch.library.Library("tome", "DEF")
-_LIB.define(
-    "merge(Tensor x, Tensor? size, Tensor size_out, Tensor assign, Tensor keep, Tensor moved) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIB.define(
-    "merge_bias(Tensor x, Tensor? size, Tensor size_out, Tensor assign) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
-_LIB.define("merge_size(Tensor? size, Tensor assign, Tensor keep, Tensor moved) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_LIB.define("unmerge(Tensor x, Tensor index) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 @torch.library.custom_op("tome::match", mutates_args=())
-def match(metric: Tensor, r: int, prefix: int, suffix: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def match(
+    metric: Tensor, r: int, prefix: int, suffix: int, heads: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Bipartite soft matching (ToMe, arXiv 2210.09461, section 3 and appendix D).
 
     Tokens at even positions are sources, at odd positions destinations; the first `prefix` and last `suffix`
@@ -39,7 +37,8 @@ def match(metric: Tensor, r: int, prefix: int, suffix: int) -> tuple[Tensor, Ten
     sources are merged. New order: prefix, surviving sources, destinations, suffix, each in position order.
 
     Args:
-        metric: `[*sample, N, d]`, any floating dtype; compared in float32.
+        metric: `[*sample, N, d]`, any floating dtype; compared in float32. With `heads`, `[*sample, N, h, d]`, of which
+            the mean over h is taken first (section 3, "Token Similarity").
         r: number of tokens to merge away, at most (N - prefix - suffix) // 2.
         prefix, suffix: protected tokens at either end.
 
@@ -48,7 +47,7 @@ def match(metric: Tensor, r: int, prefix: int, suffix: int) -> tuple[Tensor, Ten
         the cosine of each merged pair. None of them carries a gradient.
     """
     with torch.autocast(metric.device.type, enabled=False):
-        return _match(metric, r, prefix, suffix)
+        return _match(metric.mean(-2) if heads else metric, r, prefix, suffix)
 
 
 def _match(metric: Tensor, r: int, prefix: int, suffix: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -84,8 +83,10 @@ def _match(metric: Tensor, r: int, prefix: int, suffix: int) -> tuple[Tensor, Te
 
 
 @match.register_fake
-def _(metric: Tensor, r: int, prefix: int, suffix: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *sample, n, _ = metric.shape
+def _(
+    metric: Tensor, r: int, prefix: int, suffix: int, heads: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *sample, n, _ = metric.shape[:-1] if heads else metric.shape
     index = metric.new_empty((*sample, n), dtype=torch.int64)
     return (
         index,
@@ -113,41 +114,117 @@ def _segment_sum(x: Tensor, assign: Tensor, keep: Tensor, moved: Tensor) -> Tens
     return out.scatter_add(dim, _index(slot, x), x.gather(dim, _index(moved, x)))
 
 
+# -- merge -------------------------------------------------------------------------------------------------------------
+
+
+def merge_aten(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
+    """`merge`, spelled out."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    total = _segment_sum(wide if size is None else wide * _column(size, x), assign, keep, moved)
+    return (total / _column(size_out, x)).to(x.dtype)
+
+
+@torch.library.custom_op("tome::merge", mutates_args=())
 def merge(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
     """Size-weighted mean of each group: sum(x * size) / sum(size) (ToMe section 3, "Tracking Token Size").
+
+    Rows whose group gains nothing are copied as they are; only the r rows that move are computed with.
 
     Args:
         x: `[*sample, N, *rest]`, floating.
         size: float32 `[*sample, N]`, original tokens behind each token; None when all are 1.
         size_out: float32 `[*sample, N']` from `merge_size`.
 
-    Returns: `[*sample, N', *rest]`, the dtype of `x`; the sums run in float32.
+    Returns: `[*sample, N', *rest]`, the dtype of `x`, contiguous; the sums run in float32.
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    total = _segment_sum(wide if size is None else wide * _column(size, x), assign, keep, moved)
-    return (total / _column(size_out, x)).to(x.dtype)
+    n, fewer, r = assign.shape[-1], keep.shape[-1], moved.shape[-1]
+    flat = x.reshape(-1, *x.shape[assign.dim() :])
+    flat = flat.reshape(flat.shape[0], -1)
+    batch = torch.arange(flat.shape[0] // n, device=x.device)[:, None]
+    kept = (keep.reshape(-1, fewer) + batch * n).flatten()
+    gone = (moved.reshape(-1, r) + batch * n).flatten()
+    slot = (assign.gather(-1, moved).reshape(-1, r) + batch * fewer).flatten()
+    wide = torch.promote_types(x.dtype, torch.float32)
+    share = size_out.reshape(-1).to(wide).reciprocal().index_select(0, slot)
+    own, given = share, share
+    if size is not None:
+        weight = size.reshape(-1).to(wide)
+        own = share * weight.index_select(0, kept.index_select(0, slot))
+        given = share * weight.index_select(0, gone)
+    out = flat.index_select(0, kept).to(wide)
+    # A slot that gains several tokens is written several times with the same value, then added to.
+    out.index_copy_(0, slot, out.index_select(0, slot) * own[:, None])
+    out.index_add_(0, slot, flat.index_select(0, gone).to(wide) * given[:, None])
+    return out.to(x.dtype).reshape(*keep.shape, *x.shape[assign.dim() :])
 
 
-def merge_size(size: Tensor | None, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
-    """Original tokens behind each new token: float32 `[*sample, N']`."""
+@merge.register_fake
+def _(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
+    return x.new_empty((*keep.shape, *x.shape[assign.dim() :]))
+
+
+def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """d sum(x * size) / size_out: each old token gets its share of its group's gradient."""
+    size, size_out, assign = ctx.saved_tensors
+    back = unmerge(grad / _column(size_out, grad).to(grad.dtype), assign)
+    return (back if size is None else back * _column(size, back).to(back.dtype)), None, None, None, None, None
+
+
+def _merge_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, size, size_out, assign, _, _ = inputs
+    ctx.save_for_backward(size, size_out, assign)
+
+
+merge.register_autograd(_merge_backward, setup_context=_merge_setup)
+
+
+def merge_size_aten(size: Tensor | None, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
+    """`merge_size`, spelled out."""
     ones = torch.ones(assign.shape, dtype=torch.float32, device=assign.device)
     return _segment_sum(ones if size is None else size, assign, keep, moved)
+
+
+@torch.library.custom_op("tome::merge_size", mutates_args=())
+def merge_size(size: Tensor | None, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
+    """Original tokens behind each new token: float32 `[*sample, N']`. size: as in `merge`. No gradient."""
+    return merge_size_aten(size, assign, keep, moved)
+
+
+@merge_size.register_fake
+def _(size: Tensor | None, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
+    return keep.new_empty(keep.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("tome::log_size", mutates_args=())
+def log_size(size: Tensor) -> Tensor:
+    """log(size), the term of proportional attention (ToMe equation 1): float32, the shape of `size`. No gradient."""
+    return size.log()
+
+
+@log_size.register_fake
+def _(size: Tensor) -> Tensor:
+    return torch.empty_like(size)
 
 
 def merge_bias(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor) -> Tensor:
     """Size-weighted log-mean-exp of an additive score term over each group; exact when the group's scores are equal.
 
+    Each group is taken relative to its own maximum. A group that is masked out whole gets the lowest float32 value
+    rather than -inf, so that its gradient is zero and not undefined.
+
     Args: `x` `[*sample, N, *rest]`, floating, may hold -inf. Returns `[*sample, N', *rest]`, the dtype of `x`.
     """
     dim = assign.dim() - 1
-    wide = x.float()
-    top = wide.amax(dim, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    weight = (wide - top).exp()
+    wide, index = x.float(), _index(assign, x)
+    shape = (*size_out.shape, *x.shape[dim + 1 :])
+    lowest = torch.finfo(torch.float32).min
+    top = wide.detach().new_full(shape, lowest).scatter_reduce(dim, index, wide.detach(), "amax")
+    weight = (wide - top.gather(dim, index)).exp()
     if size is not None:
         weight = weight * _column(size, x)
-    zeros = weight.new_zeros((*size_out.shape, *x.shape[dim + 1 :]))
-    total = zeros.scatter_add(dim, _index(assign, x), weight)
-    return ((total / _column(size_out, x)).log() + top).to(x.dtype)
+    total = weight.new_zeros(shape).scatter_add(dim, index, weight)
+    mean = (total / _column(size_out, x)).clamp(min=torch.finfo(torch.float32).tiny)
+    return (mean.log() + top).clamp(min=lowest).to(x.dtype)
 
 
 def unmerge(x: Tensor, index: Tensor) -> Tensor:
@@ -155,9 +232,14 @@ def unmerge(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(index.dim() - 1, _index(index, x))
 
 
-_LIB.impl("merge", merge, "CompositeImplicitAutograd")
-_LIB.impl("merge_size", merge_size, "CompositeImplicitAutograd")
-_LIB.impl("merge_bias", merge_bias, "CompositeImplicitAutograd")
-_LIB.impl("unmerge", unmerge, "CompositeImplicitAutograd")
 
-ATEN_FORM = {"merge": merge, "merge_size": merge_size, "merge_bias": merge_bias, "unmerge": unmerge}
+def _spelled_out(schema: str, form: Callable[..., Tensor]) -> None:
+    _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIB.impl(schema.partition("(")[0], form, "CompositeImplicitAutograd")
+
+
+_INDEX = "Tensor assign, Tensor keep, Tensor moved"
+_spelled_out(f"merge_aten(Tensor x, Tensor? size, Tensor size_out, {_INDEX}) -> Tensor", merge_aten)
+_spelled_out(f"merge_size_aten(Tensor? size, {_INDEX}) -> Tensor", merge_size_aten)
+_spelled_out("merge_bias(Tensor x, Tensor? size, Tensor size_out, Tensor assign) -> Tensor", merge_bias)
+_spelled_out("unmerge(Tensor x, Tensor index) -> Tensor", unmerge)

@@ -195,7 +195,7 @@ class Attention(SignatureRule):
         if env.config.prop_attn:
             for run in layout[d]:
                 # [*batch, s, 1] -> [*batch, 1, s]
-                bias = env.weight(key, layout, d, run).log().transpose(-1, -2).to(dtype)
+                bias = env.log_weight(key, layout, d, run).transpose(-1, -2).to(dtype)
                 if call.args.get("enable_gqa") and size_expr(bias.shape[-3]) != 1:
                     bias = bias.narrow(-3, 0, 1)
                 mask = bias if mask is None else _with_bias(mask, bias)

@@ -104,7 +104,7 @@ class Softmax(SignatureRule):
         layout, d = decision.ins[0], call.axis(call.args["dim"])
         for run in layout[d]:
             if env.config.prop_attn:
-                x = x + env.weight(call.nodes[0], layout, d, run).log().to(x.dtype)
+                x = x + env.log_weight(call.nodes[0], layout, d, run).to(x.dtype)
         return env.run(call, [x])
 
 
