@@ -222,8 +222,8 @@ def site(tmp_path: Path) -> Path:
 
 
 def test_caches(site: Path, tmp_path: Path) -> None:
-    """Cold: misses. Second process: hits FxGraphCache and AOTAutogradCache, and still reports. A changed source of ours:
-    misses (the AOT key alone knows only the names of our ops)."""
+    """Cold: misses. Second process: hits FxGraphCache and AOTAutogradCache, and still reports. A changed source of
+    ours: misses (the AOT key alone knows only the names of our ops)."""
     cache = tmp_path / "cache"
     cache.mkdir()
     cold = child(site, cache)

@@ -17,6 +17,7 @@ always spelled out.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,42 @@ from torch import Tensor
 _LIB = torch.library.Library("tome", "DEF")
 
 
-@torch.library.custom_op("tome::match", mutates_args=())
+def _opaque(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as an operator that the compiler calls and does not look into.
+
+    A plain registration: `torch.library.custom_op` would add its own checks to each call, a tenth of a millisecond.
+    """
+
+    def wrap(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        name = schema.partition("(")[0]
+        _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIB.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"tome::{name}", fake, lib=_LIB)
+        return kernel
+
+    return wrap
+
+
+# -- match -------------------------------------------------------------------------------------------------------------
+
+
+def _match_fake(
+    metric: Tensor, r: int, prefix: int, suffix: int, heads: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *sample, n, _ = metric.shape[:-1] if heads else metric.shape
+    index = metric.new_empty((*sample, n), dtype=torch.int64)
+    return (
+        index,
+        index.new_empty((*sample, n - r)),
+        index.new_empty((*sample, r)),
+        metric.new_empty((*sample, r), dtype=torch.float32),
+    )
+
+
+@_opaque(
+    "match(Tensor metric, SymInt r, int prefix, int suffix, bool heads=False) -> (Tensor, Tensor, Tensor, Tensor)",
+    _match_fake,
+)
 def match(
     metric: Tensor, r: int, prefix: int, suffix: int, heads: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -46,54 +82,49 @@ def match(
         `(assign, keep, moved, similarity)`, see the module docstring; `similarity` is float32 `[*sample, r]`,
         the cosine of each merged pair. None of them carries a gradient.
     """
-    with torch.autocast(metric.device.type, enabled=False):
-        return _match(metric.mean(-2) if heads else metric, r, prefix, suffix)
+    with torch.no_grad(), torch.autocast(metric.device.type, enabled=False):
+        sample = metric.shape[: -3 if heads else -2]
+        # A sum has the direction of the mean.
+        metric = metric.sum(-2, dtype=torch.float32) if heads else metric.float()
+        found = _match(metric.reshape(-1, *metric.shape[-2:]), r, prefix, suffix)
+        return tuple(x.reshape(*sample, x.shape[-1]) for x in found)  # type: ignore[return-value]
+
+
+_SMALLEST_NORM = 1e-12
+
+
+@functools.lru_cache(maxsize=256)
+def _positions(n: int, prefix: int, suffix: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """int64 vectors: protected front, sources, destinations with the protected end behind, 0..N, and 0..#sources."""
+    places = torch.arange(n, device=device)
+    body = places[prefix : n - suffix]
+    sources = body[prefix % 2 :: 2].contiguous()
+    rest = torch.cat([body[1 - prefix % 2 :: 2], places[n - suffix :]])
+    return places[:prefix], sources, rest, places, torch.arange(len(sources), device=device)
 
 
 def _match(metric: Tensor, r: int, prefix: int, suffix: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *sample, n, d = metric.shape
-    unit = torch.nn.functional.normalize(metric.reshape(-1, n, d).float(), dim=-1)
-    body = slice(prefix, n - suffix)
-    positions = torch.arange(n, device=metric.device)
-    src_pos = positions[body][prefix % 2 :: 2]
-    dst_pos = positions[body][1 - prefix % 2 :: 2]
-    src, dst = unit[:, body][:, prefix % 2 :: 2], unit[:, body][:, 1 - prefix % 2 :: 2]
-    best, partner = (src @ dst.transpose(1, 2)).max(-1)
-    similarity, moved_src = best.topk(r, dim=-1)
-    batch, sources, dests = len(unit), len(src_pos), len(dst_pos)
+    """`match` on float32 `[batch, N, d]`. Few calls: between matrix products each costs more than its arithmetic."""
+    batch, n, _ = metric.shape
+    head, src_pos, rest, places, ranks = _positions(n, prefix, suffix, metric.device)
+    body = metric[:, prefix : n - suffix]
+    src, dst = body[:, prefix % 2 :: 2], body[:, 1 - prefix % 2 :: 2]
+    dst = dst / dst.norm(dim=-1, keepdim=True).clamp_min(_SMALLEST_NORM)
+    best, partner = torch.bmm(src, dst.transpose(1, 2)).max(-1)
+    similarity, moved_src = (best / src.norm(dim=-1).clamp_min(_SMALLEST_NORM)).topk(r, dim=-1)
 
     # Merged sources sort behind all others, so the first entries are the survivors in position order.
-    rank = torch.arange(sources, device=metric.device).expand(batch, -1).scatter(1, moved_src, sources)
-    survivors = rank.sort(-1).values[:, : sources - r]
-
-    head = positions[:prefix].expand(batch, -1)
-    tail = positions[n - suffix :].expand(batch, -1)
-    keep = torch.cat([head, src_pos[survivors], dst_pos.expand(batch, -1), tail], 1)
+    survivors = len(src_pos) - r
+    order = ranks.expand(batch, -1).scatter(1, moved_src, len(src_pos)).sort(-1).values[:, :survivors]
+    keep = torch.cat([head.expand(batch, -1), src_pos[order], rest.expand(batch, -1)], 1)
     moved = src_pos[moved_src]
-    slots = torch.arange(n - r, device=metric.device).expand(batch, -1)
-    assign = torch.empty(batch, n, dtype=torch.int64, device=metric.device).scatter_(1, keep, slots)
-    assign.scatter_(1, moved, prefix + (sources - r) + partner.gather(1, moved_src))
-    assert dests > 0 or r == 0
-    return (
-        assign.reshape(*sample, n),
-        keep.reshape(*sample, n - r),
-        moved.reshape(*sample, r),
-        similarity.reshape(*sample, r),
-    )
+    assign = torch.empty_like(metric[..., 0], dtype=torch.int64, memory_format=torch.contiguous_format)
+    assign.scatter_(1, keep, places[: n - r].expand(batch, -1))
+    assign.scatter_(1, moved, partner.gather(1, moved_src).add_(prefix + survivors))
+    return assign, keep, moved, similarity
 
 
-@match.register_fake
-def _(
-    metric: Tensor, r: int, prefix: int, suffix: int, heads: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *sample, n, _ = metric.shape[:-1] if heads else metric.shape
-    index = metric.new_empty((*sample, n), dtype=torch.int64)
-    return (
-        index,
-        index.new_empty((*sample, n - r)),
-        index.new_empty((*sample, r)),
-        metric.new_empty((*sample, r), dtype=torch.float32),
-    )
+# -- index forms -------------------------------------------------------------------------------------------------------
 
 
 def _index(index: Tensor, like: Tensor) -> Tensor:
@@ -124,43 +155,47 @@ def merge_aten(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor,
     return (total / _column(size_out, x)).to(x.dtype)
 
 
-@torch.library.custom_op("tome::merge", mutates_args=())
+def _merge_fake(
+    x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor
+) -> Tensor:
+    return x.new_empty((*keep.shape, *x.shape[assign.dim() :]))
+
+
+_INDEX = "Tensor assign, Tensor keep, Tensor moved"
+
+
+@_opaque(f"merge(Tensor x, Tensor? size, Tensor size_out, {_INDEX}) -> Tensor", _merge_fake)
 def merge(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
     """Size-weighted mean of each group: sum(x * size) / sum(size) (ToMe section 3, "Tracking Token Size").
 
-    Rows whose group gains nothing are copied as they are; only the r rows that move are computed with.
+    Computed as x_k + sum((x_i - x_k) * size_i) / sum(size) over the tokens i that join a representative k: rows that
+    nothing joins are copied as they are, and equal tokens merge without rounding.
 
     Args:
         x: `[*sample, N, *rest]`, floating.
         size: float32 `[*sample, N]`, original tokens behind each token; None when all are 1.
         size_out: float32 `[*sample, N']` from `merge_size`.
 
-    Returns: `[*sample, N', *rest]`, the dtype of `x`, contiguous; the sums run in float32.
+    Returns: `[*sample, N', *rest]`, the dtype of `x`, contiguous; the sums run in float32 at least.
     """
-    n, fewer, r = assign.shape[-1], keep.shape[-1], moved.shape[-1]
-    flat = x.reshape(-1, *x.shape[assign.dim() :])
-    flat = flat.reshape(flat.shape[0], -1)
-    batch = torch.arange(flat.shape[0] // n, device=x.device)[:, None]
-    kept = (keep.reshape(-1, fewer) + batch * n).flatten()
-    gone = (moved.reshape(-1, r) + batch * n).flatten()
-    slot = (assign.gather(-1, moved).reshape(-1, r) + batch * fewer).flatten()
+    lead, n, fewer = assign.dim(), assign.shape[-1], keep.shape[-1]
     wide = torch.promote_types(x.dtype, torch.float32)
-    share = size_out.reshape(-1).to(wide).reciprocal().index_select(0, slot)
-    own, given = share, share
-    if size is not None:
-        weight = size.reshape(-1).to(wide)
-        own = share * weight.index_select(0, kept.index_select(0, slot))
-        given = share * weight.index_select(0, gone)
-    out = flat.index_select(0, kept).to(wide)
-    # A slot that gains several tokens is written several times with the same value, then added to.
-    out.index_copy_(0, slot, out.index_select(0, slot) * own[:, None])
-    out.index_add_(0, slot, flat.index_select(0, gone).to(wide) * given[:, None])
-    return out.to(x.dtype).reshape(*keep.shape, *x.shape[assign.dim() :])
-
-
-@merge.register_fake
-def _(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
-    return x.new_empty((*keep.shape, *x.shape[assign.dim() :]))
+    slot = assign.gather(-1, moved)
+    share = size_out.gather(-1, slot)
+    share = share.reciprocal() if size is None else size.gather(-1, moved) / share
+    rows = x.flatten(0, lead - 1)
+    rows = rows.flatten(1) if rows.dim() > 1 else rows[:, None]
+    if assign.numel() > n:  # several samples: count rows through all of them
+        batch = torch.arange(assign.numel() // n, device=x.device).reshape(*assign.shape[:-1], 1)
+        keep_row, moved_row, slot = keep + batch * n, moved + batch * n, slot + batch * fewer
+    else:
+        keep_row, moved_row = keep, moved
+    slot = slot.flatten()
+    out = rows.index_select(0, keep_row.flatten()).to(wide)
+    joining = rows.index_select(0, moved_row.flatten()).to(wide)
+    joining.sub_(out.index_select(0, slot)).mul_(share.reshape(-1, 1))
+    out.index_add_(0, slot, joining)
+    return out.to(x.dtype).reshape(*keep.shape, *x.shape[lead:])
 
 
 def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -175,7 +210,7 @@ def _merge_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(size, size_out, assign)
 
 
-merge.register_autograd(_merge_backward, setup_context=_merge_setup)
+torch.library.register_autograd("tome::merge", _merge_backward, setup_context=_merge_setup, lib=_LIB)
 
 
 def merge_size_aten(size: Tensor | None, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
@@ -184,26 +219,24 @@ def merge_size_aten(size: Tensor | None, assign: Tensor, keep: Tensor, moved: Te
     return _segment_sum(ones if size is None else size, assign, keep, moved)
 
 
-@torch.library.custom_op("tome::merge_size", mutates_args=())
-def merge_size(size: Tensor | None, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
-    """Original tokens behind each new token: float32 `[*sample, N']`. size: as in `merge`. No gradient."""
-    return merge_size_aten(size, assign, keep, moved)
-
-
-@merge_size.register_fake
-def _(size: Tensor | None, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
+def _merge_size_fake(size: Tensor | None, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
     return keep.new_empty(keep.shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("tome::log_size", mutates_args=())
+@_opaque(f"merge_size(Tensor? size, {_INDEX}) -> Tensor", _merge_size_fake)
+def merge_size(size: Tensor | None, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
+    """Original tokens behind each new token: float32 `[*sample, N']`. size: as in `merge`. No gradient."""
+    slot = assign.gather(-1, moved)
+    if size is None:
+        ones = torch.ones((), device=assign.device).expand(slot.shape)
+        return torch.ones(keep.shape, device=assign.device).scatter_add_(-1, slot, ones)
+    return size.gather(-1, keep).scatter_add_(-1, slot, size.gather(-1, moved))
+
+
+@_opaque("log_size(Tensor size) -> Tensor", torch.empty_like)
 def log_size(size: Tensor) -> Tensor:
     """log(size), the term of proportional attention (ToMe equation 1): float32, the shape of `size`. No gradient."""
     return size.log()
-
-
-@log_size.register_fake
-def _(size: Tensor) -> Tensor:
-    return torch.empty_like(size)
 
 
 def merge_bias(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor) -> Tensor:
@@ -238,7 +271,6 @@ def _spelled_out(schema: str, form: Callable[..., Tensor]) -> None:
     _LIB.impl(schema.partition("(")[0], form, "CompositeImplicitAutograd")
 
 
-_INDEX = "Tensor assign, Tensor keep, Tensor moved"
 _spelled_out(f"merge_aten(Tensor x, Tensor? size, Tensor size_out, {_INDEX}) -> Tensor", merge_aten)
 _spelled_out(f"merge_size_aten(Tensor? size, {_INDEX}) -> Tensor", merge_size_aten)
 _spelled_out("merge_bias(Tensor x, Tensor? size, Tensor size_out, Tensor assign) -> Tensor", merge_bias)
