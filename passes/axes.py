@@ -17,12 +17,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from math import prod
+from typing import Any
 
 import sympy
 import torch
 
 Size = int | torch.SymInt
-Expr = int | sympy.Expr
+# An int, or a sympy expression where the size is symbolic (sympy ships no types).
+Expr = Any
 Dim = tuple["Atom", ...]
 Dims = tuple[Dim, ...]
 
@@ -89,7 +91,7 @@ def _cut(atom: Atom, first: Expr, rest: Expr) -> None:
 
 
 def unify(a: Iterable[Atom], b: Iterable[Atom]) -> bool:
-    """State that two dims are indexed alike. False where their cuts have no common refinement (the caller's boundary)."""
+    """State that two dims are indexed alike. False where their cuts have no common refinement: a boundary."""
     left, right = list(leaves(a)), list(leaves(b))
     if not same(size_of(left), size_of(right)):
         return False

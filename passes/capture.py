@@ -85,7 +85,7 @@ def _fake_mode(inputs: Sequence[Any]) -> FakeTensorMode:
 
 
 def _fakeify(value: Tensor, mode: FakeTensorMode) -> Tensor:
-    """Under the tracing context's fake mode, with its symbols: a second ShapeEnv would turn static dims into symbols."""
+    """Under the tracing context's fake mode: a second ShapeEnv would turn static dims into symbols."""
     if isinstance(value, FakeTensor):
         return value
     context = TracingContext.try_get()
@@ -150,7 +150,7 @@ def _lift_constants(gm: fx.GraphModule, mode: FakeTensorMode) -> dict[str, Tenso
 
 
 class _Tracer(fx.Interpreter):
-    """Runs the source graph; spells out what the passes do not read, inlines regions, refuses other higher-order ops."""
+    """Runs the source graph, spells out fused ops, inlines regions, refuses other higher-order ops."""
 
     def __init__(self, gm: fx.GraphModule, attributes: dict[str, Any]) -> None:
         super().__init__(gm)
@@ -203,7 +203,7 @@ def _mark_recompute(body: fx.GraphModule) -> None:
 
 
 def _enter_autocast(device: str, dtype: torch.dtype, enabled: bool, cache: bool) -> torch.autocast:
-    """Really enter the region: under a pre-dispatch trace the switch itself is only recorded, and dtypes would be wrong."""
+    """Really enter the region: a pre-dispatch trace only records the switch, and dtypes would be wrong."""
     region = torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)
     region.__enter__()
     return region
@@ -329,7 +329,10 @@ _EXPANSIONS: dict[Any, Callable[..., Any]] = {
 
 # -- functionalisation -------------------------------------------------------------------------------------------------
 
-_VIEW_SCATTER = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
+_VIEW_SCATTER: dict[Any, Any] = {
+    aten.slice.Tensor: aten.slice_scatter.default,
+    aten.select.int: aten.select_scatter.default,
+}
 _SAME_ELEMENTS = {aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int,
                   aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims,
                   aten._unsafe_view.default}  # fmt: skip
@@ -344,8 +347,8 @@ def is_impure(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded not in node.target.tags and (
-            node.is_impure()
+        return node.target._schema.is_mutable or (
+            torch.Tag.nondeterministic_seeded not in node.target.tags and (node.is_impure())
         )
     return node.target in _STATE_SWITCHES
 
@@ -375,158 +378,127 @@ def _mutated(node: fx.Node) -> list[str]:
 
 
 class _Functionaliser:
+    """Walks the graph once. Identity is by the nodes of the graph as it was: `value[n]` is what n holds by now,
+    `parent[n]` the node that n is a view of."""
+
     def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
         self.graph = gm.graph
         self.mode = mode
-        self.current: dict[fx.Node, fx.Node] = {}
+        self.value: dict[fx.Node, fx.Node] = {}
         self.parent: dict[fx.Node, fx.Node] = {}
-        self.order: list[fx.Node] = []
         self.written: dict[fx.Node, None] = {}
 
     def run(self) -> None:
+        in_place = []
         for node in list(self.graph.nodes):
+            source = self._viewed(node)
             if node.op == "output":
                 with self.graph.inserting_before(node):
-                    for source in self.written:
-                        self._emit(aten.copy_.default, (source, self.current[source]))
-                node.args = fx.map_arg(node.args, self._now)
-                continue
+                    for placeholder in self.written:
+                        self._emit(aten.copy_.default, placeholder, self.value[placeholder])
+            names = _mutated(node)
+            target = node.args[0] if names else None
             node.args = fx.map_arg(node.args, self._now)
             node.kwargs = fx.map_arg(node.kwargs, self._now)
-            if names := _mutated(node):
-                self._replace(node, names)
-            else:
-                self._remember(node)
+            if target is not None:
+                in_place.append(node)
+                with self.graph.inserting_before(node):
+                    self._write(node, target, names)
+            elif source is not None:
+                self.parent[node] = source
+        for node in reversed(in_place):
+            self.graph.erase_node(node)
 
     def _now(self, node: fx.Node) -> fx.Node:
-        return self.current.get(node, node)
+        return self.value.get(node, node)
 
-    def _remember(self, node: fx.Node) -> None:
-        """Note of which value a node is a view."""
-        self.order.append(node)
-        value = node.meta.get("val")
-        if node.op != "call_function" or not isinstance(value, Tensor):
-            return
+    def _viewed(self, node: fx.Node) -> fx.Node | None:
+        """The operand whose memory a node's result shares."""
+        own = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(own, Tensor):
+            return None
         for source in node.all_input_nodes:
             held = source.meta.get("val")
-            if isinstance(held, Tensor) and _storage(held) == _storage(value):
-                self.parent[node] = source
-                return
+            if isinstance(held, Tensor) and held.untyped_storage()._cdata == own.untyped_storage()._cdata:
+                return source
+        return None
 
-    def _replace(self, node: fx.Node, names: list[str]) -> None:
-        schema = node.target._schema  # type: ignore[union-attr]
-        if len(names) != 1 or schema.arguments[0].name != names[0] or not isinstance(node.args[0], fx.Node):
+    def _write(self, node: fx.Node, target: Any, names: list[str]) -> None:
+        """Give `target` the value that the in-place `node` writes, and its base and other views what follows."""
+        schema = _schema(node)
+        if len(names) != 1 or schema.arguments[0].name != names[0] or not isinstance(target, fx.Node):
             raise CaptureError(f"the in-place op {schema.name} writes to more than its first argument")
-        target = node.args[0]
-        with self.graph.inserting_before(node):
-            new = self._functional(node, target)
-            self.current[node] = new
-            self._write(target, new)
-        node.replace_all_uses_with(new)
-        self.graph.erase_node(node)
+        views = list(self.parent)
+        self.value[target] = self._functional(node, target)
+        self.parent[node] = target
+        done, base = {target}, target
+        while (up := self.parent.get(base)) is not None:
+            self.value[up] = self._scatter(base, self._now(up), self._now(base))
+            base = up
+            done.add(base)
+        for view in (*views, node):
+            if view not in done and self.parent[view] in done:
+                self.value[view] = self._again(view, self._now(self.parent[view]))
+                done.add(view)
+        if base.op == "placeholder":
+            self.written[base] = None
 
     def _functional(self, node: fx.Node, target: fx.Node) -> fx.Node:
-        schema = node.target._schema  # type: ignore[union-attr]
+        """The new value of the target of an in-place op."""
+        schema = _schema(node)
         held = target.meta["val"]
         if node.target is aten.copy_.default:
-            source = node.args[1]
-            assert isinstance(source, fx.Node)
-            out = self._emit(aten.to.dtype, (source, held.dtype)) if source.meta["val"].dtype != held.dtype else source
-            if out.meta["val"].shape != held.shape:
-                out = self._emit(aten.expand_as.default, (out, target))
-            return out
-        name = schema.name.split("::")[1]
-        namespace = getattr(torch.ops, schema.name.split("::")[0])
-        packet = getattr(namespace, _FUNCTIONAL.get(name, name.rstrip("_")), None)
-        overload = getattr(packet, schema.overload_name or "default", None) if packet is not None else None
+            out: Any = node.args[1]
+            out = self._emit(aten.to.dtype, out, held.dtype) if out.meta["val"].dtype != held.dtype else out
+            return self._emit(aten.expand_as.default, out, target) if out.meta["val"].shape != held.shape else out
+        space, name = schema.name.split("::")
+        packet = getattr(getattr(torch.ops, space), _FUNCTIONAL.get(name, name.rstrip("_")), None)
+        overload = getattr(packet, schema.overload_name or "default", None)
         overload = _FUNCTIONAL_OVERLOAD.get(node.target, overload)
         if overload is None or overload._schema.is_mutable:
             raise CaptureError(f"the in-place op {schema.name} has no form that returns a new value")
-        out = self._emit(overload, node.args, dict(node.kwargs))
-        if out.meta["val"].dtype != held.dtype:
-            out = self._emit(aten.to.dtype, (out, held.dtype))
-        return out
+        out = self._emit(overload, *node.args, **node.kwargs)
+        return self._emit(aten.to.dtype, out, held.dtype) if out.meta["val"].dtype != held.dtype else out
 
-    def _emit(self, target: Any, args: Any, kwargs: dict[str, Any] | None = None) -> fx.Node:
-        node = self.graph.call_function(target, args, kwargs or {})
-        concrete = fx.map_arg((args, kwargs or {}), lambda n: n.meta["val"])
+    def _emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        concrete = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         with self.mode, torch.no_grad():
             node.meta["val"] = target(*concrete[0], **concrete[1])
-        self.order.append(node)
         return node
-
-    def _write(self, target: fx.Node, new: fx.Node) -> None:
-        """`target` now has the value `new`; so have, in part, its base and every other view of it."""
-        base, above = target, new
-        while (up := self.parent.get(base)) is not None:
-            above = self._scatter(base, up, above)
-            base = up
-        aliases = [n for n in self.order if self._base(n) is base]
-        fresh: dict[fx.Node, fx.Node] = {base: above}
-        for alias in aliases:
-            if alias is base:
-                continue
-            up = fresh.get(self.parent[alias])
-            if up is not None and alias in self.parent:
-                fresh[alias] = new if alias is target else self._again(alias, up)
-        fresh[target] = new
-        for old, value in fresh.items():
-            for key, held in list(self.current.items()):
-                if held is old:
-                    self.current[key] = value
-            self.current[old] = value
-            if value is not base and old is base:
-                self.order.append(value)
-        for old, value in fresh.items():
-            if old in self.parent and value is not new:
-                self.parent[value] = fresh[self.parent[old]]
-        if new is not above and target in self.parent:
-            self.parent[new] = fresh[self.parent[target]]
-            new.meta.setdefault("view_of", (target.target, target.args, target.kwargs))
-        if base.op == "placeholder" or "source" in base.meta:
-            source = base.meta.get("source", base)
-            above.meta["source"] = source
-            self.written[source] = None
-            self.current[source] = above
-
-    def _base(self, node: fx.Node) -> fx.Node:
-        while node in self.parent:
-            node = self.parent[node]
-        return node
-
-    def _view(self, node: fx.Node) -> tuple[Any, tuple, dict]:
-        return node.meta.get("view_of", (node.target, node.args, node.kwargs))
 
     def _again(self, view: fx.Node, base: fx.Node) -> fx.Node:
-        target, args, kwargs = self._view(view)
-        return self._emit(target, (base, *args[1:]), dict(kwargs))
+        """A view taken anew of its base; the result of an in-place op is its target."""
+        if _mutated(view):
+            return base
+        return self._emit(view.target, base, *view.args[1:], **view.kwargs)
 
     def _scatter(self, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
         """The base after `value` was written through one view of it."""
-        target, args, kwargs = self._view(view)
+        target, args = view.target, view.args
         shape = list(base.meta["val"].shape)
+        if _mutated(view) or target in _NO_CHANGE:
+            return value
         if target in _VIEW_SCATTER:
-            return self._emit(_VIEW_SCATTER[target], (base, value, *args[1:]), dict(kwargs))
+            return self._emit(_VIEW_SCATTER[target], base, value, *args[1:], **view.kwargs)
         if target in _SAME_ELEMENTS:
             if not all(isinstance(s, int) for s in shape):
                 raise CaptureError("a write through a reshaped view of a tensor of dynamic shape is left as it is")
-            return self._emit(aten.reshape.default, (value, shape))
-        if target in _NO_CHANGE:
-            return value
+            return self._emit(aten.reshape.default, value, shape)
         if target in (aten.transpose.int, aten.t.default):
-            return self._emit(target, (value, *args[1:]))
+            return self._emit(target, value, *args[1:])
         if target is aten.permute.default:
-            order = [d % len(shape) for d in args[1]]
-            return self._emit(aten.permute.default, (value, [order.index(k) for k in range(len(order))]))
+            order = [d % len(shape) for d in args[1]]  # type: ignore[operator, union-attr]
+            return self._emit(aten.permute.default, value, [order.index(k) for k in range(len(order))])
         raise CaptureError(f"a write through the view {target} is left as it is")
 
 
+def _schema(node: fx.Node) -> Any:
+    return node.target._schema  # type: ignore[union-attr]
+
+
 _FUNCTIONAL = {"zero_": "zero", "fill_": "fill", "normal_": "normal_functional", "uniform_": "uniform"}
-_FUNCTIONAL_OVERLOAD = {aten.bernoulli_.float: aten.bernoulli.p}
-
-
-def _storage(value: Tensor) -> Any:
-    return value.untyped_storage()._cdata
+_FUNCTIONAL_OVERLOAD: dict[Any, Any] = {aten.bernoulli_.float: aten.bernoulli.p}
 
 
 __all__ = ["CaptureError", "Captured", "capture", "functionalise", "is_impure"]

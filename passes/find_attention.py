@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -102,6 +103,10 @@ def _only_user(node: fx.Node) -> fx.Node:
     return next(iter(node.users))
 
 
+def _same(node: fx.Node) -> fx.Node:
+    return node
+
+
 class _Fuser:
     def __init__(self, graph: fx.Graph, mode: FakeTensorMode, softmax: fx.Node, autocast: bool) -> None:
         self.graph, self.mode, self.softmax, self.autocast = graph, mode, softmax, autocast
@@ -155,7 +160,7 @@ class _Fuser:
         return match
 
     def _through_factor(self, node: fx.Node, *, divide: bool) -> _Match:
-        a, b = node.args[:2]
+        a, b = cast(Any, node.args[:2])
         for scores, factor in ((a, b), (b, a)) if not divide else ((a, b),):
             if not isinstance(scores, fx.Node) or _shape(scores) != _shape(node):
                 continue
@@ -186,7 +191,7 @@ class _Fuser:
                 match = self._back(scores)
             except _NoMatch:
                 continue
-            self._add_term(match, node, lambda term=term: term)
+            self._add_term(match, node, partial(_same, term))
             return match
         raise _NoMatch
 
@@ -196,7 +201,7 @@ class _Fuser:
         if parts is None:
             raise _NoMatch
         x, mask, value, fills = parts
-        if not isinstance(value, float) and not isinstance(value, int) or not value <= _MASKED_OUT:
+        if (not isinstance(value, float) and not isinstance(value, int)) or not value <= _MASKED_OUT:
             raise _NoMatch
         match = self._back(call.nodes[x])
         picked = call.nodes[mask]
@@ -265,14 +270,14 @@ class _Fuser:
         inner = [letter for letter, role in sig.roles.items() if role is Role.SUM]
         if len(nodes) != 2 or len(out) < 2 or len(inner) != 1:
             raise _NoMatch
-        *batch, l, s = out
+        *batch, query, key = out
         found = {}
-        for name in (l, s):
-            at = next((i for i in (0, 1) if name in ins[i] and (l if name == s else s) not in ins[i]), None)
+        for name, other in ((query, key), (key, query)):
+            at = next((i for i in (0, 1) if name in ins[i] and other not in ins[i]), None)
             if at is None or sorted(map(str, ins[at])) != sorted(map(str, [*batch, name, inner[0]])):
                 raise _NoMatch
             found[name] = (nodes[at], [ins[at].index(x) for x in (*batch, name, inner[0])])
-        return found[l], found[s]
+        return found[query], found[key]
 
     def _values(self, product: fx.Node) -> tuple[fx.Node, list[int], list[int]]:
         """The values, the order of dims that makes them [*batch, s, f], and that of the result from [*batch, l, f]."""
@@ -280,15 +285,19 @@ class _Fuser:
         if len(call.nodes) != 2 or self.probabilities not in call.nodes:
             raise _NoMatch
         at = call.nodes.index(self.probabilities)
-        *batch, l, s = sig.ins[at]
+        *batch, query, key = sig.ins[at]
         other = sig.ins[1 - at]
-        free = [x for x in other if x not in batch and x != s]
-        if sig.role(s) is not Role.SUM or len(free) != 1 or any(x not in other for x in (*batch, s)):
+        free = [x for x in other if x not in batch and x != key]
+        if sig.role(key) is not Role.SUM or len(free) != 1 or any(x not in other for x in (*batch, key)):
             raise _NoMatch
-        result = [*batch, l, free[0]]
-        if sorted(map(str, sig.outs[0])) != sorted(map(str, result)) or list(sig.roles) != [s]:
+        result = [*batch, query, free[0]]
+        if sorted(map(str, sig.outs[0])) != sorted(map(str, result)) or list(sig.roles) != [key]:
             raise _NoMatch
-        return call.nodes[1 - at], [other.index(x) for x in (*batch, s, free[0])], [result.index(x) for x in sig.outs[0]]
+        return (
+            call.nodes[1 - at],
+            [other.index(x) for x in (*batch, key, free[0])],
+            [result.index(x) for x in sig.outs[0]],
+        )
 
     # The replacement.
 
@@ -355,7 +364,7 @@ class _Fuser:
 
 
 def find_attention(gm: fx.GraphModule, facts: Facts, calls: dict[fx.Node, Call]) -> list[AttentionSite]:
-    """Every attention site in graph order: fused ones, and softmaxes over the result of a product of two activations."""
+    """Every attention site in graph order: fused, or a softmax over the product of two activations."""
     sites: list[AttentionSite] = []
     for node, call in calls.items():
         if node.target is sdpa:
@@ -386,9 +395,7 @@ def _clean(path: str) -> str:
     return ".".join(parts)
 
 
-def _fused_site(
-    node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Call], index: int
-) -> AttentionSite:
+def _fused_site(node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Call], index: int) -> AttentionSite:
     q, k = call.nodes[0], call.nodes[1]
     rank = k.meta["val"].dim()
     causal = "the attention is causal" if call.args.get("is_causal") else None
@@ -424,10 +431,8 @@ def _decides(node: fx.Node) -> bool:
     return node.meta["val"].dtype is torch.bool or node.target in (aten.triu.default, aten.tril.default)
 
 
-def _open_site(
-    node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Call], index: int
-) -> AttentionSite | None:
-    """A softmax that could not be fused: its keys are the operand of the nearest product that holds the softmax axis."""
+def _open_site(node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Call], index: int) -> AttentionSite | None:
+    """A softmax that was not fused: its keys are the operand of the nearest product with the softmax axis."""
     axis = leaves(facts.dims(node)[call.axis(call.args["dim"])])
     if not axis:
         return None

@@ -115,7 +115,9 @@ def _block(
     length = size_of(tokens)
     if isinstance(length, int) and length - prefix - suffix < SHORTEST_AXIS:
         return SkipReason(
-            "short axis", site.name, f"{length} tokens, {prefix + suffix} of them protected: fewer than {SHORTEST_AXIS} to merge"
+            "short axis",
+            site.name,
+            f"{length} tokens, {prefix + suffix} of them protected: fewer than {SHORTEST_AXIS} to merge",
         )
     return Block(site, tokens, sample, node, stream, prefix, suffix)
 
@@ -138,9 +140,7 @@ def _holds(facts: Facts, node: fx.Node, tokens: Dim) -> bool:
     return len(locate(tokens, facts.dims(node))) == 1
 
 
-def _merge_point(
-    site: AttentionSite, facts: Facts, reach: _Reach, tokens: Dim
-) -> tuple[fx.Node, fx.Node] | SkipReason:
+def _merge_point(site: AttentionSite, facts: Facts, reach: _Reach, tokens: Dim) -> tuple[fx.Node, fx.Node] | SkipReason:
     start = reach.index[site.out]
     nearest = "its output is never added to a value that it was computed from"
     for node in reach.nodes[start + 1 :]:

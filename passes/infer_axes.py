@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from .axes import fresh_dims
 from .axes import expr as size_expr
+from .axes import fresh_dims
 from .rules import Call, Facts, find, tensors_of
 from .rules.base import UNKNOWN
 from .rules.pointwise import POINTWISE, MaskRule
@@ -32,7 +32,9 @@ def infer_axes(gm: fx.GraphModule, model_input: Sequence[bool]) -> tuple[Facts, 
         if node.op == "placeholder":
             if not next(varies):
                 facts.constant.add(node)
-        elif node.op == "get_attr" or (node.op == "call_function" and all(n in facts.constant for n in node.all_input_nodes)):
+        elif node.op == "get_attr" or (
+            node.op == "call_function" and all(n in facts.constant for n in node.all_input_nodes)
+        ):
             facts.constant.add(node)
         if node.op == "call_function" and node.target is operator.getitem:
             source, index = node.args

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -22,8 +22,8 @@ from tome_fx.config import ToMeConfig
 from tome_fx.report import SiteReport, SkipReason, Unmerge
 from tome_fx.schedule import merged_away, tokens_per_block
 
-from .axes import leaves, locate
 from .axes import expr as size_expr
+from .axes import leaves, locate
 from .find_attention import AttentionSite, place
 from .find_blocks import Block
 from .layout import Layout, Run, Step, plain
@@ -67,13 +67,17 @@ class Plan:
 def make_plan(
     gm: fx.GraphModule, facts: Facts, calls: dict[fx.Node, Call], blocks: list[Block], config: ToMeConfig
 ) -> Plan:
-    """The plan for a config. Raises ValueError where the schedule does not fit the model (a list longer than its blocks)."""
+    """The plan for a config. Raises ScheduleError where a list of r is longer than the model has blocks."""
     if config.flops is not None:
-        r = _r_for(config.flops, lambda r: _profitable(gm, facts, calls, blocks, [r] * len(blocks), config).share, blocks)
+        r = _r_for(
+            config.flops, lambda r: _profitable(gm, facts, calls, blocks, [r] * len(blocks), config).share, blocks
+        )
         plan = _profitable(gm, facts, calls, blocks, [r] * len(blocks), config)
         plan.r = r
         if plan.share > config.flops:
-            plan.skipped.append(SkipReason("flops target", "", f"{config.flops} is out of reach; r={r} gives {plan.share:.2f}"))
+            plan.skipped.append(
+                SkipReason("flops target", "", f"{config.flops} is out of reach; r={r} gives {plan.share:.2f}")
+            )
         return plan
     plan = _profitable(gm, facts, calls, blocks, tokens_per_block(config.schedule, len(blocks)), config)
     plan.r = config.schedule
@@ -104,7 +108,9 @@ def _profitable(
     dropped: list[SkipReason] = []
     while True:
         plan = _Walk(gm, facts, calls, blocks, active, wanted).run()
-        losing = [m.step.site for m in plan.merges.values() if plan.saved.get(m.step.site, 0.0) <= plan.spent[m.step.site]]
+        losing = [
+            m.step.site for m in plan.merges.values() if plan.saved.get(m.step.site, 0.0) <= plan.spent[m.step.site]
+        ]
         if config.placement != "auto" or not losing:
             plan.skipped = dropped + plan.skipped
             return plan
@@ -114,7 +120,7 @@ def _profitable(
             SkipReason(
                 "does not pay",
                 blocks[worst].site.name,
-                f"matching and merging would cost {plan.spent[worst]:.2g} FLOPs and save {plan.saved.get(worst, 0.0):.2g}",
+                f"matching would cost {plan.spent[worst]:.2g} FLOPs and save {plan.saved.get(worst, 0.0):.2g}",
             )
         )
         active.remove(worst)
@@ -160,11 +166,10 @@ class _Walk:
                 self._whole(node, source, "is an output of the graph")
             return
         if node.op == "call_function" and node.target is operator.getitem and node.args[0] in plan.layouts:
-            source, index = node.args
-            held = source.meta.get("val")  # type: ignore[union-attr]
+            source, index = cast(Any, node.args)
+            held = source.meta["val"]
             at = sum(isinstance(v, Tensor) for v in held[:index])
-            layouts = plan.layouts[source]  # type: ignore[index]
-            plan.layouts[node] = (layouts[at],) if isinstance(held[index], Tensor) else ()  # type: ignore[index]
+            plan.layouts[node] = (plan.layouts[source][at],) if isinstance(held[index], Tensor) else ()
             return
         call = self.calls.get(node)
         if call is None:
@@ -186,7 +191,9 @@ class _Walk:
 
     def _whole(self, node: fx.Node, source: fx.Node, why: str) -> None:
         if any(any(layout) for layout in self.plan.layouts.get(source, ())):
-            self.plan.unmerges.append(Unmerge(op_name(node) if node.op != "output" else "output", node.name, place(source), why))
+            self.plan.unmerges.append(
+                Unmerge(op_name(node) if node.op != "output" else "output", node.name, place(source), why)
+            )
 
     def _note_unmerges(self, node: fx.Node, call: Call, ins: list[Layout], decision: Decision) -> None:
         reasons = dict(decision.reasons)
@@ -204,7 +211,9 @@ class _Walk:
         if not full:
             return
         plan = self.plan
-        sites = sorted({step.site for layout in decision.ins for runs in layout for run in runs for step in run.step.chain()})
+        sites = sorted(
+            {step.site for layout in decision.ins for runs in layout for run in runs for step in run.step.chain()}
+        )
         now = full
         for site in sites:
             less = rule.flops(call, lambda i, d, site=site: self._size(call, decision, i, d, site))
@@ -244,8 +253,8 @@ class _Walk:
         if held is not None and held.extensive:
             self._skip(block, "extensive stream", "the residual stream is a sum over tokens")
             return
-        k = block.site.k.meta["val"].shape[block.site.key_dim]
-        before = held.step.after if held is not None else k
+        k: Any = block.site.k.meta["val"].shape[block.site.key_dim]
+        before: Any = held.step.after if held is not None else k
         prefix, suffix = block.prefix, block.suffix
         r = merged_away(self.wanted[index], before, prefix + suffix)
         if r == 0:
@@ -255,7 +264,7 @@ class _Walk:
         prev = held.step if held is not None else None
         step = Step(index, prev, block.sample, before, before - r, prefix, suffix)
         run = Run(*key, step)
-        merged = tuple(x for x in runs if x.key != key) + (run,)
+        merged = (*(x for x in runs if x.key != key), run)
         self.plan.layouts[node] = ((*layout[:dim], merged, *layout[dim + 1 :]),)
         self.plan.merges[node] = Merge(block, dim, key, step, r)
 
@@ -279,7 +288,9 @@ class _Walk:
         self.plan.spent[step.site] = 2.0 * samples * (before / 2) ** 2 * inner + FLOPS_PER_MOVE * elements
 
 
-def site_reports(plan: Plan, blocks: list[Block], sites: list[AttentionSite], skipped: list[SkipReason]) -> list[SiteReport]:
+def site_reports(
+    plan: Plan, blocks: list[Block], sites: list[AttentionSite], skipped: list[SkipReason]
+) -> list[SiteReport]:
     """One row per attention site, merged or not."""
     by_site = {m.block.site: m for m in plan.merges.values()}
     why = {s.where: f"{s.kind}: {s.detail}" for s in (*skipped, *plan.skipped)}

@@ -43,7 +43,9 @@ aten = torch.ops.aten
 tome = torch.ops.tome
 
 
-def rewrite(captured: Captured, facts: Facts, calls: dict[fx.Node, Call], plan: Plan, config: ToMeConfig) -> fx.GraphModule:
+def rewrite(
+    captured: Captured, facts: Facts, calls: dict[fx.Node, Call], plan: Plan, config: ToMeConfig
+) -> fx.GraphModule:
     """The rewritten graph, with the placeholders of `captured.gm`."""
     emitter = Emitter(captured.gm, facts, calls, plan, config)
     with captured.fake_mode, fx_traceback.preserve_node_meta():
@@ -227,7 +229,7 @@ class Emitter(fx.Interpreter):
         return self.steps[step]
 
     def _gather_index(self, step: Step, down_to: Step | None) -> Tensor:
-        """int64 [*sample, N]: where each token of the state `down_to` (None: unmerged) went; one gather however many steps."""
+        """int64 [*sample, N]: where each token of the state `down_to` (None: unmerged) went, through all steps."""
         key = (step, down_to)
         if key not in self._index:
             own = self._step(step).assign
@@ -255,8 +257,8 @@ class Emitter(fx.Interpreter):
         return self.convert(value, self.facts.dims(node), have, after)
 
     def _metric(self, merge: Merge) -> tuple[Tensor, bool]:
-        """The keys of the block's attention [*sample, N, h, d] and True, or without an axis of heads [*sample, N, d] and
-        False; or the residual stream."""
+        """The keys of the block's attention, or the residual stream: [*sample, N, h, d] and True, or without an axis of
+        heads [*sample, N, d] and False."""
         site, prev = merge.block.site, merge.step.prev
         source = merge.block.stream if self.config.metric == "input" else site.k
         dims = self.facts.dims(source)
@@ -307,7 +309,15 @@ class Emitter(fx.Interpreter):
         return x
 
     def _move(
-        self, x: Tensor, dims: Dims, have: Layout, d: int, key: tuple[int, int], old: Run | None, new: Run | None, fill: Fill
+        self,
+        x: Tensor,
+        dims: Dims,
+        have: Layout,
+        d: int,
+        key: tuple[int, int],
+        old: Run | None,
+        new: Run | None,
+        fill: Fill,
     ) -> tuple[Tensor, Layout]:
         """Carry one run from the state of `old` to that of `new`: forth by merges, back by one gather."""
         start = old.step.chain() if old else ()
@@ -475,7 +485,9 @@ def _shifted(held: StepTensors, lo: int, hi: int) -> StepTensors:
         moved = moved - front
     if lo > 0 or hi > 0:
         front, back = max(lo, 0), max(hi, 0)
-        assign, keep = (_padded(x, front, back, length) for x, length in ((assign, keep.shape[-1]), (keep, assign.shape[-1])))
+        assign, keep = (
+            _padded(x, front, back, length) for x, length in ((assign, keep.shape[-1]), (keep, assign.shape[-1]))
+        )
         size = torch.nn.functional.pad(size, (front, back), value=1.0)
         moved = moved + front
     return StepTensors(assign, keep, moved, size)

@@ -1,6 +1,6 @@
 """tome_fx: Token Merging for any traced transformer, as a torch.compile backend.
 
-    model = torch.compile(model, backend=tome_backend(r=16))
+model = torch.compile(model, backend=tome_backend(r=16))
 """
 
 from tome_fx.backend import ToMeBackend, ToMeError, ToMeWarning, tome_backend

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -73,8 +73,8 @@ def tome_backend(
     """A backend for `torch.compile` that merges tokens (ToMe, arXiv 2210.09461) in every transformer it is given.
 
     Args:
-        r: tokens merged away per block (16 unless given): an int; a float below 1, a share of the block's mergeable tokens;
-            `(r, inflection)`, falling (-1) or rising (1) linearly over the blocks; or a list, one int per block.
+        r: tokens merged away per block (16 unless given): an int; a float below 1, a share of the block's mergeable
+            tokens; `(r, inflection)`, falling (-1) or rising (1) linearly over the blocks; or a list of ints.
         flops: instead of `r`, the share of the model's FLOPs to aim at.
         prop_attn: proportional attention, equation 1 of the paper.
         metric: what tokens are compared by, "key" or "input" (the residual stream).
@@ -85,13 +85,11 @@ def tome_backend(
 
     Raises: TypeError or ValueError on values that are not allowed.
     """
-    return ToMeBackend(
-        ToMeConfig(r, flops, prop_attn, metric, protect, placement, inner, strict)  # type: ignore[arg-type]
-    )
+    return ToMeBackend(ToMeConfig(r, flops, prop_attn, metric, protect, placement, inner, strict))
 
 
 def tome(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-    """The backend by name: `torch.compile(model, backend="tome", options={"tome.r": 16})`; other options go to Inductor."""
+    """The backend by name: `torch.compile(model, backend="tome", options={"tome.r": 16})`."""
     return ToMeBackend()(gm, example_inputs, **kwargs)
 
 
@@ -107,7 +105,7 @@ def transform(
         rewritten = None if result.gm is None else finish(gm, result)
     except ScheduleError:
         raise
-    except Exception:  # noqa: BLE001 - the last rung of the fallback ladder: a bug of ours must not cost the user's result
+    except Exception:  # noqa: BLE001 - the last rung of the ladder: a bug of ours must not cost the user's result
         return None, _internal_error(config)
     report = result.report
     report.compile_id = str(CompileContext.current_compile_id() or "")
@@ -174,7 +172,7 @@ def finish(source: fx.GraphModule, result: Result) -> fx.GraphModule:
     for node, original in zip(inputs, originals, strict=True):
         node.meta.update({k: v for k, v in original.meta.items() if k not in ("val", "example_value", "tensor_meta")})
         if hasattr(original, "_dynamo_source"):
-            node._dynamo_source = original._dynamo_source  # type: ignore[attr-defined]
+            node._dynamo_source = original._dynamo_source
     gm.graph.lint()
     gm.recompile()
     gm.meta.update(source.meta)
@@ -200,7 +198,7 @@ def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], inner: str, **kwarg
     if inner == "eager":
         return gm.forward
     if inner == "aot_eager":
-        return torch._dynamo.lookup_backend("aot_eager")(gm, inputs)
+        return torch._dynamo.lookup_backend("aot_eager")(gm, list(inputs))
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
@@ -209,7 +207,7 @@ def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], inner: str, **kwarg
         patches.update(list_mode_options(mode, kwargs.get("dynamic")))
     patches.update({key.replace("-", "_"): value for key, value in (kwargs.get("options") or {}).items()})
     patches.update(_cache_identity())
-    return compile_fx(gm, list(inputs), config_patches=patches)
+    return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=patches))
 
 
 class _CacheIdentity(CustomGraphPass):

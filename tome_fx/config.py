@@ -23,7 +23,7 @@ class ToMeConfig:
     """Tokens merged away per block: a count, a share below 1, `(r, inflection)`, or a list with one count per block.
     None: 16, or what `flops` asks for."""
     flops: float | None = None
-    """Instead of `r`: the share of the model's FLOPs to aim at; the constant r that comes nearest from below is used."""
+    """Instead of `r`: the share of the model's FLOPs to aim at, by the constant r that comes nearest from below."""
     prop_attn: bool = True
     """Proportional attention: add log(size) to the scores of each key (ToMe section 3, equation 1)."""
     metric: str = "key"
@@ -53,7 +53,9 @@ class ToMeConfig:
             self._check_r()
         for name, allowed in (("metric", METRICS), ("placement", PLACEMENTS), ("inner", INNER)):
             _one_of(name, getattr(self, name), allowed)
-        if self.protect != "auto" and (isinstance(self.protect, bool) or not isinstance(self.protect, int) or self.protect < 0):
+        if self.protect != "auto" and (
+            isinstance(self.protect, bool) or not isinstance(self.protect, int) or self.protect < 0
+        ):
             raise ValueError(f'protect must be "auto" or a number of leading tokens, 0 or more, got {self.protect!r}')
         for name in ("prop_attn", "strict"):
             if not isinstance(getattr(self, name), bool):
@@ -73,7 +75,9 @@ class ToMeConfig:
             if len(r) != 2 or not _whole(r[0]) or not _real(r[1]):
                 raise TypeError(f"r must be {allowed}; a tuple is (r, inflection), got {r!r}")
             if r[0] < 0 or not -1 <= r[1] <= 1:
-                raise ValueError(f"r must be {allowed}; in (r, inflection) r is 0 or more and inflection in [-1, 1], got {r!r}")
+                raise ValueError(
+                    f"r must be {allowed}; in (r, inflection) r is 0 or more and inflection in [-1, 1], got {r!r}"
+                )
         elif _whole(r):
             if r < 0:  # type: ignore[operator]
                 raise ValueError(f"r must be {allowed}, got {r!r}")

@@ -265,7 +265,6 @@ def unmerge(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(index.dim() - 1, _index(index, x))
 
 
-
 def _spelled_out(schema: str, form: Callable[..., Tensor]) -> None:
     _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIB.impl(schema.partition("(")[0], form, "CompositeImplicitAutograd")

@@ -98,7 +98,10 @@ class ToMeReport:
     def __add__(self, other: ToMeReport) -> ToMeReport:
         """Two graphs of one model as one report."""
         seconds = {k: self.seconds.get(k, 0.0) + other.seconds.get(k, 0.0) for k in {**self.seconds, **other.seconds}}
-        unknown = {k: self.unknown_ops.get(k, 0) + other.unknown_ops.get(k, 0) for k in {**self.unknown_ops, **other.unknown_ops}}
+        unknown = {
+            k: self.unknown_ops.get(k, 0) + other.unknown_ops.get(k, 0)
+            for k in {**self.unknown_ops, **other.unknown_ops}
+        }
         return ToMeReport(
             self.graphs + other.graphs,
             self.sites + other.sites,
@@ -140,7 +143,13 @@ class ToMeReport:
 
     def _site_table(self) -> Table:
         table = Table(title="attention sites", title_justify="left")
-        for name, justify in (("site", "left"), ("tokens", "right"), ("protected", "right"), ("FLOPs", "right"), ("", "left")):
+        for name, justify in (
+            ("site", "left"),
+            ("tokens", "right"),
+            ("protected", "right"),
+            ("FLOPs", "right"),
+            ("", "left"),
+        ):
             table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
         for site in self.sites:
             tokens = f"{site.tokens[0]} -> {site.tokens[1]}" if site.merged else str(site.tokens[0] or "")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from ..axes import Dims, fresh, fresh_dims, leaves, locate, unify
+from ..axes import Dim, Dims, fresh, fresh_dims, leaves, locate, unify
 from ..axes import expr as size_expr
 from ..layout import DimLayout, Layout, Run, meet, plain
 
@@ -92,7 +92,7 @@ class Facts:
     axes: dict[fx.Node, tuple[Dims, ...]] = field(default_factory=dict)
     constant: set[fx.Node] = field(default_factory=set)
     scores: set[fx.Node] = field(default_factory=set)
-    slices: dict[tuple, Dims] = field(default_factory=dict)
+    slices: dict[tuple, Any] = field(default_factory=dict)
     segments: list[tuple[tuple, list[tuple[Any, bool]]]] = field(default_factory=list)
     cuts: list[tuple[tuple, int, int]] = field(default_factory=list)
     unknown: dict[str, int] = field(default_factory=dict)
@@ -115,7 +115,7 @@ class Call:
 
     def __init__(self, node: fx.Node) -> None:
         self.node = node
-        self.target = node.target
+        self.target: Any = node.target
         self.args: dict[str, Any] = {}
         self.given: set[str] = set()
         if isinstance(node.target, torch._ops.OpOverload):
@@ -190,9 +190,7 @@ class Rule:
 
     def plan(self, call: Call, ins: Sequence[Layout], facts: Facts) -> Decision:
         why = tuple((i, "no rule") for i, layout in enumerate(ins) if any(layout))
-        return Decision(
-            tuple(plain(v.dim()) for v in call.vals), tuple(plain(v.dim()) for v in call.results), why
-        )
+        return Decision(tuple(plain(v.dim()) for v in call.vals), tuple(plain(v.dim()) for v in call.results), why)
 
     def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
         operands = [env.fetch(n, layout) for n, layout in zip(call.nodes, decision.ins, strict=True)]
@@ -223,9 +221,9 @@ class SignatureRule(Rule):
                     known[letter] = dim
                 elif sig.role(letter) is not Role.MIX:
                     unify(known[letter], dim)
-        out = []
+        out: list[Dims] = []
         for letters, val in zip(sig.outs, call.results, strict=True):
-            dims = []
+            dims: list[Dim] = []
             for letter, size in zip(letters, val.shape, strict=True):
                 if size_expr(size) == 1:
                     dims.append(())
@@ -322,7 +320,7 @@ def _settle(
         if step is None:
             return (), "its operands were merged apart from each other"
         candidate = Run(*key, step)
-        for (i, d), run in zip(places, here, strict=True):
+        for (i, _), run in zip(places, here, strict=True):
             if run is None or run.step is not step:
                 if fill_of(sig, call, facts, i) is Fill.NONE:
                     return (), "an operand that cannot be averaged has full length"
@@ -358,7 +356,7 @@ def frame_dims(sig: Signature, call: Call, facts: Facts) -> Dims:
 
 
 def _sample_clash(sig: Signature, call: Call, facts: Facts, letter: Letter, run: Run) -> bool:
-    """Whether the op mixes the samples of a run: a merged value may meet only ops that keep them apart, each in one place."""
+    """Whether the op mixes the samples of a run: a merged value may meet only ops that keep each in its place."""
     sample = set(leaves(run.step.sample))
     for i, letters in enumerate(sig.ins):
         if letter not in letters:
@@ -384,7 +382,7 @@ def _settle_extensive(
     target: dict[Letter, DimLayout],
     reasons: list[tuple[int, str]],
 ) -> Decision:
-    need = [[() for _ in letters] for letters in sig.ins]
+    need: list[list[DimLayout]] = [[() for _ in letters] for letters in sig.ins]
     result: dict[Letter, DimLayout] = {}
     for letter, places in where.items():
         out_runs = []
@@ -405,7 +403,10 @@ def _settle_extensive(
             out_runs.append(Run(*run.key, run.step, sig.role(letter) is Role.SOFTMAX or bool(passing)))
         result[letter] = tuple(out_runs)
     outs = tuple(
-        tuple(result.get(letter, ()) if size_expr(size) != 1 else () for letter, size in zip(letters, val.shape, strict=True))
+        tuple(
+            result.get(letter, ()) if size_expr(size) != 1 else ()
+            for letter, size in zip(letters, val.shape, strict=True)
+        )
         for letters, val in zip(sig.outs, call.results, strict=True)
     )
     return Decision(tuple(tuple(layout) for layout in need), outs, tuple(reasons))

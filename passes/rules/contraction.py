@@ -87,12 +87,14 @@ def _added(call: Call, facts: Facts) -> Signature:
 
 
 def parse_einsum(equation: str, ranks: list[int]) -> tuple[list[str], str]:
-    """The letters of each operand and of the result, an ellipsis spelled out in capitals from the end of the alphabet."""
+    """The letters of each operand and of the result; an ellipsis becomes capitals from the end of the alphabet."""
     equation = equation.replace(" ", "")
     left, arrow, out = equation.partition("->")
     terms = left.split(",")
     free = [c for c in reversed(string.ascii_uppercase) if c not in equation]
-    widest = max([rank - len(t.replace("...", "")) for t, rank in zip(terms, ranks, strict=True) if "..." in t], default=0)
+    widest = max(
+        [rank - len(t.replace("...", "")) for t, rank in zip(terms, ranks, strict=True) if "..." in t], default=0
+    )
     dots = "".join(reversed(free[:widest]))
     full = []
     for term, rank in zip(terms, ranks, strict=True):
@@ -107,7 +109,7 @@ def parse_einsum(equation: str, ranks: list[int]) -> tuple[list[str], str]:
 def _einsum(call: Call, facts: Facts) -> Signature:
     terms, out = parse_einsum(call.args["equation"], [v.dim() for v in call.vals])
     # A letter twice in one term is a diagonal: neither a map nor a sum.
-    roles = {c: Role.SUM for c in "".join(terms) if c not in out}
+    roles: dict[Letter, Role] = {c: Role.SUM for c in "".join(terms) if c not in out}
     roles |= {c: Role.MIX for term in terms for c in term if term.count(c) > 1}
     return Signature(tuple(tuple(t) for t in terms), (tuple(out),), roles, frozenset(range(len(terms))))
 
@@ -168,7 +170,7 @@ def _attention(call: Call, facts: Facts) -> Signature:
         ins.append(frame[len(frame) - call.vals[3].dim() :])
         fills[3] = Fill.BIAS
     # The softmax and the sum over keys are one: the result is intensive along the queries.
-    roles = {"e": Role.SUM, "s": Role.SUM}
+    roles: dict[Letter, Role] = {"e": Role.SUM, "s": Role.SUM}
     if call.args.get("is_causal"):
         roles |= {"l": Role.MIX, "s": Role.MIX}
     return Signature(tuple(ins), ((*lead, "l", "f"),), roles, frame=frame, fills=fills)

@@ -88,7 +88,7 @@ class CatRule(Rule):
 
     def _restores(self, call: Call, facts: Facts, d: int, pieces: list[int], whole: Any) -> bool:
         """Whether the pieces, in order, have the extents of one axis of which one is a slice."""
-        source, lo, hi = whole
+        source, lo, _ = whole
         total = size_expr(call.out.shape[d])
         at: Any = 0
         from math import prod
@@ -126,7 +126,10 @@ class CatRule(Rule):
     def _signature(call: Call, d: int) -> Signature:
         rank = call.out.dim()
         letters: tuple[Letter, ...] = tuple(("cat" if k == d else k) for k in range(rank))
-        own = [tuple(("piece", i) if name == "cat" else name for name in letters[: v.dim()]) for i, v in enumerate(call.vals)]
+        own = [
+            tuple(("piece", i) if name == "cat" else name for name in letters[: v.dim()])
+            for i, v in enumerate(call.vals)
+        ]
         return Signature(tuple(own), (letters,), linear=frozenset(range(len(call.vals))), additive=True)
 
     def _along(
@@ -177,9 +180,9 @@ def slice_dim(facts: Facts, dim: Any, size: Any, start: Any, stop: Any, step: in
     if key not in facts.slices:
         length = stop - start if step == 1 else -(-(stop - start) // step)
         new = fresh(length)
-        facts.slices[key] = new  # type: ignore[assignment]
+        facts.slices[key] = new
         if step == 1 and new:
-            facts.slices["origin", leaves(new)] = (dim, start, stop)  # type: ignore[assignment]
+            facts.slices["origin", leaves(new)] = (dim, start, stop)
     return facts.slices[key]
 
 
@@ -250,7 +253,11 @@ class SliceRule(Rule):
         if first[d]:
             runs = cut(facts, dims, first, d, start, stop, size) if step == 1 else None
             if runs is None:
-                return Decision((_replaced(first, d, ()),), (_replaced(first, d, ()),), (*why, (0, "reads a part of the token axis")))
+                return Decision(
+                    (_replaced(first, d, ()),),
+                    (_replaced(first, d, ()),),
+                    (*why, (0, "reads a part of the token axis")),
+                )
             runs = tuple(Run(0, len(leaves(facts.dims(call.node)[d])), r.step, r.extensive) for r in runs)
             return Decision((first,), (_replaced(first, d, runs),), why)
         return Decision((first,), (first,), why)
@@ -273,10 +280,9 @@ def _note_cut(facts: Facts, dim: Any, start: Any, stop: Any, size: Any) -> None:
     back = size - stop if not same(stop, size) else size - start
     front = front if isinstance(front, int) and not same(front, size) else 0
     back = back if isinstance(back, int) and not same(back, size) else 0
-    if isinstance(size, int) and size and front and back:
+    if isinstance(size, int) and front and back and (same(start, 0) or same(stop, size)):
         # A slice of one end protects that end; the other is the rest of the axis.
-        if same(start, 0) or same(stop, size):
-            front, back = (front, 0) if front <= back else (0, back)
+        front, back = (front, 0) if front <= back else (0, back)
     if dim and (front or back):
         facts.cuts.append((dim, front, back))
 
@@ -378,20 +384,18 @@ class SplitRule(Rule):
 
 def _gather(call: Call, facts: Facts) -> Signature:
     """gather, scatter: the dim mixes, the others are indexed alike where they have equal size."""
-    d, rank = call.axis(call.args["dim"]), call.vals[0].dim()
-    letters: tuple[Letter, ...] = tuple(range(rank))
-    ins = []
-    for i, v in enumerate(call.vals):
-        ins.append(
-            tuple(
-                k if k != d and same(size_expr(v.shape[k]), size_expr(call.vals[0].shape[k])) else ("at", i, k)
-                for k in range(v.dim())
-            )
-        )
-    roles = {letter: Role.MIX for own in ins for letter in own if isinstance(letter, tuple)}
+    d = call.axis(call.args["dim"])
+    shape = call.vals[0].shape
+
+    def alike(k: int, size: Any) -> bool:
+        return k != d and same(size_expr(size), size_expr(shape[k]))
+
+    ins: list[tuple[Letter | None, ...]] = [
+        tuple(k if alike(k, size) else ("at", i, k) for k, size in enumerate(v.shape)) for i, v in enumerate(call.vals)
+    ]
+    roles: dict[Letter, Role] = {letter: Role.MIX for own in ins for letter in own if isinstance(letter, tuple)}
     roles[d] = Role.MIX
-    out = tuple(k if k != d and same(size_expr(s), size_expr(call.vals[0].shape[k])) else None
-                for k, s in zip(letters, call.out.shape, strict=True))  # fmt: skip
+    out = tuple(k if alike(k, size) else None for k, size in enumerate(call.out.shape))
     return Signature(tuple(ins), (out,), roles)
 
 
@@ -466,10 +470,18 @@ class ScatterSlice(SignatureRule):
         start, stop, step, size = self._spec(call, d)
         runs = cut(facts, facts.dims(call.nodes[0]), ins[0], d, start, stop, size) if step == 1 else None
         source = ins[1][d]
-        if not runs or len(source) != 1 or source[0].step is not runs[0].step or runs[0].extensive or source[0].extensive:
+        if (
+            not runs
+            or len(source) != 1
+            or source[0].step is not runs[0].step
+            or runs[0].extensive
+            or source[0].extensive
+        ):
             return whole
         base, src = (_replaced(layout, d, own) for layout, own in ((whole.ins[0], ins[0][d]), (whole.ins[1], source)))
-        return Decision((base, src), (_replaced(whole.outs[0], d, ins[0][d]),), tuple(r for r in whole.reasons if r[0] > 1))
+        return Decision(
+            (base, src), (_replaced(whole.outs[0], d, ins[0][d]),), tuple(r for r in whole.reasons if r[0] > 1)
+        )
 
     def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
         base, src = (env.fetch(n, layout) for n, layout in zip(call.nodes, decision.ins, strict=True))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ..axes import expr as size_expr
 from ..axes import same
@@ -25,18 +25,18 @@ aten = torch.ops.aten
 
 # Homogeneous of degree one in their first operand: f(size * x) = size * f(x) for size > 0.
 _HOMOGENEOUS = (
-    aten.neg, aten.abs, aten.relu, aten.leaky_relu, aten.clone, aten.contiguous, aten.detach, aten.alias, aten.lift_fresh,
-    aten.lift_fresh_copy, aten.to, aten._to_copy, aten.type_as, aten.dropout, aten.native_dropout, aten.feature_dropout,
-    aten.alpha_dropout, aten.positive, aten.real, aten.imag, aten.view_as, aten.zeros_like, aten.empty_like,
+    aten.neg, aten.abs, aten.relu, aten.leaky_relu, aten.clone, aten.contiguous, aten.detach, aten.alias,
+    aten.lift_fresh, aten.lift_fresh_copy, aten.to, aten._to_copy, aten.type_as, aten.dropout, aten.native_dropout,
+    aten.feature_dropout, aten.alpha_dropout, aten.positive, aten.real, aten.imag, aten.zeros_like, aten.empty_like,
 )  # fmt: skip
 # Pointwise in effect though not by tag, or by tag only in some releases of torch.
-_LIKE = """
-    ones_like full_like rand_like randn_like bernoulli gelu silu mish softplus hardtanh hardswish relu6 elu selu
-    celu logit nan_to_num clip clamp masked_fill isnan isinf isfinite isneginf bitwise_not logical_not fill copy
-    rrelu quantize_per_tensor fake_quantize_per_tensor_affine log_sigmoid softsign tanhshrink square float_power
-    __and__ __or__ __xor__ rsub true_divide multiply divide subtract greater less greater_equal less_equal not_equal
-    special_expit
-""".split()
+_LIKE = (
+    "ones_like", "full_like", "rand_like", "randn_like", "bernoulli", "gelu", "silu", "mish", "softplus", "hardtanh",
+    "hardswish", "relu6", "elu", "selu", "celu", "logit", "nan_to_num", "clip", "clamp", "isnan", "isinf", "isfinite",
+    "isneginf", "bitwise_not", "logical_not", "fill", "copy", "rrelu", "log_sigmoid", "square", "float_power",
+    "__and__", "__or__", "__xor__", "rsub", "true_divide", "multiply", "divide", "subtract", "greater", "less",
+    "greater_equal", "less_equal", "not_equal", "special_expit", "masked_fill",
+)  # fmt: skip
 _ADD = (aten.add, aten.sub, aten.rsub, aten.subtract)
 _MULTIPLY = (aten.mul, aten.multiply)
 _DIVIDE = (aten.div, aten.true_divide, aten.divide)
@@ -65,7 +65,9 @@ def pointwise(call: Call, facts: Facts) -> Signature:
     elif packet in _DIVIDE and isinstance(call.args.get("self"), fx.Node) and call.args.get("rounding_mode") is None:
         linear = frozenset({0})
     fills = {i: _fill(call, facts, i, additive) for i in range(count)}
-    return Signature(ins, tuple(frame for _ in call.results), linear=linear, additive=additive, frame=frame, fills=fills)
+    return Signature(
+        ins, tuple(frame for _ in call.results), linear=linear, additive=additive, frame=frame, fills=fills
+    )
 
 
 def _fill(call: Call, facts: Facts, i: int, additive: bool) -> Fill:
@@ -166,7 +168,9 @@ def _expand_as(call: Call, facts: Facts) -> Signature:
     rank = call.out.dim()
     frame: tuple[Letter, ...] = tuple(("f", k - rank) for k in range(rank))
     ins = tuple(frame[rank - v.dim() :] for v in call.vals)
-    return Signature(ins, (frame,), linear=frozenset({0}), frame=frame, fills={0: _fill(call, facts, 0, False), 1: Fill.NONE})
+    return Signature(
+        ins, (frame,), linear=frozenset({0}), frame=frame, fills={0: _fill(call, facts, 0, False), 1: Fill.NONE}
+    )
 
 
 def _shape_only(call: Call, facts: Facts) -> Signature:
@@ -206,7 +210,10 @@ def covers(call: Call) -> bool:
         sizes = [size_expr(v.shape[-k]) for v in call.vals if v.dim() >= k]
         want.append(next((size for size in sizes if size != 1), 1))
     shape = list(reversed(want))
-    return all(len(shape) == v.dim() and all(same(a, size_expr(b)) for a, b in zip(shape, v.shape, strict=True)) for v in call.results)
+    return all(
+        len(shape) == v.dim() and all(same(a, size_expr(b)) for a, b in zip(shape, v.shape, strict=True))
+        for v in call.results
+    )
 
 
 def _present(names: Sequence[str]) -> list[Any]:
@@ -214,7 +221,9 @@ def _present(names: Sequence[str]) -> list[Any]:
     return [getattr(aten, name) for name in names if hasattr(aten, name)]
 
 
-register(MaskRule(), aten.masked_fill, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
+register(
+    MaskRule(), aten.masked_fill, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar
+)
 register(POINTWISE, *_HOMOGENEOUS, *_present(_LIKE))
 register(SignatureRule(_expand_as), aten.expand_as)
 register(SignatureRule(_shape_only), aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_full)

@@ -133,7 +133,7 @@ def _group_norm(call: Call, facts: Facts) -> Signature:
 
 
 def _batch_norm(call: Call, facts: Facts) -> Signature:
-    """With running statistics batch_norm is an affine map per channel; with batch statistics it mixes all but channels."""
+    """With running statistics an affine map per channel; with batch statistics it mixes all but channels."""
     letters: tuple[Letter, ...] = tuple(range(call.vals[0].dim()))
     rest = tuple((1,) * v.dim() for v in call.vals[1:])
     mixed = {d: Role.MIX for d in letters if d != 1} if call.args.get("training") else {}
