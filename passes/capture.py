@@ -337,7 +337,7 @@ _SAME_ELEMENTS = {aten.view.default, aten.reshape.default, aten.flatten.using_in
                   aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims,
                   aten._unsafe_view.default}  # fmt: skip
 _NO_CHANGE = {aten.alias.default, aten.detach.default, aten.contiguous.default, aten.to.dtype, aten.clone.default,
-              aten.lift_fresh.default, aten.dropout.default}  # fmt: skip
+              aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.dropout.default}  # fmt: skip
 
 
 def is_impure(node: fx.Node) -> bool:
@@ -485,7 +485,13 @@ class _Functionaliser:
             if not all(isinstance(s, int) for s in shape):
                 raise CaptureError("a write through a reshaped view of a tensor of dynamic shape is left as it is")
             return self._emit(aten.reshape.default, value, shape)
-        if target in (aten.transpose.int, aten.t.default):
+        if target in (
+            aten.transpose.int,
+            aten.t.default,
+            aten.mT.default,
+            aten.swapaxes.default,
+            aten.swapdims.default,
+        ):
             return self._emit(target, value, *args[1:])
         if target is aten.permute.default:
             order = [d % len(shape) for d in args[1]]  # type: ignore[operator, union-attr]

@@ -399,36 +399,11 @@ def _fused_site(node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Ca
     q, k = call.nodes[0], call.nodes[1]
     rank = k.meta["val"].dim()
     causal = "the attention is causal" if call.args.get("is_causal") else None
-    if causal is None and len(call.nodes) == 4:
-        causal = _fixed_pair_mask(call.nodes[3], facts, calls)
+    if causal is None and len(call.nodes) == 4 and facts.per_pair(call.nodes[3], -2, -1):
+        causal = f"{call.nodes[3].name} tells each query apart which keys it sees"
     return AttentionSite(
         place(node) or f"attention {index}", q, k, node, q.meta["val"].dim() - 2, rank - 2, (rank - 1,), causal
     )
-
-
-def _fixed_pair_mask(mask: fx.Node, facts: Facts, calls: dict[fx.Node, Call]) -> str | None:
-    """A bool table over pairs of positions that no input changes (causal, windowed) in the making of the mask."""
-    if mask.meta["val"].dim() < 2 or any(s == 1 for s in _shape(mask)[-2:]):
-        return None
-    length = _shape(mask)[-1]
-    seen, todo = set(), [mask]
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        value = node.meta.get("val")
-        if not isinstance(value, Tensor):
-            continue
-        pair = value.dim() >= 2 and sum(s == length for s in _shape(node)) >= 2
-        if node in facts.constant and pair and _decides(node):
-            return f"{node.name} lets each token see only some positions"
-        todo += node.all_input_nodes
-    return None
-
-
-def _decides(node: fx.Node) -> bool:
-    return node.meta["val"].dtype is torch.bool or node.target in (aten.triu.default, aten.tril.default)
 
 
 def _open_site(node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Call], index: int) -> AttentionSite | None:

@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor, fx
 
 from .axes import expr as size_expr
-from .axes import fresh_dims
+from .axes import fresh_dims, same
 from .rules import Call, Facts, find, tensors_of
-from .rules.base import UNKNOWN
+from .rules.base import UNKNOWN, Rule
+from .rules.contraction import Contraction
 from .rules.pointwise import POINTWISE, MaskRule
+from .rules.reduce import Softmax
+from .rules.views import ExpandRule, PermuteRule, ViewRule
 
 aten = torch.ops.aten
 
@@ -49,22 +53,73 @@ def infer_axes(gm: fx.GraphModule, model_input: Sequence[bool]) -> tuple[Facts, 
         call = calls[node] = Call(node)
         rule = find(call)
         facts.axes[node] = rule.axes(call, facts)
+        _note_uniform(call, rule, facts)
+        if any(v.dtype is torch.bool for v in results) or (
+            _elementwise(rule) and any(n in facts.decided for n in call.nodes)
+        ):
+            facts.decided.add(node)
         if rule is UNKNOWN and call.operands:
             facts.unknown[call.op] = facts.unknown.get(call.op, 0) + 1
     facts.scores = _scores(calls)
     return facts, calls
 
 
+def _elementwise(rule: Rule) -> bool:
+    return rule is POINTWISE or isinstance(rule, (MaskRule, ViewRule, PermuteRule, ExpandRule))
+
+
+def _note_uniform(call: Call, rule: Rule, facts: Facts) -> None:
+    """Dims along which a value is the same everywhere: what expand makes, and what pointwise ops and views keep of it."""
+    found: set[int] = set()
+    if call.target in _FILLED:
+        found = set(range(call.out.dim()))
+    elif isinstance(rule, ExpandRule):
+        lead = call.out.dim() - call.vals[0].dim()
+        found = {
+            d
+            for d, dim in enumerate(call.out.shape)
+            if d < lead or not same(size_expr(dim), size_expr(call.vals[0].shape[d - lead]))
+        }
+        found |= {d + lead for d in facts.uniform.get(call.nodes[0], ())}
+    elif not any(n in facts.uniform for n in call.nodes):
+        return
+    elif isinstance(rule, PermuteRule):
+        held = facts.uniform[call.nodes[0]]
+        found = {k for k, d in enumerate(rule.order(call)) if d in held}
+    elif isinstance(rule, ViewRule):
+        found = _same_place(call, facts.uniform[call.nodes[0]])
+    elif _elementwise(rule):
+        rank = call.out.dim()
+        found = {
+            d
+            for d in range(rank)
+            if all(
+                v.dim() < rank - d or not facts.varies(n, d - rank) for n, v in zip(call.nodes, call.vals, strict=True)
+            )
+        }
+    if found:
+        facts.uniform[call.node] = frozenset(found)
+
+
+def _same_place(call: Call, dims: frozenset[int]) -> set[int]:
+    """The dims of a view that are dims of its source: same size, and as many elements behind."""
+    before = [size_expr(s) for s in call.vals[0].shape]
+    after = [size_expr(s) for s in call.out.shape]
+    return {
+        k
+        for d in dims
+        for k in range(len(after))
+        if same(before[d], after[k]) and same(prod(before[d + 1 :]), prod(after[k + 1 :]))
+    }
+
+
+_FILLED = {aten.full.default, aten.ones.default, aten.zeros.default, aten.new_full.default, aten.new_ones.default,
+           aten.new_zeros.default, aten.full_like.default, aten.ones_like.default, aten.zeros_like.default}  # fmt: skip
+
+
 def _scores(calls: dict[fx.Node, Call]) -> set[fx.Node]:
     """Nodes whose value reaches a softmax through pointwise ops and views alone: terms of the attention scores."""
-    from .rules.contraction import Contraction
-    from .rules.views import ExpandRule, PermuteRule, ViewRule
-
-    todo = [
-        c.nodes[0]
-        for c in calls.values()
-        if getattr(c.target, "overloadpacket", None) in (aten.softmax, aten._softmax) and c.nodes
-    ]
+    todo = [c.nodes[0] for c in calls.values() if isinstance(find(c), Softmax) and c.nodes]
     found: set[fx.Node] = set()
     while todo:
         node = todo.pop()
@@ -74,10 +129,10 @@ def _scores(calls: dict[fx.Node, Call]) -> set[fx.Node]:
         rule = find(call)
         if isinstance(rule, Contraction):
             found.add(node)
-        elif rule is POINTWISE or isinstance(rule, (MaskRule, ViewRule, PermuteRule, ExpandRule)):
+        elif _elementwise(rule):
             found.add(node)
             todo += call.nodes
     return found
 
 
-__all__ = ["infer_axes", "size_expr"]
+__all__ = ["infer_axes"]

@@ -85,13 +85,16 @@ class Facts:
     """What the analyses know of the graph.
 
     axes: dims of every tensor result of every node. constant: nodes that depend on no model input. scores: nodes
-    on the way to a softmax. segments: sizes of the pieces a token axis was concatenated from, with whether each
+    on the way to a softmax. uniform: dims along which a value is the same everywhere. decided: values that a bool
+    tensor went into. segments: sizes of the pieces a token axis was concatenated from, with whether each
     depends on no input. cuts: reads of an axis at a fixed position, (leaves, from the front, from the back).
     """
 
     axes: dict[fx.Node, tuple[Dims, ...]] = field(default_factory=dict)
     constant: set[fx.Node] = field(default_factory=set)
     scores: set[fx.Node] = field(default_factory=set)
+    uniform: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
+    decided: set[fx.Node] = field(default_factory=set)
     slices: dict[tuple, Any] = field(default_factory=dict)
     segments: list[tuple[tuple, list[tuple[Any, bool]]]] = field(default_factory=list)
     cuts: list[tuple[tuple, int, int]] = field(default_factory=list)
@@ -99,6 +102,22 @@ class Facts:
 
     def dims(self, node: fx.Node, result: int = 0) -> Dims:
         return self.axes[node][result]
+
+    def varies(self, node: fx.Node, d: int) -> bool:
+        """Whether a value may differ along a dim."""
+        val = node.meta["val"]
+        d %= val.dim()
+        return size_expr(val.shape[d]) != 1 and d not in self.uniform.get(node, ())
+
+    def per_pair(self, node: fx.Node, query: int, key: int) -> bool:
+        """Whether a term of the scores says something else of each pair of tokens, so that no merge can keep it.
+
+        Bool masks and masks that the caller gives are such terms (causal, windowed); a float table that depends on no
+        input (relative positions) may be averaged, and what is the same for all queries is a mask of the keys.
+        """
+        if node.meta["val"].dim() < 2 or not (self.varies(node, query) and self.varies(node, key)):
+            return False
+        return node not in self.constant or node in self.decided
 
 
 def tensors_of(value: Any) -> tuple[Tensor, ...]:
@@ -358,18 +377,22 @@ def frame_dims(sig: Signature, call: Call, facts: Facts) -> Dims:
 def _sample_clash(sig: Signature, call: Call, facts: Facts, letter: Letter, run: Run) -> bool:
     """Whether the op mixes the samples of a run: a merged value may meet only ops that keep each in its place."""
     sample = set(leaves(run.step.sample))
+    home: dict[Any, Letter | None] = {}
     for i, letters in enumerate(sig.ins):
         if letter not in letters:
             continue
-        dims = facts.dims(call.nodes[i])
-        for other, dim in zip(letters, dims, strict=True):
-            if sample & set(leaves(dim)) and (other is None or sig.role(other) is not Role.MAP):
+        for other, dim in zip(letters, facts.dims(call.nodes[i]), strict=True):
+            held = sample & set(leaves(dim))
+            if held and (other is None or sig.role(other) is not Role.MAP):
+                return True
+            # x[b] against x[c]: the tokens of one sample were grouped otherwise than those of another.
+            if any(home.setdefault(leaf, other) != other for leaf in held):
                 return True
     for result, letters in enumerate(sig.outs):
         if letter not in letters:
             continue
-        held = [leaf for dim in facts.axes[call.node][result] for leaf in leaves(dim) if leaf in sample]
-        if len(held) != len(sample):
+        kept = [leaf for dim in facts.axes[call.node][result] for leaf in leaves(dim) if leaf in sample]
+        if len(kept) != len(sample):
             return True
     return False
 

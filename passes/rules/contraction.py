@@ -168,7 +168,7 @@ def _attention(call: Call, facts: Facts) -> Signature:
     fills = {}
     if len(call.vals) == 4:
         ins.append(frame[len(frame) - call.vals[3].dim() :])
-        fills[3] = Fill.BIAS
+        fills[3] = Fill.NONE if facts.per_pair(call.nodes[3], -2, -1) else Fill.BIAS
     # The softmax and the sum over keys are one: the result is intensive along the queries.
     roles: dict[Letter, Role] = {"e": Role.SUM, "s": Role.SUM}
     if call.args.get("is_causal"):

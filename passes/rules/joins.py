@@ -384,7 +384,7 @@ class SplitRule(Rule):
 
 def _gather(call: Call, facts: Facts) -> Signature:
     """gather, scatter: the dim mixes, the others are indexed alike where they have equal size."""
-    d = call.axis(call.args["dim"])
+    d = call.axis(call.args["dim"] if call.args["dim"] is not None else 0)
     shape = call.vals[0].shape
 
     def alike(k: int, size: Any) -> bool:
@@ -397,6 +397,15 @@ def _gather(call: Call, facts: Facts) -> Signature:
     roles[d] = Role.MIX
     out = tuple(k if alike(k, size) else None for k, size in enumerate(call.out.shape))
     return Signature(tuple(ins), (out,), roles)
+
+
+def _index_write(call: Call, facts: Facts) -> Signature:
+    """index_add, index_copy: the indexed dim mixes, the others are indexed alike."""
+    d, rank = call.axis(call.args["dim"]), call.vals[0].dim()
+    letters: tuple[Letter, ...] = tuple(range(rank))
+    source = tuple(None if k == d else k for k in letters)
+    rest = tuple(source if v.dim() == rank else (None,) * v.dim() for v in call.vals[1:])
+    return Signature((letters, *rest), (letters,), {d: Role.MIX})
 
 
 def _index_select(call: Call, facts: Facts) -> Signature:
@@ -499,7 +508,10 @@ register(SelectRule(), aten.select.int)
 register(SplitRule(keeps_dim=True), aten.split.Tensor, aten.split.sizes, aten.split_with_sizes, aten.chunk,
          aten.tensor_split.sections, aten.tensor_split.indices)  # fmt: skip
 register(SplitRule(keeps_dim=False), aten.unbind.int)
-register(SignatureRule(_gather), aten.gather, aten.scatter, aten.scatter_add)
+register(SignatureRule(_gather), aten.gather, aten.scatter, aten.scatter_add, aten.take_along_dim)
+register(SignatureRule(_index_write), aten.index_add, aten.index_copy)
+# A write to an input of the graph, at its end: the caller's tensor has full length.
+register(Rule(), aten.copy_)
 register(SignatureRule(_index_select), aten.index_select)
 register(SignatureRule(_index), aten.index.Tensor)
 register(SignatureRule(_pad), aten.constant_pad_nd, aten.pad)

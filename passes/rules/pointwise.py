@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from ..axes import expr as size_expr
-from ..axes import same
+from ..axes import leaves, same
 from ..layout import Layout
 from .base import Call, Decision, Facts, Fill, Letter, Role, Signature, SignatureRule, frame_dims, register
 
@@ -73,10 +73,19 @@ def pointwise(call: Call, facts: Facts) -> Signature:
 def _fill(call: Call, facts: Facts, i: int, additive: bool) -> Fill:
     floating = call.vals[i].dtype.is_floating_point
     if additive and floating:
-        return Fill.BIAS if call.node in facts.scores else Fill.MEAN
+        if call.node not in facts.scores:
+            return Fill.MEAN
+        return Fill.NONE if _pairs(call.nodes[i], facts) else Fill.BIAS
     if call.nodes[i] in facts.constant:
         return Fill.ROW
     return Fill.MEAN if floating else Fill.NONE
+
+
+def _pairs(node: fx.Node, facts: Facts) -> bool:
+    """Whether a term of the scores holds one axis of tokens twice, and no merge keeps what it says."""
+    dims = [leaves(dim) for dim in facts.dims(node)]
+    twice = [(a, b) for a in range(len(dims)) for b in range(a + 1, len(dims)) if dims[a] and dims[a] == dims[b]]
+    return any(facts.per_pair(node, a, b) for a, b in twice)
 
 
 def _zeroing(value: Any) -> bool:
@@ -111,7 +120,7 @@ class MaskRule(SignatureRule):
             return Signature(sig.ins, sig.outs, linear=linear, additive=True, frame=sig.frame, fills=fills)
         x, mask, value, _ = parts
         if call.node in facts.scores:
-            fills[mask] = Fill.BIAS
+            fills[mask] = Fill.NONE if _pairs(call.nodes[mask], facts) else Fill.BIAS
         elif _zeroing(value):
             fills[mask] = Fill.MEAN
             linear = frozenset({x})

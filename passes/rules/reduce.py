@@ -53,8 +53,7 @@ class WeightedReduce(SignatureRule):
         (x,) = self.operands(call, env, decision)
         if not any(layout[d] for d in dims):
             return env.run(call, [x])
-        dtype = x.dtype
-        x = x.to(torch.promote_types(dtype, torch.float32))
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         for d in dims:
             for run in layout[d]:
                 if not run.extensive:
@@ -62,7 +61,7 @@ class WeightedReduce(SignatureRule):
         total = x.sum(dims, keepdim=bool(call.args.get("keepdim")))
         if call.target.overloadpacket is aten.mean:
             total = total / prod(env.full_size(call.nodes[0], d) for d in dims)
-        return total.to(call.args.get("dtype") or dtype)
+        return total.to(call.out.dtype)
 
 
 class Norm2(SignatureRule):
@@ -87,25 +86,34 @@ class Norm2(SignatureRule):
 
 
 class Softmax(SignatureRule):
-    """softmax over a merged axis: log(size) joins the scores (proportional attention), the result is extensive."""
+    """softmax, log_softmax and logsumexp over a merged axis: log(size) joins the scores (proportional attention).
 
-    def __init__(self, *, log: bool) -> None:
-        self.log = log
+    The probabilities are extensive, one sum per group; log-probabilities are those of one token of the group.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
         super().__init__(self._signature)
 
     def _signature(self, call: Call, facts: Facts) -> Signature:
+        if self.kind == "logsumexp":
+            return _reduction(Role.NORM2)(call, facts)
         letters: tuple[Letter, ...] = tuple(range(call.vals[0].dim()))
-        # Log-probabilities cannot be made extensive: they are left to the caller that unmerges.
-        role = Role.MIX if self.log else Role.SOFTMAX
+        role = Role.SOFTMAX if self.kind == "softmax" else Role.NORM2
         return Signature((letters,), (letters,), {call.axis(call.args["dim"]): role} if letters else {})
 
     def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
         (x,) = self.operands(call, env, decision)
-        layout, d = decision.ins[0], call.axis(call.args["dim"])
-        for run in layout[d]:
-            if env.config.prop_attn:
-                x = x + env.log_weight(call.nodes[0], layout, d, run).to(x.dtype)
-        return env.run(call, [x])
+        layout, terms = decision.ins[0], []
+        if env.config.prop_attn:
+            node = call.nodes[0]
+            terms = [env.log_weight(node, layout, d, run).to(x.dtype) for d in reduced_dims(call) for run in layout[d]]
+        for term in terms:
+            x = x + term
+        out = env.run(call, [x])
+        for term in terms if self.kind == "log_softmax" else []:
+            out = out - term.to(out.dtype)
+        return out
 
 
 def _normalise_last(call: Call, facts: Facts) -> Signature:
@@ -167,12 +175,13 @@ def _mixing(names: Sequence[str]) -> Any:
 
 register(WeightedReduce(), aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default)
 register(SignatureRule(_reduction(Role.MAX)), aten.amax, aten.amin)
-register(SignatureRule(_reduction(Role.MIX)), aten.var, aten.std, aten.logsumexp, aten.prod.dim_int, aten.any,
+register(SignatureRule(_reduction(Role.MIX)), aten.var, aten.std, aten.prod.dim_int, aten.any,
          aten.all, aten.argmax, aten.argmin, aten.max.dim, aten.min.dim, aten.max.default, aten.min.default,
          aten.var_mean, aten.median)  # fmt: skip
 register(Norm2(), aten.linalg_vector_norm, aten.norm.ScalarOpt_dim, aten.norm.ScalarOpt_dim_dtype)
-register(Softmax(log=False), aten.softmax.int, aten._softmax)
-register(Softmax(log=True), aten.log_softmax.int, aten._log_softmax)
+register(Softmax("softmax"), aten.softmax.int, aten._softmax)
+register(Softmax("log_softmax"), aten.log_softmax.int, aten._log_softmax)
+register(Softmax("logsumexp"), aten.logsumexp.default)
 register(NormRule(_normalise_last), aten.layer_norm, aten.rms_norm)
 register(NormRule(_group_norm), aten.group_norm, aten.instance_norm)
 register(NormRule(_batch_norm), aten.batch_norm)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..axes import Dims, fresh, fresh_dims, leaves, regroup
+from ..axes import Dims, fresh, fresh_dims, leaves, quotient, regroup
 from ..axes import expr as size_expr
 from ..layout import Layout, Run, plain
 from .base import Call, Decision, Facts, Rule, register
@@ -148,9 +148,8 @@ class RepeatRule(Rule):
             elif before == 1:
                 out.append(fresh(size_expr(size)))
             else:
-                count = regroup(((*fresh(size_expr(size)),),), [size_expr(size)])
-                times = call.args["repeats"][d] if isinstance(call.args["repeats"][d], int) else None
-                out.append((*fresh(times), *old[d]) if times else (count or ((),))[0])
+                times = quotient(size_expr(size), before)
+                out.append((*fresh(times), *old[d]) if times is not None else fresh(size_expr(size)))
         return (tuple(out),)
 
     def plan(self, call: Call, ins: Sequence[Layout], facts: Facts) -> Decision:
