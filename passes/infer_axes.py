@@ -69,7 +69,8 @@ def _elementwise(rule: Rule) -> bool:
 
 
 def _note_uniform(call: Call, rule: Rule, facts: Facts) -> None:
-    """Dims along which a value is the same everywhere: what expand makes, and what pointwise ops and views keep of it."""
+        before = (*[1] * lead, *call.vals[0].shape)
+        found = {d for d, s in enumerate(call.out.shape) if d < lead or not same(size_expr(s), size_expr(before[d]))}
     found: set[int] = set()
     if call.target in _FILLED:
         found = set(range(call.out.dim()))
