@@ -69,8 +69,7 @@ def _elementwise(rule: Rule) -> bool:
 
 
 def _note_uniform(call: Call, rule: Rule, facts: Facts) -> None:
-        before = (*[1] * lead, *call.vals[0].shape)
-        found = {d for d, s in enumerate(call.out.shape) if d < lead or not same(size_expr(s), size_expr(before[d]))}
+    """Dims along which a value is the same everywhere: made by expand, kept by pointwise ops and views."""
     found: set[int] = set()
     if call.target in _FILLED:
         found = set(range(call.out.dim()))
