@@ -1,0 +1,63 @@
+"""find_attention: one canonical SDPA for every spelling, and only where nobody reads what stands between."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.models import Spec, build
+from tests.recording import record
+
+FUSED = [
+    Spec(attention=attention, scale=scale)
+    for attention in ("matmul", "bmm", "baddbmm", "einsum", "einsum_bnhd")
+    for scale in ("scores", "q", "k", "divide")
+]
+
+
+@pytest.mark.parametrize("spec", FUSED, ids=lambda s: f"{s.attention}-{s.scale}")
+def test_every_spelling_becomes_one_sdpa(spec: Spec) -> None:
+    model, args = build(spec)
+    _, seen = record(model, args, r=4)
+    ops = seen.ops()
+    assert ops["aten.scaled_dot_product_attention"] == spec.depth
+    assert ops["aten.softmax"] == ops["aten._softmax"] == 0
+    assert ops["tome.match"] == spec.depth
+
+
+class Readers(nn.Module):
+    """Attention whose probabilities, or scores, somebody else reads too."""
+
+    def __init__(self, read: str) -> None:
+        super().__init__()
+        self.read = read
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        scores = q @ k.mT * 0.25
+        p = scores.softmax(-1)
+        x = x + self.out(p @ v)
+        return x.mean(1), p if self.read == "probabilities" else scores
+
+
+@pytest.mark.parametrize("read", ["probabilities", "scores"])
+def test_what_is_read_twice_is_not_fused(read: str) -> None:
+    model = Readers(read).eval()
+    x = torch.randn(2, 24, 16)
+    got, seen = record(model, (x,), r=4, placement="stream")
+    ops = seen.ops()
+    assert ops["aten.scaled_dot_product_attention"] == 0
+    assert ops["tome.match"] == 1
+    with torch.no_grad():
+        torch.testing.assert_close(got[1], model(x)[1])
+
+
+def test_the_rewritten_block() -> None:
+    """The canonical block, op by op: a match by the keys, sizes, a merge, and log(size) in the next attention."""
+    model, args = build(Spec(depth=2, mlp="gelu", readout="cls"))
+    _, seen = record(model, args, r=4)
+    ops = seen.ops()
+    want = {"tome.match": 2, "tome.merge": 2, "tome.merge_size": 2, "tome.log_size": 1, "tome.unmerge": 0}
+    assert {name: ops[name] for name in want} == want
