@@ -46,7 +46,7 @@ def specs(draw: st.DrawFn) -> Spec:
 
 def schedules(spec: Spec) -> st.SearchStrategy[Any]:
     """Every form of r that merges something and leaves enough equal partners among 30 and more tokens."""
-    blocks = spec.depth if spec.kind == "softmax" or spec.shared else 1
+    blocks = spec.depth if (spec.kind == "softmax" and spec.softmax != "manual") or spec.shared else 1
     return st.one_of(
         st.integers(1, 4),
         st.lists(st.integers(0, 5), min_size=1, max_size=blocks).filter(any),

@@ -89,6 +89,8 @@ MIXED = [
     Spec(attention="einsum", talking=True, readout="cls", mask="none", layout="rows"),
     Spec(attention="matmul", softmax="upcast", readout="mean"),
     Spec(attention="matmul", softmax="manual", readout="mean"),
+    Spec(attention="matmul", softmax="manual", readout="mean", mask="bool"),
+    Spec(attention="bmm", softmax="manual", readout="mean", mask="float"),
     Spec(attention="bmm", scale="q", layout="nbd", readout="mean", mask="bool"),
     Spec(drop=0.1, drop_path=0.1, readout="mean"),
     Spec(mask="bool", readout="masked_mean", prefix="none"),
