@@ -16,12 +16,11 @@ from dataclasses import dataclass
 
 import networkx as nx
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from tome_fx.report import SkipReason
 
-from .axes import Dim, Dims, leaves, locate, same, size_of
-from .axes import expr as size_expr
+from .axes import Dim, leaves, locate, size_of
 from .find_attention import AttentionSite
 from .rules import Call, Facts
 
@@ -215,4 +214,4 @@ def _constant_run(sizes: list) -> int:
 
 
 __all__ = ["Block", "find_blocks", "protected"]
-_ = (Dims, Tensor, same, size_expr)
+

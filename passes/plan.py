@@ -12,7 +12,7 @@ the walk is done again. It only annotates.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -22,7 +22,6 @@ from tome_fx.config import ToMeConfig
 from tome_fx.report import SiteReport, SkipReason, Unmerge
 from tome_fx.schedule import merged_away, tokens_per_block
 
-from .axes import expr as size_expr
 from .axes import leaves, locate
 from .find_attention import AttentionSite, place
 from .find_blocks import Block
@@ -309,4 +308,4 @@ def site_reports(
 
 
 __all__ = ["Merge", "Plan", "make_plan", "site_reports", "size_hint"]
-_ = (replace, size_expr)
+

@@ -11,17 +11,16 @@ import enum
 import operator
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
 
+from tome_fx.config import ToMeConfig
+
 from ..axes import Dim, Dims, fresh, fresh_dims, leaves, locate, unify
 from ..axes import expr as size_expr
 from ..layout import DimLayout, Layout, Run, meet, plain
-
-if TYPE_CHECKING:
-    from ..rewrite import Emitter
 
 Letter = Hashable
 Path = tuple[str, int | None]
@@ -199,6 +198,34 @@ def op_name(node: fx.Node) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.replace("::", ".")
     return getattr(target, "__name__", str(target))
+
+
+class Emitter(Protocol):
+    """What a rule may ask of the rewriter while it emits its op; `rewrite.Emitter` is the one there is."""
+
+    facts: Facts
+    config: ToMeConfig
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """`run(call, operands, **overrides)`: the op with new tensor operands."""
+
+    def tensor(self, node: fx.Node) -> Tensor: ...
+
+    def layout(self, node: fx.Node) -> Layout: ...
+
+    def fetch(self, node: fx.Node, want: Layout, fill: Fill = ..., frame: Dims | None = None) -> Tensor: ...
+
+    def convert(
+        self, x: Tensor, dims: Dims, have: Layout, want: Layout, fill: Fill = ..., frame: Dims | None = None
+    ) -> Tensor: ...
+
+    def weight(self, node: fx.Node, layout: Layout, d: int, run: Run) -> Tensor: ...
+
+    def log_weight(self, node: fx.Node, layout: Layout, d: int, run: Run) -> Tensor: ...
+
+    def full_size(self, node: fx.Node, d: int) -> Any: ...
+
+    def shape(self, node: fx.Node, layout: Layout) -> list[Any]: ...
 
 
 class Rule:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ..axes import expr as size_expr
 from .base import (
     Call,
     Decision,
+    Emitter,
     Facts,
     Fill,
     Letter,
@@ -27,9 +28,6 @@ from .base import (
     frame_dims,
     register,
 )
-
-if TYPE_CHECKING:
-    from ..rewrite import Emitter
 
 aten = torch.ops.aten
 

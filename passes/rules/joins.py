@@ -7,17 +7,14 @@ may be sliced off, rotated around and put back, and the pieces share one merge s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..axes import Dims, fresh, leaves, same, unify
 from ..axes import expr as size_expr
-from ..layout import DimLayout, Layout, Run, meet, plain
-from .base import Call, Decision, Facts, Letter, Role, Rule, Signature, SignatureRule, register
-
-if TYPE_CHECKING:
-    from ..rewrite import Emitter
+from ..layout import DimLayout, Layout, Run, plain
+from .base import Call, Decision, Emitter, Facts, Letter, Role, Rule, Signature, SignatureRule, register
 
 aten = torch.ops.aten
 WHOLE_SAMPLE = "takes apart the samples it was merged within"
@@ -516,4 +513,4 @@ register(SignatureRule(_index_select), aten.index_select)
 register(SignatureRule(_index), aten.index.Tensor)
 register(SignatureRule(_pad), aten.constant_pad_nd, aten.pad)
 register(ScatterSlice(_scatter_slice), aten.slice_scatter, aten.select_scatter)
-_ = meet
+

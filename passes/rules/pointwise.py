@@ -8,7 +8,7 @@ the group that is kept, which makes masked pools exact.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -16,10 +16,7 @@ from torch import fx
 from ..axes import expr as size_expr
 from ..axes import leaves, same
 from ..layout import Layout
-from .base import Call, Decision, Facts, Fill, Letter, Role, Signature, SignatureRule, frame_dims, register
-
-if TYPE_CHECKING:
-    from ..rewrite import Emitter
+from .base import Call, Decision, Emitter, Facts, Fill, Letter, Role, Signature, SignatureRule, frame_dims, register
 
 aten = torch.ops.aten
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from .base import Call, Decision, Facts, Letter, Role, Rule, Signature, SignatureRule, register
-
-if TYPE_CHECKING:
-    from ..rewrite import Emitter
+from .base import Call, Decision, Emitter, Facts, Letter, Role, Rule, Signature, SignatureRule, register
 
 aten = torch.ops.aten
 

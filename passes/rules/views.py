@@ -7,17 +7,14 @@ of, never patched. A view that would cut a merged axis (N -> H x W) needs it who
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..axes import Dims, fresh, fresh_dims, leaves, quotient, regroup
 from ..axes import expr as size_expr
 from ..layout import Layout, Run, plain
-from .base import Call, Decision, Facts, Rule, register
-
-if TYPE_CHECKING:
-    from ..rewrite import Emitter
+from .base import Call, Decision, Emitter, Facts, Rule, register
 
 aten = torch.ops.aten
 
