@@ -18,6 +18,7 @@ always spelled out.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -82,15 +83,25 @@ def match(
         `(assign, keep, moved, similarity)`, see the module docstring; `similarity` is float32 `[*sample, r]`,
         the cosine of each merged pair. None of them carries a gradient.
     """
-    with torch.no_grad(), torch.autocast(metric.device.type, enabled=False):
+    if torch.is_autocast_enabled(metric.device.type):
+        with torch.autocast(metric.device.type, enabled=False):
+            return match(metric, r, prefix, suffix, heads)
+    with torch.no_grad():
         sample = metric.shape[: -3 if heads else -2]
         # A sum has the direction of the mean.
         metric = metric.sum(-2, dtype=torch.float32) if heads else metric.float()
+        if len(sample) == 1:
+            return _match(metric, r, prefix, suffix)
         found = _match(metric.reshape(-1, *metric.shape[-2:]), r, prefix, suffix)
         return tuple(x.reshape(*sample, x.shape[-1]) for x in found)  # type: ignore[return-value]
 
 
 _SMALLEST_NORM = 1e-12
+
+
+def _kept(make: Any, device: torch.device) -> Callable[..., Any]:
+    """A cached maker of index vectors, or on a GPU the bare one: what CUDA graphs allocate must not outlive them."""
+    return make if device.type == "cpu" else make.__wrapped__
 
 
 @functools.lru_cache(maxsize=256)
@@ -106,7 +117,7 @@ def _positions(n: int, prefix: int, suffix: int, device: torch.device) -> tuple[
 def _match(metric: Tensor, r: int, prefix: int, suffix: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`match` on float32 `[batch, N, d]`. Few calls: between matrix products each costs more than its arithmetic."""
     batch, n, _ = metric.shape
-    head, src_pos, rest, places, ranks = _positions(n, prefix, suffix, metric.device)
+    head, src_pos, rest, places, ranks = _kept(_positions, metric.device)(n, prefix, suffix, metric.device)
     body = metric[:, prefix : n - suffix]
     src, dst = body[:, prefix % 2 :: 2], body[:, 1 - prefix % 2 :: 2]
     dst = dst / dst.norm(dim=-1, keepdim=True).clamp_min(_SMALLEST_NORM)
@@ -155,6 +166,12 @@ def merge_aten(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor,
     return (total / _column(size_out, x)).to(x.dtype)
 
 
+@functools.lru_cache(maxsize=256)
+def _first_rows(sample: tuple[int, ...], length: int, device: torch.device) -> Tensor:
+    """int64 [*sample, 1]: where each sample begins when the rows of all samples are counted through."""
+    return torch.arange(0, math.prod(sample) * length, length, device=device).reshape(*sample, 1)
+
+
 def _merge_fake(
     x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor
 ) -> Tensor:
@@ -186,8 +203,8 @@ def merge(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep
     rows = x.flatten(0, lead - 1)
     rows = rows.flatten(1) if rows.dim() > 1 else rows[:, None]
     if assign.numel() > n:  # several samples: count rows through all of them
-        batch = torch.arange(assign.numel() // n, device=x.device).reshape(*assign.shape[:-1], 1)
-        keep_row, moved_row, slot = keep + batch * n, moved + batch * n, slot + batch * fewer
+        old, new = (_kept(_first_rows, x.device)(assign.shape[:-1], length, x.device) for length in (n, fewer))
+        keep_row, moved_row, slot = keep + old, moved + old, slot + new
     else:
         keep_row, moved_row = keep, moved
     slot = slot.flatten()
