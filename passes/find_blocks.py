@@ -214,4 +214,3 @@ def _constant_run(sizes: list) -> int:
 
 
 __all__ = ["Block", "find_blocks", "protected"]
-

@@ -113,13 +113,14 @@ def _same_place(call: Call, dims: frozenset[int]) -> set[int]:
     }
 
 
+_EXP = {aten.exp.default, aten.exp2.default}
 _FILLED = {aten.full.default, aten.ones.default, aten.zeros.default, aten.new_full.default, aten.new_ones.default,
            aten.new_zeros.default, aten.full_like.default, aten.ones_like.default, aten.zeros_like.default}  # fmt: skip
 
 
 def _scores(calls: dict[fx.Node, Call]) -> set[fx.Node]:
-    """Nodes whose value reaches a softmax through pointwise ops and views alone: terms of the attention scores."""
-    todo = [c.nodes[0] for c in calls.values() if isinstance(find(c), Softmax) and c.nodes]
+    """Nodes whose value reaches a softmax or exp through pointwise ops and views: terms of attention scores."""
+    todo = [c.nodes[0] for c in calls.values() if c.nodes and (isinstance(find(c), Softmax) or c.target in _EXP)]
     found: set[fx.Node] = set()
     while todo:
         node = todo.pop()

@@ -308,4 +308,3 @@ def site_reports(
 
 
 __all__ = ["Merge", "Plan", "make_plan", "site_reports", "size_hint"]
-

@@ -28,6 +28,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import tome_fx
 from tome_fx import timing
+from tome_fx.schedule import ScheduleError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 INNERS = ("inductor", "aot_eager", "eager")
@@ -248,14 +249,15 @@ def _backend(args: argparse.Namespace) -> Any:
 
 
 @contextlib.contextmanager
-def _refusals(args: argparse.Namespace) -> Iterator[None]:
-    """Turn what --strict refuses, and an r with too many blocks, from a compiler error into a UserError."""
+def _refusals() -> Iterator[None]:
+    """Turn what --strict refuses, and an r with too many blocks, into a UserError."""
     try:
         yield
+    except (tome_fx.ToMeError, ScheduleError) as error:
+        raise UserError(str(error)) from error
     except BackendCompilerFailed as error:
-        inner = error.inner_exception
-        if isinstance(inner, tome_fx.ToMeError) or (isinstance(inner, ValueError) and isinstance(args.r, list)):
-            raise UserError(str(inner)) from error
+        if isinstance(error.inner_exception, (tome_fx.ToMeError, ScheduleError)):
+            raise UserError(str(error.inner_exception)) from error
         raise
 
 
@@ -264,7 +266,7 @@ def _explain(args: argparse.Namespace, _: Sequence[str], console: Console) -> No
     _backend(args)
     model, x = _load(args)
     _check_runs(model, x)
-    with torch.no_grad(), _refusals(args):
+    with torch.no_grad(), _refusals():
         report = tome_fx.explain(model, (x,), **_config(args))
     console.print(Text.from_ansi(str(report)), soft_wrap=True)
     _write(args.json, {"model": args.model, "input": list(x.shape), **report.to_dict()})
@@ -295,7 +297,7 @@ def _bench(args: argparse.Namespace, words: Sequence[str], console: Console) -> 
     model, x = _load(args)
     _check_runs(model, x)
     steps = _steps(args, model, x)
-    with Progress(console=console, transient=True) as bar, _refusals(args):
+    with Progress(console=console, transient=True) as bar, _refusals():
         task = bar.add_task("compile and time", total=len(steps) * (args.rounds + 2))
         seconds = timing.interleaved(
             steps, args.rounds, warmup=2, progress=lambda *_: bar.advance(task), device=args.device

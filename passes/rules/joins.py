@@ -513,4 +513,3 @@ register(SignatureRule(_index_select), aten.index_select)
 register(SignatureRule(_index), aten.index.Tensor)
 register(SignatureRule(_pad), aten.constant_pad_nd, aten.pad)
 register(ScatterSlice(_scatter_slice), aten.slice_scatter, aten.select_scatter)
-
