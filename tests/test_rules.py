@@ -396,7 +396,7 @@ RARE = (
 )
 RARER = (
     "diff index_fill index_put repeat_interleave zero linalg_cross logcumsumexp median quantile rot90 std_mean "
-    "tensordot unfold view_as"
+    "tensordot unfold"
 )
 NO_RULE = {f"aten.{name}" for name in f"{RARE} {RARER}".split()}
 """Ops of the tables that may lack a rule, as no model of the zoo has them behind a merge: they are unmerged as unknown.

@@ -23,7 +23,7 @@ aten = torch.ops.aten
 # Homogeneous of degree one in their first operand: f(size * x) = size * f(x) for size > 0.
 _HOMOGENEOUS = (
     aten.neg, aten.abs, aten.relu, aten.leaky_relu, aten.clone, aten.contiguous, aten.detach, aten.alias,
-    aten.lift_fresh, aten.lift_fresh_copy, aten.to, aten._to_copy, aten.type_as, aten.dropout, aten.native_dropout,
+    aten.lift_fresh, aten.lift_fresh_copy, aten.to, aten._to_copy, aten.dropout, aten.native_dropout,
     aten.feature_dropout, aten.alpha_dropout, aten.positive, aten.real, aten.imag, aten.zeros_like, aten.empty_like,
 )  # fmt: skip
 # Pointwise in effect though not by tag, or by tag only in some releases of torch.
@@ -179,6 +179,13 @@ def _expand_as(call: Call, facts: Facts) -> Signature:
     )
 
 
+def _type_as(call: Call, facts: Facts) -> Signature:
+    """Reads only the dtype of its second operand."""
+    letters: tuple[Letter, ...] = tuple(range(call.out.dim()))
+    seen = tuple(("seen", d) for d in range(call.vals[1].dim()))
+    return Signature((letters, seen), (letters,), linear=frozenset({0}))
+
+
 def _shape_only(call: Call, facts: Facts) -> Signature:
     """`new_zeros(x, size)` and the like read no value of x: its layout does not matter, the result is full-length."""
     return Signature(tuple(tuple(("seen", i, d) for d in range(v.dim())) for i, v in enumerate(call.vals)),
@@ -232,6 +239,7 @@ register(
 )
 register(POINTWISE, *_HOMOGENEOUS, *_present(_LIKE))
 register(SignatureRule(_expand_as), aten.expand_as)
+register(SignatureRule(_type_as), aten.type_as)
 register(SignatureRule(_shape_only), aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_full)
 
 __all__ = ["POINTWISE", "MaskRule", "Role", "is_pointwise", "pointwise", "scalar"]

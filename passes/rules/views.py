@@ -170,7 +170,8 @@ class ComplexRule(Rule):
 
 
 register(ViewRule(), aten.view.default, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.squeeze,
-         aten.unsqueeze, aten.view_copy.default, aten._reshape_copy, aten.reshape_as, aten._reshape_alias)  # fmt: skip
+         aten.unsqueeze, aten.view_copy.default, aten._reshape_copy, aten.reshape_as, aten.view_as,
+         aten._reshape_alias)  # fmt: skip
 register(PermuteRule(), aten.permute, aten.transpose.int, aten.t, aten.movedim, aten.moveaxis, aten.swapaxes,
          aten.swapdims, aten.numpy_T, aten.mT, aten.adjoint, aten.matrix_H)  # fmt: skip
 register(ExpandRule(), aten.expand, aten.broadcast_to)
