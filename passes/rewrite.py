@@ -244,8 +244,8 @@ class Emitter(fx.Interpreter):
     def _merge_here(self, merge: Merge, value: Tensor) -> Tensor:
         step, block = merge.step, merge.block
         metric, heads = self._metric(merge)
-        assign, keep, moved, _ = tome.match(metric.detach(), merge.r, step.prefix, step.suffix, heads)
         before = self._step(step.prev).size if step.prev else None
+        assign, keep, moved, _ = tome.match(metric.detach(), merge.r, step.prefix, step.suffix, heads)
         self.steps[step] = StepTensors(assign, keep, moved, tome.merge_size(before, assign, keep, moved))
         node = block.merge
         after = self.layout(node)

@@ -17,13 +17,13 @@ always spelled out.
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tome_fx.kernels import cpu
 
 _LIB = torch.library.Library("tome", "DEF")
 
@@ -87,49 +87,52 @@ def match(
         with torch.autocast(metric.device.type, enabled=False):
             return match(metric, r, prefix, suffix, heads)
     with torch.no_grad():
-        sample = metric.shape[: -3 if heads else -2]
-        # A sum has the direction of the mean.
-        metric = metric.sum(-2, dtype=torch.float32) if heads else metric.float()
-        if len(sample) == 1:
-            return _match(metric, r, prefix, suffix)
-        found = _match(metric.reshape(-1, *metric.shape[-2:]), r, prefix, suffix)
-        return tuple(x.reshape(*sample, x.shape[-1]) for x in found)  # type: ignore[return-value]
+        return _match(metric, None, r, prefix, suffix, heads)[:4]  # type: ignore[return-value]
+
+
+def _native(x: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether the compiled CPU kernels can work where `x` is, in a dtype (that of `x`)."""
+    return x.device.type == "cpu" and (dtype or x.dtype) in cpu.DTYPES and cpu.library() is not None
+
+
+def _match(metric: Tensor, size: Tensor | None, r: int, prefix: int, suffix: int, heads: bool) -> tuple[Tensor, ...]:
+    """`match_size` with any number of sample axes; from the ATen form the first four results only."""
+    sample = metric.shape[: -3 if heads else -2]
+    metric = metric if heads else metric.unsqueeze(-2)
+    if len(sample) != 1:
+        metric = metric.reshape(-1, *metric.shape[-3:])
+        size = None if size is None else size.reshape(-1, size.shape[-1])
+    if _native(metric):
+        found = cpu.match_size(metric, size, r, prefix, suffix)
+    else:
+        found = match_aten(metric, r, prefix, suffix)
+    return found if len(sample) == 1 else tuple(x.reshape(*sample, x.shape[-1]) for x in found)
 
 
 _SMALLEST_NORM = 1e-12
 
 
-def _kept(make: Any, device: torch.device) -> Callable[..., Any]:
-    """A cached maker of index vectors, or on a GPU the bare one: what CUDA graphs allocate must not outlive them."""
-    return make if device.type == "cpu" else make.__wrapped__
-
-
-@functools.lru_cache(maxsize=256)
-def _positions(n: int, prefix: int, suffix: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """int64 vectors: protected front, sources, destinations with the protected end behind, 0..N, and 0..#sources."""
-    places = torch.arange(n, device=device)
-    body = places[prefix : n - suffix]
-    sources = body[prefix % 2 :: 2].contiguous()
-    rest = torch.cat([body[1 - prefix % 2 :: 2], places[n - suffix :]])
-    return places[:prefix], sources, rest, places, torch.arange(len(sources), device=device)
-
-
-def _match(metric: Tensor, r: int, prefix: int, suffix: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`match` on float32 `[batch, N, d]`. Few calls: between matrix products each costs more than its arithmetic."""
-    batch, n, _ = metric.shape
-    head, src_pos, rest, places, ranks = _kept(_positions, metric.device)(n, prefix, suffix, metric.device)
-    body = metric[:, prefix : n - suffix]
+def match_aten(metric: Tensor, r: int, prefix: int, suffix: int) -> tuple[Tensor, ...]:
+    """`match` on `[batch, N, h, d]`, spelled out."""
+    batch, n = metric.shape[:2]
+    device = metric.device
+    # A sum has the direction of the mean.
+    body = metric[:, prefix : n - suffix].sum(-2, dtype=torch.float32)
+    body = body / body.norm(dim=-1, keepdim=True).clamp_min(_SMALLEST_NORM)
     src, dst = body[:, prefix % 2 :: 2], body[:, 1 - prefix % 2 :: 2]
-    dst = dst / dst.norm(dim=-1, keepdim=True).clamp_min(_SMALLEST_NORM)
     best, partner = torch.bmm(src, dst.transpose(1, 2)).max(-1)
-    similarity, moved_src = (best / src.norm(dim=-1).clamp_min(_SMALLEST_NORM)).topk(r, dim=-1)
+    similarity, moved_src = best.topk(r, dim=-1)
 
+    places = torch.arange(n, device=device)
+    src_pos, dst_pos = (places[prefix : n - suffix][odd::2] for odd in (prefix % 2, 1 - prefix % 2))
     # Merged sources sort behind all others, so the first entries are the survivors in position order.
     survivors = len(src_pos) - r
-    order = ranks.expand(batch, -1).scatter(1, moved_src, len(src_pos)).sort(-1).values[:, :survivors]
-    keep = torch.cat([head.expand(batch, -1), src_pos[order], rest.expand(batch, -1)], 1)
+    ranks = torch.arange(len(src_pos), device=device).expand(batch, -1)
+    order = ranks.scatter(1, moved_src, len(src_pos)).sort(-1).values[:, :survivors]
+    head, rest = places[:prefix].expand(batch, -1), torch.cat([dst_pos, places[n - suffix :]]).expand(batch, -1)
+    keep = torch.cat([head, src_pos[order], rest], 1)
     moved = src_pos[moved_src]
-    assign = torch.empty_like(metric[..., 0], dtype=torch.int64, memory_format=torch.contiguous_format)
+    assign = torch.empty((batch, n), dtype=torch.int64, device=device)
     assign.scatter_(1, keep, places[: n - r].expand(batch, -1))
     assign.scatter_(1, moved, partner.gather(1, moved_src).add_(prefix + survivors))
     return assign, keep, moved, similarity
@@ -161,15 +164,14 @@ def _segment_sum(x: Tensor, assign: Tensor, keep: Tensor, moved: Tensor) -> Tens
 
 def merge_aten(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
     """`merge`, spelled out."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    total = _segment_sum(wide if size is None else wide * _column(size, x), assign, keep, moved)
-    return (total / _column(size_out, x)).to(x.dtype)
-
-
-@functools.lru_cache(maxsize=256)
-def _first_rows(sample: tuple[int, ...], length: int, device: torch.device) -> Tensor:
-    """int64 [*sample, 1]: where each sample begins when the rows of all samples are counted through."""
-    return torch.arange(0, math.prod(sample) * length, length, device=device).reshape(*sample, 1)
+    dim = assign.dim() - 1
+    slot = assign.gather(dim, moved)
+    share = size_out.gather(dim, slot)
+    share = share.reciprocal() if size is None else size.gather(dim, moved) / share
+    wide = torch.promote_types(x.dtype, torch.float32)
+    out = x.gather(dim, _index(keep, x)).to(wide)
+    joining = x.gather(dim, _index(moved, x)).to(wide) - out.gather(dim, _index(slot, x))
+    return out.scatter_add(dim, _index(slot, x), joining * _column(share, x)).to(x.dtype)
 
 
 def _merge_fake(
@@ -195,24 +197,9 @@ def merge(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep
 
     Returns: `[*sample, N', *rest]`, the dtype of `x`, contiguous; the sums run in float32 at least.
     """
-    lead, n, fewer = assign.dim(), assign.shape[-1], keep.shape[-1]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    slot = assign.gather(-1, moved)
-    share = size_out.gather(-1, slot)
-    share = share.reciprocal() if size is None else size.gather(-1, moved) / share
-    rows = x.flatten(0, lead - 1)
-    rows = rows.flatten(1) if rows.dim() > 1 else rows[:, None]
-    if assign.numel() > n:  # several samples: count rows through all of them
-        old, new = (_kept(_first_rows, x.device)(assign.shape[:-1], length, x.device) for length in (n, fewer))
-        keep_row, moved_row, slot = keep + old, moved + old, slot + new
-    else:
-        keep_row, moved_row = keep, moved
-    slot = slot.flatten()
-    out = rows.index_select(0, keep_row.flatten()).to(wide)
-    joining = rows.index_select(0, moved_row.flatten()).to(wide)
-    joining.sub_(out.index_select(0, slot)).mul_(share.reshape(-1, 1))
-    out.index_add_(0, slot, joining)
-    return out.to(x.dtype).reshape(*keep.shape, *x.shape[lead:])
+    if _native(x):
+        return cpu.merge_add(x, None, size, size_out, assign, keep, moved)
+    return merge_aten(x, size, size_out, assign, keep, moved)
 
 
 def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -243,17 +230,77 @@ def _merge_size_fake(size: Tensor | None, assign: Tensor, keep: Tensor, moved: T
 @_opaque(f"merge_size(Tensor? size, {_INDEX}) -> Tensor", _merge_size_fake)
 def merge_size(size: Tensor | None, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
     """Original tokens behind each new token: float32 `[*sample, N']`. size: as in `merge`. No gradient."""
-    slot = assign.gather(-1, moved)
-    if size is None:
-        ones = torch.ones((), device=assign.device).expand(slot.shape)
-        return torch.ones(keep.shape, device=assign.device).scatter_add_(-1, slot, ones)
-    return size.gather(-1, keep).scatter_add_(-1, slot, size.gather(-1, moved))
+    form = cpu.merge_size if _native(assign, torch.float32) else merge_size_aten
+    return form(size, assign, keep, moved)
 
 
 @_opaque("log_size(Tensor size) -> Tensor", torch.empty_like)
 def log_size(size: Tensor) -> Tensor:
     """log(size), the term of proportional attention (ToMe equation 1): float32, the shape of `size`. No gradient."""
     return size.log()
+
+
+# -- fused forms -------------------------------------------------------------------------------------------------------
+#
+# Where calls are opaque, each costs its dispatch and a pass over memory: `lower` puts these in the place of several.
+
+
+def _match_size_fake(
+    metric: Tensor, size: Tensor | None, r: int, prefix: int, suffix: int, heads: bool = False
+) -> tuple[Tensor, ...]:
+    found = _match_fake(metric, r, prefix, suffix, heads)
+    sizes = [found[1].new_empty(found[1].shape, dtype=torch.float32) for _ in range(2)]
+    return (*found, *sizes)
+
+
+@_opaque(
+    "match_size(Tensor metric, Tensor? size, SymInt r, int prefix, int suffix, bool heads=False)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _match_size_fake,
+)
+def match_size(
+    metric: Tensor, size: Tensor | None, r: int, prefix: int, suffix: int, heads: bool = False
+) -> tuple[Tensor, ...]:
+    """`match`, `merge_size` and `log_size` in one call: what `match` returns, then the two others' results."""
+    if torch.is_autocast_enabled(metric.device.type):
+        with torch.autocast(metric.device.type, enabled=False):
+            return match_size(metric, size, r, prefix, suffix, heads)
+    with torch.no_grad():
+        found = _match(metric, size, r, prefix, suffix, heads)
+        if len(found) == 4:
+            size_out = merge_size(size, *found[:3])
+            return (*found, size_out, size_out.log())
+        return found
+
+
+def _merge_add_fake(
+    x: Tensor, y: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor
+) -> Tensor:
+    return _merge_fake(x, size, size_out, assign, keep, moved)
+
+
+@_opaque(f"merge_add(Tensor x, Tensor y, Tensor? size, Tensor size_out, {_INDEX}) -> Tensor", _merge_add_fake)
+def merge_add(
+    x: Tensor, y: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor
+) -> Tensor:
+    """`merge(x + y, ...)` for x and y of one shape and dtype, without writing the sum."""
+    if _native(x):
+        return cpu.merge_add(x, y, size, size_out, assign, keep, moved)
+    return merge_aten(x + y, size, size_out, assign, keep, moved)
+
+
+def _merge_add_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    back, *rest = _merge_backward(ctx, grad)
+    return back, back, *rest
+
+
+def _merge_add_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _merge_setup(ctx, inputs[1:], output)
+
+
+torch.library.register_autograd("tome::merge_add", _merge_add_backward, setup_context=_merge_add_setup, lib=_LIB)
+
+# -- spelled out on every device ---------------------------------------------------------------------------------------
 
 
 def merge_bias(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Kernels of the `tome` operators, one file per kind of device."""

@@ -1,0 +1,255 @@
+// The CPU form of tome::match and tome::merge, built by Inductor's own C++ compiler at first use (cpu.py).
+//
+// Between the matrix products of a transformer, two dozen ATen calls cost more than their arithmetic: here matching is
+// two passes around one batched product, merging is one pass. All loops are parallel over rows, each row is summed in
+// the order of `moved`, so results do not depend on the number of threads.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+inline float load(float x) { return x; }
+
+inline float load(bfloat16 x) {
+    const uint32_t wide = static_cast<uint32_t>(x.bits) << 16;
+    float out;
+    std::memcpy(&out, &wide, sizeof out);
+    return out;
+}
+
+inline void store(float* at, float x) { *at = x; }
+
+// Round to nearest, ties to even; a NaN stays one.
+inline void store(bfloat16* at, float x) {
+    uint32_t wide;
+    std::memcpy(&wide, &x, sizeof wide);
+    at->bits = x != x ? 0x7fc0 : static_cast<uint16_t>((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
+}
+
+constexpr float kSmallestNorm = 1e-12f;
+constexpr int64_t kLanes = 32;
+
+// The largest entry of a row and the first place where it stands; 0 in a row of NaN.
+float largest(const float* row, int64_t length, int64_t* place) {
+    float top[kLanes];
+    int32_t where[kLanes] = {};
+    std::fill_n(top, kLanes, -std::numeric_limits<float>::infinity());
+    const int64_t whole = length - length % kLanes;
+    for (int64_t j = 0; j < whole; j += kLanes) {
+        for (int64_t l = 0; l < kLanes; ++l) {
+            const bool more = row[j + l] > top[l];
+            top[l] = more ? row[j + l] : top[l];
+            where[l] = more ? static_cast<int32_t>(j + l) : where[l];
+        }
+    }
+    for (int64_t j = whole; j < length; ++j) {
+        if (row[j] > top[j - whole]) {
+            top[j - whole] = row[j];
+            where[j - whole] = static_cast<int32_t>(j);
+        }
+    }
+    int64_t best = 0;
+    for (int64_t l = 1; l < kLanes; ++l) {
+        if (top[l] > top[best] || (top[l] == top[best] && where[l] < where[best])) best = l;
+    }
+    *place = where[best];
+    return top[best];
+}
+
+// Sum over heads, then divide by the norm: even positions of the body to src, odd ones to dst.
+template <class T>
+void directions(const T* metric, int64_t batch, int64_t n, int64_t heads, int64_t d, int64_t step_b, int64_t step_n,
+                int64_t step_h, int64_t prefix, int64_t suffix, float* src, float* dst, int threads) {
+    const int64_t body = n - prefix - suffix;
+    const int64_t odd = prefix % 2;  // sources stand at even positions of the whole sequence
+    const int64_t sources = (body - odd + 1) / 2, destinations = body - sources;
+#pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
+    for (int64_t b = 0; b < batch; ++b) {
+        for (int64_t i = 0; i < body; ++i) {
+            const bool source = (i % 2) == odd;
+            const int64_t rank = source ? (i - odd) / 2 : (i - 1 + odd) / 2;
+            float* out = source ? src + (b * sources + rank) * d : dst + (b * destinations + rank) * d;
+            const T* row = metric + b * step_b + (prefix + i) * step_n;
+            float square = 0;
+            for (int64_t c = 0; c < d; c += kLanes) {
+                const int64_t width = std::min(kLanes, d - c);
+                float sum[kLanes] = {};
+                for (int64_t h = 0; h < heads; ++h) {
+                    const T* at = row + h * step_h + c;
+                    if (width == kLanes) {  // a constant length is what the compiler turns into vectors
+                        for (int64_t l = 0; l < kLanes; ++l) sum[l] += load(at[l]);
+                    } else {
+                        for (int64_t l = 0; l < width; ++l) sum[l] += load(at[l]);
+                    }
+                }
+                for (int64_t l = 0; l < width; ++l) {
+                    out[c + l] = sum[l];
+                    square += sum[l] * sum[l];
+                }
+            }
+            const float scale = 1.0f / std::max(std::sqrt(square), kSmallestNorm);
+            for (int64_t c = 0; c < d; ++c) out[c] *= scale;
+        }
+    }
+}
+
+void merge_sizes(const float* size, const int64_t* assign, const int64_t* keep, const int64_t* moved, float* out,
+                 int64_t m, int64_t r) {
+    for (int64_t k = 0; k < m; ++k) out[k] = size ? size[keep[k]] : 1.0f;
+    for (int64_t j = 0; j < r; ++j) out[assign[moved[j]]] += size ? size[moved[j]] : 1.0f;
+}
+
+template <class T>
+void add_row(const T* x, const T* y, int64_t from, int64_t width, float* out) {
+    for (int64_t c = 0; c < width; ++c) {
+        T whole;
+        store(&whole, load(x[from + c]) + (y ? load(y[from + c]) : 0.0f));
+        out[c] = load(whole);
+    }
+}
+
+// y, where it is not null, is added to x first; the sum is rounded to T, as the add of its own would round it.
+template <class T>
+void merge_rows(const T* x, const T* y, const float* size, const float* size_out, const int64_t* assign, const int64_t* keep,
+                const int64_t* moved, T* out, int64_t batch, int64_t n, int64_t r, int64_t width, int threads) {
+    const int64_t m = n - r;
+    // For every new token the list of tokens that join it, in the order of `moved`.
+    std::vector<int64_t> first(batch * m, -1), next(batch * r, -1);
+    for (int64_t b = 0; b < batch; ++b) {
+        for (int64_t j = r - 1; j >= 0; --j) {
+            int64_t& head = first[b * m + assign[b * n + moved[b * r + j]]];
+            next[b * r + j] = head;
+            head = j;
+        }
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> sum(width), own(width);
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t b = 0; b < batch; ++b) {
+            for (int64_t k = 0; k < m; ++k) {
+                const int64_t from = (b * n + keep[b * m + k]) * width;
+                T* to = out + (b * m + k) * width;
+                int64_t j = first[b * m + k];
+                if (j < 0) {
+                    if (y) {
+                        for (int64_t c = 0; c < width; ++c) store(to + c, load(x[from + c]) + load(y[from + c]));
+                    } else {
+                        std::memcpy(to, x + from, width * sizeof(T));
+                    }
+                    continue;
+                }
+                add_row(x, y, from, width, own.data());
+                sum = own;
+                const float whole = size_out[b * m + k];
+                for (; j >= 0; j = next[b * r + j]) {
+                    const int64_t i = b * n + moved[b * r + j];
+                    const float share = (size ? size[i] : 1.0f) / whole;
+                    for (int64_t c = 0; c < width; ++c) {
+                        T joins;
+                        store(&joins, load(x[i * width + c]) + (y ? load(y[i * width + c]) : 0.0f));
+                        sum[c] += (load(joins) - own[c]) * share;
+                    }
+                }
+                for (int64_t c = 0; c < width; ++c) store(to + c, sum[c]);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Both kinds of element, by their size in bytes: 4 is float32, 2 is bfloat16.
+void tome_directions(const void* metric, int64_t bytes, int64_t batch, int64_t n, int64_t heads, int64_t d,
+                     int64_t step_b, int64_t step_n, int64_t step_h, int64_t prefix, int64_t suffix, float* src,
+                     float* dst, int64_t threads) {
+    if (bytes == 4) {
+        directions(static_cast<const float*>(metric), batch, n, heads, d, step_b, step_n, step_h, prefix, suffix, src,
+                   dst, static_cast<int>(threads));
+    } else {
+        directions(static_cast<const bfloat16*>(metric), batch, n, heads, d, step_b, step_n, step_h, prefix, suffix,
+                   src, dst, static_cast<int>(threads));
+    }
+}
+
+// scores [batch, sources, destinations] -> what `match_size` returns. Equal similarities: the earlier source first.
+// size [batch, n] may be null: all tokens are one original token each.
+void tome_select(const float* scores, const float* size, int64_t batch, int64_t n, int64_t r, int64_t prefix,
+                 int64_t suffix, int64_t* assign, int64_t* keep, int64_t* moved, float* similarity, float* size_out,
+                 float* log_size, int64_t threads) {
+    const int64_t body = n - prefix - suffix, odd = prefix % 2;
+    const int64_t sources = (body - odd + 1) / 2, destinations = body - sources, m = n - r;
+    std::vector<float> best(batch * sources);
+    std::vector<int64_t> partner(batch * sources);
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
+    for (int64_t row = 0; row < batch * sources; ++row) {
+        best[row] = largest(scores + row * destinations, destinations, &partner[row]);
+    }
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
+    for (int64_t b = 0; b < batch; ++b) {
+        std::vector<int64_t> order(sources);
+        std::vector<char> gone(sources, 0);
+        const float* score = best.data() + b * sources;
+        for (int64_t i = 0; i < sources; ++i) order[i] = i;
+        std::partial_sort(order.begin(), order.begin() + r, order.end(), [score](int64_t i, int64_t j) {
+            return score[i] > score[j] || (score[i] == score[j] && i < j);
+        });
+        for (int64_t j = 0; j < r; ++j) gone[order[j]] = 1;
+
+        int64_t* to = assign + b * n;
+        int64_t* from = keep + b * m;
+        int64_t place = 0;
+        const auto stays = [&](int64_t position) {
+            to[position] = place;
+            from[place++] = position;
+        };
+        for (int64_t p = 0; p < prefix; ++p) stays(p);
+        for (int64_t i = 0; i < sources; ++i) {
+            if (!gone[i]) stays(prefix + odd + 2 * i);
+        }
+        const int64_t begin = place;
+        for (int64_t j = 0; j < destinations; ++j) stays(prefix + 1 - odd + 2 * j);
+        for (int64_t p = n - suffix; p < n; ++p) stays(p);
+        for (int64_t j = 0; j < r; ++j) {
+            const int64_t position = prefix + odd + 2 * order[j];
+            moved[b * r + j] = position;
+            similarity[b * r + j] = score[order[j]];
+            to[position] = begin + partner[b * sources + order[j]];
+        }
+        merge_sizes(size ? size + b * n : nullptr, to, from, moved + b * r, size_out + b * m, m, r);
+        for (int64_t k = 0; k < m; ++k) log_size[b * m + k] = std::log(size_out[b * m + k]);
+    }
+}
+
+void tome_merge(const void* x, const void* y, int64_t bytes, const float* size, const float* size_out,
+                const int64_t* assign, const int64_t* keep, const int64_t* moved, void* out, int64_t batch, int64_t n,
+                int64_t r, int64_t width, int64_t threads) {
+    if (bytes == 4) {
+        merge_rows(static_cast<const float*>(x), static_cast<const float*>(y), size, size_out, assign, keep, moved,
+                   static_cast<float*>(out), batch, n, r, width, static_cast<int>(threads));
+    } else {
+        merge_rows(static_cast<const bfloat16*>(x), static_cast<const bfloat16*>(y), size, size_out, assign, keep,
+                   moved, static_cast<bfloat16*>(out), batch, n, r, width, static_cast<int>(threads));
+    }
+}
+
+// float32 [batch, N']: how many original tokens stand behind each new one.
+void tome_merge_size(const float* size, const int64_t* assign, const int64_t* keep, const int64_t* moved, float* out,
+                     int64_t batch, int64_t n, int64_t r) {
+    const int64_t m = n - r;
+    for (int64_t b = 0; b < batch; ++b) {
+        merge_sizes(size ? size + b * n : nullptr, assign + b * n, keep + b * m, moved + b * r, out + b * m, m, r);
+    }
+}
+}

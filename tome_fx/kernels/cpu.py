@@ -1,0 +1,108 @@
+"""Calls into `cpu.cpp`: the CPU kernels of the `tome` operators.
+
+Inductor's C++ compiler builds them at first use (about a second, afterwards from Inductor's cache). `library()` is
+None where there is no compiler; `tome_fx.ops` then uses the ATen forms, which compute the same.
+
+Shapes are those of `tome_fx.ops` with all sample axes in one: `batch`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._inductor.codecache import CppCodeCache
+from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+log = logging.getLogger(__name__)
+
+DTYPES = frozenset({torch.float32, torch.bfloat16})
+"""Floating dtypes that the kernels read and write."""
+
+# Inductor writes its loops with vector intrinsics and turns the compiler's own vectors off.
+_FLAGS = ("-O3", "-march=native", "-ftree-loop-vectorize", "-fno-math-errno")
+
+# Each function's arguments in order: p a pointer, i an int64.
+_SIGNATURES = {
+    "tome_directions": "p" + 10 * "i" + "pp" + "i",
+    "tome_select": "pp" + 5 * "i" + 6 * "p" + "i",
+    "tome_merge": "ppi" + 6 * "p" + 5 * "i",
+    "tome_merge_size": 5 * "p" + 3 * "i",
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None, with one line in the log, where they cannot be built."""
+    source = Path(__file__).with_name("cpu.cpp").read_text()
+    try:
+        held = CppCodeCache.load(source, extra_flags=_FLAGS)
+    except (CppCompileError, InvalidCxxCompiler, OSError) as error:
+        log.warning("no C++ kernels, the ATen forms are used: %s", error)
+        return None
+    kinds = {"p": ctypes.c_void_p, "i": ctypes.c_int64}
+    for name, letters in _SIGNATURES.items():
+        function = getattr(held, name)
+        function.argtypes, function.restype = [kinds[letter] for letter in letters], None
+    return held
+
+
+def match_size(metric: Tensor, size: Tensor | None, r: int, prefix: int, suffix: int) -> tuple[Tensor, ...]:
+    """`tome::match_size` on `[batch, N, h, d]` of a dtype in `DTYPES`."""
+    held = library()
+    assert held is not None
+    batch, n, heads, d = metric.shape
+    if d > 1 and metric.stride(-1) != 1:
+        metric = metric.contiguous()
+    size = None if size is None else size.contiguous()
+    body, odd, threads = n - prefix - suffix, prefix % 2, torch.get_num_threads()
+    sources = (body - odd + 1) // 2
+    new, index = functools.partial(torch.empty, dtype=torch.float32), functools.partial(torch.empty, dtype=torch.int64)
+    src, dst = new((batch, sources, d)), new((batch, body - sources, d))
+    held.tome_directions(metric.data_ptr(), metric.element_size(), batch, n, heads, d, *metric.stride()[:3], prefix,
+                         suffix, src.data_ptr(), dst.data_ptr(), threads)  # fmt: skip
+    scores = torch.bmm(src, dst.transpose(1, 2))
+    assign, keep, moved, similarity = index((batch, n)), index((batch, n - r)), index((batch, r)), new((batch, r))
+    size_out, log_size = new((batch, n - r)), new((batch, n - r))
+    held.tome_select(scores.data_ptr(), _pointer(size), batch, n, r, prefix, suffix, assign.data_ptr(),
+                     keep.data_ptr(), moved.data_ptr(), similarity.data_ptr(), size_out.data_ptr(),
+                     log_size.data_ptr(), threads)  # fmt: skip
+    return assign, keep, moved, similarity, size_out, log_size
+
+
+def merge_add(
+    x: Tensor, y: Tensor | None, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor
+) -> Tensor:
+    """`tome::merge_add` of `x` and `y` (None: `tome::merge`), `[*sample, N, *rest]` of one dtype in `DTYPES`."""
+    held = library()
+    assert held is not None
+    x, size_out, assign, keep, moved = (t.contiguous() for t in (x, size_out, assign, keep, moved))
+    y, size = (None if t is None else t.contiguous() for t in (y, size))
+    n, r = assign.shape[-1], moved.shape[-1]
+    batch = assign.numel() // n
+    out = x.new_empty((*keep.shape, *x.shape[assign.dim() :]))
+    held.tome_merge(x.data_ptr(), _pointer(y), x.element_size(), _pointer(size), size_out.data_ptr(),
+                    assign.data_ptr(), keep.data_ptr(), moved.data_ptr(), out.data_ptr(), batch, n, r,
+                    x.numel() // assign.numel(), torch.get_num_threads())  # fmt: skip
+    return out
+
+
+def merge_size(size: Tensor | None, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
+    """`tome::merge_size`: float32 `[*sample, N']`."""
+    held = library()
+    assert held is not None
+    assign, keep, moved = assign.contiguous(), keep.contiguous(), moved.contiguous()
+    size = None if size is None else size.contiguous()
+    n = assign.shape[-1]
+    out = torch.empty(keep.shape, dtype=torch.float32)
+    held.tome_merge_size(_pointer(size), assign.data_ptr(), keep.data_ptr(), moved.data_ptr(), out.data_ptr(),
+                         assign.numel() // n, n, moved.shape[-1])  # fmt: skip
+    return out
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
