@@ -1,6 +1,6 @@
 """rewrite: the only pass that changes values. It carries out a plan.
 
-It runs the graph once more under the tracer, and at each node brings the operands to the layout that the plan settled
+It walks the graph once more, and at each node brings the operands to the layout that the plan settled
 (merging, unmerging, dividing by size), lets the op's rule emit the op, and after the planned nodes emits a match and
 merges the value. Every shape that depended on the token count comes out of the factors of its dims.
 
@@ -22,22 +22,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.fx.traceback as fx_traceback
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._sympy.interp import sympy_interp
-from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from tome_fx import ops  # noqa: F401 - defines the operators
 from tome_fx.config import ToMeConfig
 
 from .axes import Atom, Dims, leaves, size_of
-from .axes import expr as size_expr
-from .capture import AUTOCAST_SWITCHES, Captured, is_impure
+from .capture import Captured, is_impure
 from .layout import DimLayout, Layout, Run, Step, is_plain, plain
 from .plan import Merge, Plan
 from .rules import Call, Facts, find
-from .rules.base import Fill
+from .rules.base import Fill, tensors_of
+from .trace import Builder, Traced, cat
 
 aten = torch.ops.aten
 tome = torch.ops.tome
@@ -47,10 +43,8 @@ def rewrite(
     captured: Captured, facts: Facts, calls: dict[fx.Node, Call], plan: Plan, config: ToMeConfig
 ) -> fx.GraphModule:
     """The rewritten graph, with the placeholders of `captured.gm`."""
-    emitter = Emitter(captured.gm, facts, calls, plan, config)
-    with captured.fake_mode, fx_traceback.preserve_node_meta():
-        gm = make_fx(emitter.run, tracing_mode="real", pre_dispatch=True)(*captured.fakes)
-    gm.__dict__.pop("shape_env", None)
+    emitter = Emitter(captured, facts, calls, plan, config)
+    gm = fx.GraphModule(torch.nn.Module(), emitter.run_graph())
     gm.graph.eliminate_dead_code(is_impure_node=is_impure)
     gm.recompile()
     return gm
@@ -60,63 +54,63 @@ def rewrite(
 class StepTensors:
     """What a merge step is at run time: see `tome_fx.ops` for the index form. size: float32 [*sample, N']."""
 
-    assign: Tensor
-    keep: Tensor
-    moved: Tensor
-    size: Tensor
+    assign: Traced
+    keep: Traced
+    moved: Traced
+    size: Traced
 
 
-class Emitter(fx.Interpreter):
-    """Interprets the IR over tensors with layouts."""
+class Emitter:
+    """Walks the old graph and builds the new one over traced tensors with layouts."""
 
     def __init__(
-        self, gm: fx.GraphModule, facts: Facts, calls: dict[fx.Node, Call], plan: Plan, config: ToMeConfig
+        self, captured: Captured, facts: Facts, calls: dict[fx.Node, Call], plan: Plan, config: ToMeConfig
     ) -> None:
-        # Keys are read once more at the merge point, after their last user.
-        super().__init__(gm, garbage_collect_values=False)
+        self.source = captured.gm.graph
         self.facts, self.calls, self.plan, self.config = facts, calls, plan, config
+        self.builder = Builder(captured.fake_mode)
+        self.env: dict[fx.Node, Any] = {}
         self.steps: dict[Step, StepTensors] = {}
-        self.known_sizes: dict[Any, Any] = {}
-        self._converted: dict[Any, Tensor] = {}
-        self._log_sizes: dict[Step, Tensor] = {}
-        self._index: dict[Any, Tensor] = {}
+        self._converted: dict[Any, Traced] = {}
+        self._log_sizes: dict[Step, Traced] = {}
+        self._index: dict[Any, Traced] = {}
 
     # -- nodes -----------------------------------------------------------------------------------------------------
 
-    def run_node(self, n: fx.Node) -> Any:
-        with self._set_current_node(n):
-            value = self._value(n)
-            if n in self.plan.merges:
-                value = self._merge_here(self.plan.merges[n], value)
-            self._learn_sizes(n, value)
-            return value
+    def run_graph(self) -> fx.Graph:
+        """The new graph."""
+        for node in self.source.nodes:
+            with self.builder.at(node):
+                if node.op == "output":
+                    self.builder.graph.output(self.builder.arguments(fx.map_arg(node.args[0], self._whole)))
+                    break
+                value = self._value(node)
+                if node in self.plan.merges:
+                    value = self._merge_here(self.plan.merges[node], value)
+                self.env[node] = value
+        return self.builder.graph
 
     def _value(self, n: fx.Node) -> Any:
-        if n.op == "output":
-            return fx.map_arg(n.args[0], self._whole)
-        if n.op == "call_function" and n.target is aten.sym_size.int:
-            source, d = n.args
-            return self.full_size(source, d)  # type: ignore[arg-type]
+        if n.op == "placeholder":
+            return self.builder.placeholder(n)
+        if n.op != "call_function":
+            raise NotImplementedError(f"{n.op} node {n.name}")
+        if n.target is operator.getitem and isinstance(self.env.get(n.args[0]), tuple):  # type: ignore[arg-type]
+            return self.env[n.args[0]][n.args[1]]  # type: ignore[index]
         call = self.calls.get(n)
         if call is not None:
             return find(call).emit(call, self, self.plan.decisions[n])
-        if n.op == "call_function" and n.target is not operator.getitem:
-            target: Any = AUTOCAST_SWITCHES.get(n.target, n.target)
-            return target(*fx.map_arg(n.args, self._whole), **fx.map_arg(n.kwargs, self._whole))
-        return super().run_node(n)
+        if isinstance(n.meta.get("val"), (int, torch.SymInt)):  # a size: made anew where it is read
+            return n.meta["val"]
+        args, kwargs = fx.map_arg((n.args, n.kwargs), self._whole)
+        return self.builder.copy(n.target, args, kwargs, n.meta.get("val"))
 
     def _whole(self, n: fx.Node) -> Any:
         value = self.env[n]
-        return self.fetch(n, plain(value.dim())) if isinstance(value, Tensor) else value
+        return self.fetch(n, plain(value.dim())) if isinstance(value, Traced) else value
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """As a tracer calls it: `run(*inputs)`; as a rule calls it: `run(call, operands, **overrides)`."""
-        if args and isinstance(args[0], Call):
-            return self._run_call(args[0], args[1], kwargs)
-        return super().run(*args, enable_io_processing=False)
-
-    def _run_call(self, call: Call, operands: Sequence[Tensor], overrides: dict[str, Any]) -> Any:
-        """The op of a call with new tensor operands, all other arguments as they were."""
+    def run(self, call: Call, operands: Sequence[Traced], **overrides: Any) -> Any:
+        """The op of a call with new tensor operands, all other arguments as they were but for `overrides`."""
         values = dict(call.args)
         for ((name, at), _), tensor in zip(call.operands, operands, strict=False):
             if at is None:
@@ -126,27 +120,34 @@ class Emitter(fx.Interpreter):
                 items[at] = tensor
                 values[name] = items
         values.update(overrides)
-        resolve = lambda n: self.env[n]  # noqa: E731
-        values = {name: fx.map_arg(value, resolve) for name, value in values.items()}
+        values = {name: fx.map_arg(value, lambda n: self.env[n]) for name, value in values.items()}
         used = call.given | set(overrides)
         schema = call.target._schema
         positional = [a for a in schema.arguments if not a.kwarg_only]
         last = max((i for i, a in enumerate(positional) if a.name in used), default=-1)
-        return call.target(
-            *(values[a.name] for a in positional[: last + 1]),
-            **{a.name: values[a.name] for a in schema.arguments if a.kwarg_only and a.name in used},
-        )
+        args = tuple(values[a.name] for a in positional[: last + 1])
+        kwargs = {a.name: values[a.name] for a in schema.arguments if a.kwarg_only and a.name in used}
+        return self.builder.copy(call.target, args, kwargs, self._result(call))
+
+    def _result(self, call: Call) -> Any:
+        """The fake value of an op's results in the layouts that the plan foresees."""
+        val, outs = call.node.meta["val"], self.plan.decisions[call.node].outs
+        if all(map(is_plain, outs)):
+            return val
+        shapes = [self._shape(v, dims, out) for v, dims, out in
+                  zip(tensors_of(val), self.facts.axes[call.node], outs, strict=True)]  # fmt: skip
+        return self.builder.like(val, shapes)
 
     # -- what rules ask for ----------------------------------------------------------------------------------------
 
-    def tensor(self, node: fx.Node) -> Tensor:
+    def tensor(self, node: fx.Node) -> Traced:
         """A node's value in the layout that it has."""
         return self.env[node]
 
     def layout(self, node: fx.Node) -> Layout:
         return self.plan.layouts[node][0]
 
-    def fetch(self, node: fx.Node, want: Layout, fill: Fill = Fill.MEAN, frame: Dims | None = None) -> Tensor:
+    def fetch(self, node: fx.Node, want: Layout, fill: Fill = Fill.MEAN, frame: Dims | None = None) -> Traced:
         """A node's value brought to a layout."""
         have = self.layout(node)
         if have == want:
@@ -156,63 +157,38 @@ class Emitter(fx.Interpreter):
             self._converted[key] = self.convert(self.env[node], self.facts.dims(node), have, want, fill, frame)
         return self._converted[key]
 
-    def weight(self, node: fx.Node, layout: Layout, d: int, run: Run) -> Tensor:
+    def weight(self, node: fx.Node, layout: Layout, d: int, run: Run) -> Traced:
         """The sizes of a run's groups, float32, shaped to broadcast against a value of `node` in `layout`."""
         return self._spread(self._step(run.step).size, self.facts.dims(node), layout, d, run)
 
-    def log_weight(self, node: fx.Node, layout: Layout, d: int, run: Run) -> Tensor:
+    def log_weight(self, node: fx.Node, layout: Layout, d: int, run: Run) -> Traced:
         """The logarithm of `weight`: what proportional attention adds to the scores."""
         if run.step not in self._log_sizes:
-            self._log_sizes[run.step] = tome.log_size(self._step(run.step).size)
+            self._log_sizes[run.step] = self.builder.call(tome.log_size.default, self._step(run.step).size)
         return self._spread(self._log_sizes[run.step], self.facts.dims(node), layout, d, run)
 
     def full_size(self, node: fx.Node, d: int) -> Any:
         """The length of a dim before any merge."""
-        return self._evaluate(size_expr(node.meta["val"].shape[d]))
+        return node.meta["val"].shape[d]
 
     def shape(self, node: fx.Node, layout: Layout) -> list[Any]:
         """The shape of a node's value in a layout, from the factors of its dims."""
-        sizes = node.meta["val"].shape
-        return [
-            self._dim_size(leaves(dim), runs) if runs else self._evaluate(size_expr(size))
-            for dim, runs, size in zip(self.facts.dims(node), layout, sizes, strict=True)
-        ]
+        return self._shape(node.meta["val"], self.facts.dims(node), layout)
 
     # -- sizes -----------------------------------------------------------------------------------------------------
 
-    def _learn_sizes(self, n: fx.Node, value: Any) -> None:
-        """Keep a traced SymInt for each symbolic size that comes by, to build shapes from."""
-        if isinstance(value, torch.SymInt):
-            self.known_sizes.setdefault(size_expr(value), value)
-        if not isinstance(value, Tensor) or n not in self.plan.layouts or not self.plan.layouts[n]:
-            return
-        for size, runs, d in zip(value.shape, self.layout(n), range(value.dim()), strict=True):
-            if isinstance(size, torch.SymInt) and not runs and size_expr(size) not in self.known_sizes:
-                self.known_sizes[size_expr(size)] = value.shape[d]
+    def _shape(self, value: Tensor, dims: Dims, layout: Layout) -> list[Any]:
+        return [
+            self._dim_size(leaves(dim), runs) if runs else size
+            for dim, runs, size in zip(dims, layout, value.shape, strict=True)
+        ]
 
     def _size_of(self, atoms: Sequence[Atom]) -> Any:
-        whole = size_of(atoms)
-        if isinstance(whole, int):
-            return whole
-        if whole in self.known_sizes:
-            return self.known_sizes[whole]
-        total: Any = 1
-        for atom in atoms:
-            total = total * self._evaluate(atom.size)
-        return total
+        return self.builder.size(size_of(atoms))
 
-    def _evaluate(self, size: Any) -> Any:
-        """A symbolic size as a traced SymInt: seen before, or computed from the symbols in it."""
-        if isinstance(size, int):
-            return size
-        if size not in self.known_sizes:
-            symbols = {symbol: self.known_sizes[symbol] for symbol in size.free_symbols}
-            self.known_sizes[size] = sympy_interp(PythonReferenceAnalysis, symbols, size)
-        return self.known_sizes[size]
-
-    def _run_size(self, run: Run) -> Any:
-        after = run.step.after
-        return after if isinstance(after, int) else self._step(run.step).size.shape[-1]
+    @staticmethod
+    def _run_size(run: Run) -> Any:
+        return run.step.after
 
     def _dim_size(self, atoms: Sequence[Atom], runs: DimLayout) -> Any:
         total: Any = 1
@@ -228,7 +204,7 @@ class Emitter(fx.Interpreter):
             self.steps[step] = _shifted(self._step(step.base), *step.offset)
         return self.steps[step]
 
-    def _gather_index(self, step: Step, down_to: Step | None) -> Tensor:
+    def _gather_index(self, step: Step, down_to: Step | None) -> Traced:
         """int64 [*sample, N]: where each token of the state `down_to` (None: unmerged) went, through all steps."""
         key = (step, down_to)
         if key not in self._index:
@@ -241,12 +217,14 @@ class Emitter(fx.Interpreter):
                 self._index[key] = own.gather(own.dim() - 1, before)
         return self._index[key]
 
-    def _merge_here(self, merge: Merge, value: Tensor) -> Tensor:
+    def _merge_here(self, merge: Merge, value: Traced) -> Traced:
         step, block = merge.step, merge.block
         metric, heads = self._metric(merge)
         before = self._step(step.prev).size if step.prev else None
-        assign, keep, moved, _ = tome.match(metric.detach(), merge.r, step.prefix, step.suffix, heads)
-        self.steps[step] = StepTensors(assign, keep, moved, tome.merge_size(before, assign, keep, moved))
+        call = self.builder.call
+        assign, keep, moved, _ = call(tome.match.default, metric.detach(), merge.r, step.prefix, step.suffix, heads)
+        size = call(tome.merge_size.default, before, assign, keep, moved)
+        self.steps[step] = StepTensors(assign, keep, moved, size)
         node = block.merge
         after = self.layout(node)
         have = tuple(
@@ -256,7 +234,7 @@ class Emitter(fx.Interpreter):
         )
         return self.convert(value, self.facts.dims(node), have, after)
 
-    def _metric(self, merge: Merge) -> tuple[Tensor, bool]:
+    def _metric(self, merge: Merge) -> tuple[Traced, bool]:
         """The keys of the block's attention, or the residual stream: [*sample, N, h, d] and True, or without an axis of
         heads [*sample, N, d] and False."""
         site, prev = merge.block.site, merge.step.prev
@@ -286,8 +264,8 @@ class Emitter(fx.Interpreter):
     # -- conversions -----------------------------------------------------------------------------------------------
 
     def convert(
-        self, x: Tensor, dims: Dims, have: Layout, want: Layout, fill: Fill = Fill.MEAN, frame: Dims | None = None
-    ) -> Tensor:
+        self, x: Traced, dims: Dims, have: Layout, want: Layout, fill: Fill = Fill.MEAN, frame: Dims | None = None
+    ) -> Traced:
         """Bring a tensor with axes `dims` from one layout to another.
 
         Runs come or go one after the other. A tensor that lacks a sample axis of a run it must get is first expanded
@@ -310,7 +288,7 @@ class Emitter(fx.Interpreter):
 
     def _move(
         self,
-        x: Tensor,
+        x: Traced,
         dims: Dims,
         have: Layout,
         d: int,
@@ -318,7 +296,7 @@ class Emitter(fx.Interpreter):
         old: Run | None,
         new: Run | None,
         fill: Fill,
-    ) -> tuple[Tensor, Layout]:
+    ) -> tuple[Traced, Layout]:
         """Carry one run from the state of `old` to that of `new`: forth by merges, back by one gather."""
         start = old.step.chain() if old else ()
         goal = new.step.chain() if new else ()
@@ -329,7 +307,7 @@ class Emitter(fx.Interpreter):
             index = self._gather_index(start[-1], start[shared - 1] if shared else None)
             sample = leaves(start[-1].sample)
             x, back = self._canonical(x, dims, have, d, key, sample)
-            x = tome.unmerge(x, index)
+            x = self.builder.call(tome.unmerge.default, x, index)
             have = _with_run(have, d, key, Run(*key, start[shared - 1]) if shared else None)
             x = back(x, have)
         for step in goal[shared:]:
@@ -337,22 +315,22 @@ class Emitter(fx.Interpreter):
             size = self._step(step.prev).size if step.prev else None
             x, back = self._canonical(x, dims, have, d, key, leaves(step.sample))
             if fill is Fill.ROW:
-                x = tome.unmerge(x, held.keep)
+                x = self.builder.call(tome.unmerge.default, x, held.keep)
             elif fill is Fill.BIAS:
-                x = tome.merge_bias(x, size, held.size, held.assign)
+                x = self.builder.call(tome.merge_bias.default, x, size, held.size, held.assign)
             else:
-                x = tome.merge(x, size, held.size, held.assign, held.keep, held.moved)
+                x = self.builder.call(tome.merge.default, x, size, held.size, held.assign, held.keep, held.moved)
             have = _with_run(have, d, key, Run(*key, step))
             x = back(x, have)
         return x, _with_run(have, d, key, new)
 
     def _widen(
-        self, x: Tensor, dims: Dims, have: Layout, want: Layout, frame: Dims
-    ) -> tuple[Tensor, Dims, Layout, Layout]:
+        self, x: Traced, dims: Dims, have: Layout, want: Layout, frame: Dims
+    ) -> tuple[Traced, Dims, Layout, Layout]:
         """Give x the rank of the frame, and full size along the frame's dims that hold sample axes it lacks."""
         lead = len(frame) - len(dims)
         dims, have, want = (*([()] * lead), *dims), (*plain(lead), *have), (*plain(lead), *want)
-        x = x.reshape(*([1] * lead), *x.shape)
+        x = x.reshape([*([1] * lead), *x.shape]) if lead else x
         sample = {leaf for runs in want for run in runs for leaf in leaves(run.step.sample)}
         own = {leaf for dim in dims for leaf in leaves(dim)}
         grow = [d for d in range(len(dims)) if not leaves(dims[d]) and (sample - own) & set(leaves(frame[d]))]
@@ -361,7 +339,7 @@ class Emitter(fx.Interpreter):
             dims = tuple(frame[d] if d in grow else dims[d] for d in range(len(dims)))
         return x, dims, have, want
 
-    def _factored(self, x: Tensor, dims: Dims, layout: Layout) -> tuple[Tensor, list[tuple[int, Any]]]:
+    def _factored(self, x: Traced, dims: Dims, layout: Layout) -> tuple[Traced, list[tuple[int, Any]]]:
         """One axis per factor (leaf or run); a size-1 dim keeps its axis, with factor None."""
         factors: list[tuple[int, Any]] = []
         shape: list[Any] = []
@@ -379,8 +357,8 @@ class Emitter(fx.Interpreter):
         return next(i for i, (_, f) in enumerate(factors) if f is leaf)
 
     def _canonical(
-        self, x: Tensor, dims: Dims, layout: Layout, d: int, key: tuple[int, int], sample: Sequence[Atom]
-    ) -> tuple[Tensor, Any]:
+        self, x: Traced, dims: Dims, layout: Layout, d: int, key: tuple[int, int], sample: Sequence[Atom]
+    ) -> tuple[Traced, Any]:
         """x as [*sample, tokens, *rest] and the way back, given the layout afterwards."""
         y, factors = self._factored(x, dims, layout)
         spots = [self._spot(factors, leaf) for leaf in sample]
@@ -396,7 +374,7 @@ class Emitter(fx.Interpreter):
         slot = {i: k for k, i in enumerate([*spots, token[0], *rest])}
         inverse = [slot[i] for i in joined]
 
-        def back(z: Tensor, after: Layout) -> Tensor:
+        def back(z: Traced, after: Layout) -> Traced:
             z = z.permute(inverse) if inverse != sorted(inverse) else z
             if [factors[i][0] for i in joined] == list(range(len(dims))):
                 return z
@@ -419,7 +397,7 @@ class Emitter(fx.Interpreter):
             position += width
         return spots
 
-    def _spread(self, size: Tensor, dims: Dims, layout: Layout, d: int, run: Run) -> Tensor:
+    def _spread(self, size: Traced, dims: Dims, layout: Layout, d: int, run: Run) -> Traced:
         """[*sample, n] shaped to broadcast against a value with axes `dims`: 1 wherever it does not vary."""
         sample = list(leaves(run.step.sample))
         held: dict[Any, int] = {leaf: i for i, leaf in enumerate(sample)}
@@ -488,16 +466,17 @@ def _shifted(held: StepTensors, lo: int, hi: int) -> StepTensors:
         assign, keep = (
             _padded(x, front, back, length) for x, length in ((assign, keep.shape[-1]), (keep, assign.shape[-1]))
         )
-        size = torch.nn.functional.pad(size, (front, back), value=1.0)
+        size = size.pad((front, back), 1.0)
         moved = moved + front
     return StepTensors(assign, keep, moved, size)
 
 
-def _padded(index: Tensor, front: int, back: int, length: Any) -> Tensor:
+def _padded(index: Traced, front: int, back: int, length: Any) -> Traced:
     """An index into `length` places, with places that map to themselves put before and behind."""
-    lead = torch.arange(front, device=index.device).expand(*index.shape[:-1], front)
-    tail = torch.arange(back, device=index.device).expand(*index.shape[:-1], back) + length + front
-    return torch.cat([lead, index + front, tail], -1)
+    call, lead = index.builder.call, index.shape[:-1]
+    front_part = call(aten.arange.default, front, device=index.device).expand([*lead, front])
+    back_part = call(aten.arange.default, back, device=index.device).expand([*lead, back]) + (length + front)
+    return cat([front_part, index + front, back_part], -1)
 
 
 __all__ = ["Emitter", "rewrite"]

@@ -214,6 +214,28 @@ def test_internal_error_is_raised_when_strict(broken_pass: str) -> None:
         compiled(model, R, strict=True)(*args)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_rewritten_graph_that_does_not_compile_falls_back(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inner compiler refuses our graph and takes the original one: the same rung."""
+    model, args = build(Spec(depth=2))
+    inner = tome_fx.backend.compile_inner
+
+    def picky(gm: torch.fx.GraphModule, *rest: Any, **kwargs: Any) -> Any:
+        if any("tome" in str(n.target) for n in gm.graph.nodes):
+            raise RuntimeError("refused on purpose")
+        return inner(gm, *rest, **kwargs)
+
+    monkeypatch.setattr(tome_fx.backend, "compile_inner", picky)
+    if strict:
+        with pytest.raises(Exception, match=r"(?s)ToMeError.*refused on purpose"):
+            compiled(model, R, strict=True)(*args)
+        return
+    with pytest.warns(tome_fx.ToMeWarning, match=r"(?s)Traceback.*refused on purpose"), torch.no_grad():
+        got = compiled(model, R)(*args)
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(*args))
+
+
 class Broken(Between):
     """A graph break in the middle of four blocks."""
 

@@ -23,7 +23,7 @@ def test_every_spelling_becomes_one_sdpa(spec: Spec) -> None:
     ops = seen.ops()
     assert ops["aten.scaled_dot_product_attention"] == spec.depth
     assert ops["aten.softmax"] == ops["aten._softmax"] == 0
-    assert ops["tome.match"] == spec.depth
+    assert ops["tome.match_size"] == spec.depth
 
 
 class Readers(nn.Module):
@@ -49,15 +49,15 @@ def test_what_is_read_twice_is_not_fused(read: str) -> None:
     got, seen = record(model, (x,), r=4, placement="stream")
     ops = seen.ops()
     assert ops["aten.scaled_dot_product_attention"] == 0
-    assert ops["tome.match"] == 1
+    assert ops["tome.match_size"] == 1
     with torch.no_grad():
         torch.testing.assert_close(got[1], model(x)[1])
 
 
 def test_the_rewritten_block() -> None:
-    """The canonical block, op by op: a match by the keys, sizes, a merge, and log(size) in the next attention."""
+    """The canonical block, op by op: a match by the keys with sizes and log(size), and a merge that adds."""
     model, args = build(Spec(depth=2, mlp="gelu", readout="cls"))
     _, seen = record(model, args, r=4)
     ops = seen.ops()
-    want = {"tome.match": 2, "tome.merge": 2, "tome.merge_size": 2, "tome.log_size": 1, "tome.unmerge": 0}
+    want = {"tome.match_size": 2, "tome.merge_add": 2, "tome.unmerge": 0}
     assert {name: ops[name] for name in want} == want

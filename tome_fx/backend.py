@@ -54,9 +54,18 @@ class ToMeBackend:
         own = {key.removeprefix("tome."): options.pop(key) for key in list(options) if key.startswith("tome.")}
         config = updated(self.config, own) if own else self.config
         rewritten, report = transform(gm, example_inputs, config)
+        if rewritten is not None:
+            try:
+                compiled = compile_inner(rewritten, example_inputs, config.inner, options=options, **kwargs)
+            except torch._dynamo.exc.TorchDynamoException:  # how Dynamo is asked to trace again
+                raise
+            except Exception:  # noqa: BLE001 - a graph of ours that does not compile: the same rung as in `transform`
+                report = _internal_error(config)
+            else:
+                record(report)
+                return compiled
         record(report)
-        chosen = rewritten if rewritten is not None else gm
-        return compile_inner(chosen, example_inputs, config.inner, options=options, **kwargs)
+        return compile_inner(gm, example_inputs, config.inner, options=options, **kwargs)
 
 
 def tome_backend(

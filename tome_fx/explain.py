@@ -160,6 +160,10 @@ class TokenTrace:
         return self.merges[-1].groups
 
 
+# Each op that matches: where its argument `prefix` stands.
+_MATCHES = {tome.match.default: 2, tome.match_size.default: 3}
+
+
 class _MatchRecorder(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
@@ -167,7 +171,7 @@ class _MatchRecorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n.target is tome.match.default:
+        if n.target in _MATCHES:
             self.found.append((n, value))
         return value
 
@@ -191,13 +195,13 @@ def trace_tokens(
     names = [site.name for site in report.sites if site.merged]
     merges: list[MergeStep] = []
     groups: Tensor | None = None
-    for name, (node, (assign, _, moved, similarity)) in zip(names, recorder.found, strict=True):
+    for name, (node, (assign, _, moved, similarity, *_)) in zip(names, recorder.found, strict=True):
         continues = groups is not None and int(groups.max()) + 1 == assign.shape[-1]
         assign = assign[None] if assign.dim() == 1 else assign  # a batch of one has no axis in the graph
         groups = assign.gather(-1, groups) if continues and groups is not None else assign
         before = assign.shape[-1]
         similarity = similarity[None] if similarity.dim() == 1 else similarity
-        prefix = int(node.args[2])  # type: ignore[arg-type]
+        prefix = int(node.args[_MATCHES[node.target]])  # type: ignore[arg-type, index]
         merges.append(MergeStep(name, before, before - moved.shape[-1], groups, similarity, prefix))
     return TokenTrace(merges, report)
 

@@ -21,6 +21,7 @@ from tome_fx.config import ToMeConfig
 from ..axes import Dim, Dims, fresh, fresh_dims, leaves, locate, unify
 from ..axes import expr as size_expr
 from ..layout import DimLayout, Layout, Run, meet, plain
+from ..trace import Traced
 
 Letter = Hashable
 Path = tuple[str, int | None]
@@ -206,22 +207,22 @@ class Emitter(Protocol):
     facts: Facts
     config: ToMeConfig
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """`run(call, operands, **overrides)`: the op with new tensor operands."""
+    def run(self, call: Call, operands: Sequence[Traced], **overrides: Any) -> Any:
+        """The op of a call with new tensor operands."""
 
-    def tensor(self, node: fx.Node) -> Tensor: ...
+    def tensor(self, node: fx.Node) -> Traced: ...
 
     def layout(self, node: fx.Node) -> Layout: ...
 
-    def fetch(self, node: fx.Node, want: Layout, fill: Fill = ..., frame: Dims | None = None) -> Tensor: ...
+    def fetch(self, node: fx.Node, want: Layout, fill: Fill = ..., frame: Dims | None = None) -> Traced: ...
 
     def convert(
-        self, x: Tensor, dims: Dims, have: Layout, want: Layout, fill: Fill = ..., frame: Dims | None = None
-    ) -> Tensor: ...
+        self, x: Traced, dims: Dims, have: Layout, want: Layout, fill: Fill = ..., frame: Dims | None = None
+    ) -> Traced: ...
 
-    def weight(self, node: fx.Node, layout: Layout, d: int, run: Run) -> Tensor: ...
+    def weight(self, node: fx.Node, layout: Layout, d: int, run: Run) -> Traced: ...
 
-    def log_weight(self, node: fx.Node, layout: Layout, d: int, run: Run) -> Tensor: ...
+    def log_weight(self, node: fx.Node, layout: Layout, d: int, run: Run) -> Traced: ...
 
     def full_size(self, node: fx.Node, d: int) -> Any: ...
 
@@ -306,11 +307,11 @@ class SignatureRule(Rule):
     def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
         return env.run(call, self.operands(call, env, decision))
 
-    def operands(self, call: Call, env: Emitter, decision: Decision) -> list[Tensor]:
+    def operands(self, call: Call, env: Emitter, decision: Decision) -> list[Traced]:
         sig = self.signature(call, env.facts)
         return [self.operand(call, env, decision, sig, i) for i in range(len(call.nodes))]
 
-    def operand(self, call: Call, env: Emitter, decision: Decision, sig: Signature, i: int) -> Tensor:
+    def operand(self, call: Call, env: Emitter, decision: Decision, sig: Signature, i: int) -> Traced:
         frame = frame_dims(sig, call, env.facts) if sig.frame is not None else None
         return env.fetch(call.nodes[i], decision.ins[i], fill_of(sig, call, env.facts, i), frame)
 

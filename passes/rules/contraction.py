@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..axes import expr as size_expr
+from ..trace import Traced
 from .base import (
     Call,
     Decision,
@@ -203,19 +203,19 @@ class Attention(SignatureRule):
             mask = mask.to(dtype)
         return env.run(call, operands, attn_mask=mask)
 
-    def _mask(self, call: Call, env: Emitter, decision: Decision, sig: Signature) -> Tensor:
+    def _mask(self, call: Call, env: Emitter, decision: Decision, sig: Signature) -> Traced:
         node = call.nodes[3]
         mask, have, want = env.tensor(node), env.layout(node), decision.ins[3]
         if have == want:
             return mask
         if mask.dtype is torch.bool:
-            mask = torch.where(mask, 0.0, float("-inf"))
+            mask = mask.choose(0.0, float("-inf"))
         return env.convert(mask, env.facts.dims(node), have, want, Fill.BIAS, frame_dims(sig, call, env.facts))
 
 
-def _with_bias(mask: Tensor, bias: Tensor) -> Tensor:
+def _with_bias(mask: Traced, bias: Traced) -> Traced:
     if mask.dtype is torch.bool:
-        return bias.masked_fill(torch.logical_not(mask), float("-inf"))
+        return bias.masked_fill(mask.logical_not(), float("-inf"))
     return mask + bias
 
 

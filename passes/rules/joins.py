@@ -495,7 +495,7 @@ class ScatterSlice(SignatureRule):
         if not decision.ins[0][d]:
             return env.run(call, [base, src])
         start, stop, _, size = self._spec(call, d)
-        return torch.slice_scatter(base, src, d, start, base.shape[d] - (size - stop))
+        return base.slice_scatter(src, d, start, base.shape[d] - (size - stop))
 
 
 register(CatRule(), aten.cat.default, aten.concat.default, aten.concatenate.default)

@@ -132,14 +132,14 @@ class MaskRule(SignatureRule):
         x = self.operand(call, env, decision, sig, x_at)
         node, frame = call.nodes[mask_at], frame_dims(sig, call, env.facts)
         mask = env.tensor(node)
-        drop = mask if fills else torch.logical_not(mask)
+        drop = mask if fills else mask.logical_not()
         have, want = env.layout(node), decision.ins[mask_at]
         dims = env.facts.dims(node)
         if sig.fills[mask_at] is Fill.BIAS:
-            term = torch.where(drop, value, 0.0).to(torch.float32)
+            term = drop.choose(value, 0.0)
             return x + env.convert(term, dims, have, want, Fill.BIAS, frame).to(x.dtype)
         if sig.fills[mask_at] is Fill.MEAN:
-            kept = torch.logical_not(drop).to(torch.float32)
+            kept = drop.choose(0.0, 1.0)
             return x * env.convert(kept, dims, have, want, Fill.MEAN, frame).to(x.dtype)
         return super().emit(call, env, decision)
 

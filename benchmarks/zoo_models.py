@@ -1,0 +1,323 @@
+"""The models of the zoo: which, how to build them small, and a palette input for each.
+
+timm is listed by looking: of every module in timm.models the variant whose name says it is smallest. The other
+libraries have no such list, so theirs is written here. All weights are random.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from tests.palette import palette_grid, palette_tokens
+
+BATCH = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ZooModel:
+    """A model in eval mode with one small batch: `args` random, `palette` made of few distinct patches.
+
+    `heads` is the number of attention heads, where the library's name for it is known; only shown.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    palette: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _images(size: int, patch: int = 16, channels: int = 3) -> tuple[Tensor, Tensor]:
+    """(random, palette) images [BATCH, channels, size, size]."""
+    cells = max(size // patch, 1)
+    palette = palette_grid(BATCH, (cells, cells), (size // cells, size // cells), channels, k=4)
+    palette = nn.functional.pad(palette, (0, size - palette.shape[-1], 0, size - palette.shape[-2]), mode="replicate")
+    return torch.randn(BATCH, channels, size, size), palette
+
+
+# -- timm --------------------------------------------------------------------------------------------------------------
+
+_SIZES = ("atto", "femto", "pico", "nano", "xxtiny", "xxsmall", "xxs", "xtiny", "xsmall", "xs", "extra_small", "tiny",
+          "_t_", "_n_", "mini", "micro", "tn", "small", "_s_", "lite", "light")  # fmt: skip
+
+
+def _smallness(name: str) -> tuple[Any, ...]:
+    """Sorts the names of variants: size word first, then input size, then the numbers in the name, then length."""
+    padded = f"_{name}_"
+    word = next((i for i, w in enumerate(_SIZES) if w in padded), len(_SIZES))
+    numbers = [int(n) for n in re.findall(r"\d+", name)]
+    size = timm.get_pretrained_cfg(name).input_size[-1]
+    return word, size > 256, sum(numbers), len(name), name
+
+
+def timm_modules() -> dict[str, str]:
+    """Module of timm.models -> its smallest variant."""
+    found: dict[str, str] = {}
+    for module in timm.list_modules():
+        names = timm.list_models(module=module)
+        if names:
+            found[module] = min(names, key=_smallness)
+    return found
+
+
+def _timm(name: str) -> ZooModel:
+    model = timm.create_model(name, pretrained=False)
+    channels, height, width = timm.get_pretrained_cfg(name).input_size
+    assert height == width, name
+    if "img_size" in inspect.signature(type(model).__init__).parameters and height > 256:
+        height = min(height, 256)
+        model = timm.create_model(name, pretrained=False, img_size=height)
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (16, 16))
+    random, palette = _images(height, patch[0] if isinstance(patch, tuple) else int(patch), channels)
+    return ZooModel(model.eval(), (random,), (palette,))
+
+
+# -- torchvision -------------------------------------------------------------------------------------------------------
+
+
+def _torchvision(name: str) -> ZooModel:
+    import torchvision
+
+    module = torchvision.models.video if name in ("swin3d_t", "mvit_v2_s", "mvit_v1_b") else torchvision.models
+    model = getattr(module, name)(weights=None).eval()
+    if module is torchvision.models:
+        random, palette = _images(224)
+        return ZooModel(model, (random,), (palette,))
+    frames = 16
+    clip = palette_grid(BATCH, (frames // 2, 14, 14), (2, 16, 16), 3, k=4)
+    return ZooModel(model, (torch.randn_like(clip),), (clip,))
+
+
+TORCHVISION = ("vit_b_16", "swin_t", "swin_v2_t", "maxvit_t", "mvit_v2_s", "swin3d_t", "mvit_v1_b")
+
+# -- transformers ------------------------------------------------------------------------------------------------------
+
+_SMALL = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 96}
+_VISION = {**_SMALL, "image_size": 96, "patch_size": 16}
+
+
+def _hugging(model: str, attention: str, kind: str, config: str | None = None, **settings: Any) -> ZooModel:
+    import transformers
+
+    name = config or re.sub(r"(Model|For\w+|VisionModel)$", "", model) + "Config"
+    held = getattr(transformers, name)(**settings)
+    held._attn_implementation = attention
+    net = getattr(transformers, model)(held).eval()
+    args, palette, kwargs = _INPUTS[kind](settings)
+    return ZooModel(net, args, palette, kwargs)
+
+
+def _image_input(settings: Any) -> Any:
+    random, palette = _images(settings.get("image_size", 96), 16)
+    return (random,), (palette,), {}
+
+
+def _video_input(settings: Any) -> Any:
+    size, frames = settings.get("image_size", settings.get("crop_size", 64)), settings.get("num_frames", 8)
+    frames = settings.get("frames_per_clip", frames)
+    clip = palette_grid(BATCH, (frames // 2, size // 16, size // 16), (2, 16, 16), 3, k=4).transpose(1, 2).contiguous()
+    return (torch.randn_like(clip),), (clip,), {}
+
+
+def _spectrogram(settings: Any) -> Any:
+    sound = palette_grid(BATCH, (8, 8), (8, 8), 1, k=4)[:, 0].transpose(1, 2).contiguous()
+    return (torch.randn_like(sound),), (sound,), {}
+
+
+def _wave(settings: Any) -> Any:
+    wave = palette_tokens(BATCH, 16000, 1, k=4, run=2000)[..., 0]
+    return (torch.randn_like(wave),), (wave,), {}
+
+
+def _mel(settings: Any) -> Any:
+    mel = palette_tokens(BATCH, 128, 16, k=2, run=32).transpose(1, 2).contiguous()
+    return (torch.randn_like(mel),), (mel,), {}
+
+
+def _mel_and_text(settings: Any) -> Any:
+    (random,), (mel,), _ = _mel(settings)
+    return (random,), (mel,), {"decoder_input_ids": torch.randint(3, 60, (BATCH, 7))}
+
+
+def _text(settings: Any) -> Any:
+    return (torch.randint(3, 90, (BATCH, 64)),), (torch.arange(64).remainder(4).add(5).expand(BATCH, -1),), {}
+
+
+def _siglip2(settings: Any) -> Any:
+    pixels = palette_tokens(BATCH, 36, 3 * 16 * 16, k=4)
+    extra = {"pixel_attention_mask": torch.ones(BATCH, 36, dtype=torch.long),
+             "spatial_shapes": torch.tensor([[6, 6]] * BATCH)}  # fmt: skip
+    return (torch.randn_like(pixels),), (pixels,), extra
+
+
+_INPUTS: dict[str, Callable[[Any], Any]] = {
+    "image": _image_input, "video": _video_input, "spectrogram": _spectrogram, "wave": _wave, "mel": _mel,
+    "mel_text": _mel_and_text, "text": _text, "siglip2": _siglip2,
+}  # fmt: skip
+
+_SPEECH = {**_SMALL, "conv_dim": (16, 16, 16), "conv_stride": (5, 4, 4), "conv_kernel": (10, 4, 4),
+           "num_feat_extract_layers": 3, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4,
+           "apply_spec_augment": False, "vocab_size": 32}  # fmt: skip
+_WHISPER = {"d_model": 48, "encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 3,
+            "decoder_attention_heads": 3, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "max_source_positions": 64,
+            "num_mel_bins": 16, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+            "decoder_start_token_id": 1}  # fmt: skip
+# name -> (class, kind of input, settings[, config class])
+HUGGING: dict[str, tuple[Any, ...]] = {
+    "vit": ("ViTModel", "image", _VISION),
+    "deit": ("DeiTModel", "image", _VISION),
+    "beit": ("BeitModel", "image", {**_VISION, "use_relative_position_bias": True}),
+    "dinov2": ("Dinov2Model", "image", _VISION),
+    "dinov2_registers": ("Dinov2WithRegistersModel", "image", _VISION),
+    "dinov3_vit": ("DINOv3ViTModel", "image", {**_VISION, "num_register_tokens": 4}),
+    "clip_vision": ("CLIPVisionModel", "image", _VISION),
+    "siglip_vision": ("SiglipVisionModel", "image", _VISION),
+    "siglip2_vision": ("Siglip2VisionModel", "siglip2", {**_SMALL, "patch_size": 16, "num_patches": 36}),
+    "mae": ("ViTMAEModel", "image", {**_VISION, "mask_ratio": 0.0}),
+    "dpt": (
+        "DPTForDepthEstimation",
+        "image",
+        {
+            **_VISION,
+            "backbone_out_indices": [0, 1, 2, 2],
+            "neck_hidden_sizes": [16, 16, 16, 16],
+            "fusion_hidden_size": 16,
+            "reassemble_factors": [4, 2, 1, 0.5],
+        },
+    ),
+    "segformer": (
+        "SegformerForSemanticSegmentation",
+        "image",
+        {
+            "image_size": 128,
+            "hidden_sizes": [16, 32, 64, 96],
+            "decoder_hidden_size": 32,
+            "num_attention_heads": [1, 2, 2, 3],
+        },
+    ),
+    "swin": ("SwinModel", "image", {"image_size": 224, "embed_dim": 24, "depths": [2, 2, 2], "num_heads": [1, 2, 4]}),
+    "swinv2": (
+        "Swinv2Model",
+        "image",
+        {"image_size": 256, "embed_dim": 24, "depths": [2, 2, 2], "num_heads": [1, 2, 4], "window_size": 8},
+    ),
+    "pvt_v2": ("PvtV2Model", "image", {"image_size": 128, "hidden_sizes": [16, 32, 64, 96]}),
+    "sam_vision": (
+        "SamVisionModel",
+        "image",
+        {
+            **_SMALL,
+            "image_size": 224,
+            "patch_size": 16,
+            "window_size": 7,
+            "global_attn_indexes": [1],
+            "mlp_dim": 96,
+            "output_channels": 32,
+        },
+    ),
+    "hiera": ("HieraModel", "image", {"image_size": [224, 224], "embed_dim": 24, "depths": [1, 2, 2, 1]}),
+    "videomae": ("VideoMAEModel", "video", {**_VISION, "image_size": 64, "num_frames": 8, "tubelet_size": 2}),
+    "timesformer": ("TimesformerModel", "video", {**_VISION, "num_frames": 8}),
+    "vjepa2": (
+        "VJEPA2Model",
+        "video",
+        {
+            **_SMALL,
+            "crop_size": 64,
+            "frames_per_clip": 8,
+            "patch_size": 16,
+            "pred_hidden_size": 48,
+            "pred_num_attention_heads": 3,
+            "pred_num_hidden_layers": 2,
+        },
+    ),
+    "ast": (
+        "ASTModel",
+        "spectrogram",
+        {**_SMALL, "patch_size": 8, "frequency_stride": 8, "time_stride": 8, "max_length": 64, "num_mel_bins": 64},
+    ),
+    "wav2vec2": ("Wav2Vec2Model", "wave", _SPEECH),
+    "hubert": ("HubertModel", "wave", _SPEECH),
+    "wavlm": ("WavLMModel", "wave", _SPEECH),
+    "sew": ("SEWModel", "wave", {**_SPEECH, "squeeze_factor": 2}),
+    "wav2vec2_conformer": ("Wav2Vec2ConformerModel", "wave", {**_SPEECH, "position_embeddings_type": "relative"}),
+    "wav2vec2_conformer_rope": ("Wav2Vec2ConformerModel", "wave", {**_SPEECH, "position_embeddings_type": "rotary"}),
+    "whisper": ("WhisperModel", "mel_text", _WHISPER),
+    "bert": ("BertModel", "text", {**_SMALL, "vocab_size": 100}),
+}
+_CONFIGS = {"CLIPVisionModel": "CLIPVisionConfig", "SiglipVisionModel": "SiglipVisionConfig",
+            "Siglip2VisionModel": "Siglip2VisionConfig", "SamVisionModel": "SamVisionConfig"}  # fmt: skip
+ATTENTION = ("sdpa", "eager", "flex_attention")
+
+# -- diffusers ---------------------------------------------------------------------------------------------------------
+
+
+def _dit() -> ZooModel:
+    from diffusers import DiTTransformer2DModel
+
+    model = DiTTransformer2DModel(num_attention_heads=3, attention_head_dim=16, in_channels=4, out_channels=4,
+                                  num_layers=3, sample_size=16, patch_size=2, num_embeds_ada_norm=10)  # fmt: skip
+    latent = palette_grid(BATCH, (8, 8), (2, 2), 4, k=4)
+    rest = {"timestep": torch.tensor([3, 3]), "class_labels": torch.tensor([1, 1]), "return_dict": False}
+    return ZooModel(model.eval(), (torch.randn_like(latent),), (latent,), rest)
+
+
+def _unet() -> ZooModel:
+    from diffusers import UNet2DConditionModel
+
+    model = UNet2DConditionModel(sample_size=32, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
+                                 down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                                 up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=24,
+                                 attention_head_dim=4)  # fmt: skip
+    latent = palette_grid(BATCH, (8, 8), (4, 4), 4, k=4)
+    text = torch.randn(BATCH, 9, 24)
+    return ZooModel(model.eval(), (torch.randn_like(latent), 3, text), (latent, 3, text), {"return_dict": False})
+
+
+# -- all ---------------------------------------------------------------------------------------------------------------
+
+SWEEP = ("vision_transformer", "deit", "eva", "beit")
+"""timm modules of which `--sweep` takes every variant."""
+
+
+def names(sweep: bool = False) -> list[str]:
+    """`library/model[:attention]` of every model, or with `sweep` of every variant of the modules in SWEEP."""
+    if sweep:
+        return [f"timm/{name}" for module in SWEEP for name in timm.list_models(module=module)]
+    found = [f"timm/{name}" for name in timm_modules().values()]
+    found += [f"torchvision/{name}" for name in TORCHVISION]
+    found += [f"transformers/{name}:{attention}" for name in HUGGING for attention in ATTENTION]
+    return [*found, "diffusers/dit", "diffusers/unet"]
+
+
+class NotOffered(Exception):
+    """The library has no such combination."""
+
+
+def build(name: str) -> ZooModel:
+    """The model of a name. Raises NotOffered where the library says that an attention implementation is missing."""
+    torch.manual_seed(0)
+    library, _, rest = name.partition("/")
+    if library == "timm":
+        return _timm(rest)
+    if library == "torchvision":
+        return _torchvision(rest)
+    if library == "diffusers":
+        return {"dit": _dit, "unet": _unet}[rest]()
+    key, _, attention = rest.partition(":")
+    model, kind, settings = HUGGING[key]
+    make = partial(_hugging, model, attention, kind, _CONFIGS.get(model), **settings)
+    try:
+        return make()
+    except ValueError as error:
+        if "attn_implementation" in str(error) or "attention implementation" in str(error):
+            raise NotOffered(str(error)) from error
+        raise

@@ -1,0 +1,117 @@
+"""The compiled CPU kernels against the ATen forms of the same operators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tome_fx import ops
+from tome_fx.kernels import cpu
+
+OPS = torch.ops.tome
+
+
+def test_they_are_built_here() -> None:
+    """This machine has a compiler: all other tests run on the kernels, not on the forms that stand in for them."""
+    assert cpu.library() is not None
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[torch.Tensor, int, int, int]:
+    """(keys [batch, N, h, d], r, prefix, suffix): any lengths, head counts and widths, strided or not, both dtypes."""
+    prefix, suffix = draw(st.integers(0, 4)), draw(st.integers(0, 3))
+    body, heads, width = draw(st.integers(2, 70)), draw(st.integers(1, 4)), draw(st.sampled_from([1, 3, 32, 48, 70]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    keys = torch.randn(2, prefix + body + suffix, 3, heads, width, generator=generator)
+    keys = keys.to(draw(st.sampled_from([torch.float32, torch.bfloat16])))[:, :, 1]
+    keys = keys if draw(st.booleans()) else keys.contiguous()
+    return keys, draw(st.integers(0, body // 2)), prefix, suffix
+
+
+@given(cases())
+def test_match_and_sizes(case: tuple[torch.Tensor, int, int, int]) -> None:
+    """Same pairs, same similarity, same order; sizes from none and from sizes of an earlier merge."""
+    keys, r, prefix, suffix = case
+    got, want = cpu.match_size(keys, None, r, prefix, suffix), ops.match_aten(keys, r, prefix, suffix)
+    torch.testing.assert_close(got[3], want[3])
+    gaps = want[3].diff().abs().amin().item() if r > 1 else 1.0
+    if gaps > 1e-5 and keys.shape[-1] > 1:  # near ties may go either way
+        for a, b in zip(got[:3], want[:3], strict=True):
+            assert torch.equal(a, b)
+    for size in (None, torch.randint(1, 9, keys.shape[:2]).float()):
+        index = cpu.match_size(keys, size, r, prefix, suffix)
+        expected = ops.merge_size_aten(size, *index[:3])
+        assert torch.equal(index[4], expected)
+        assert torch.equal(cpu.merge_size(size, *index[:3]), expected)
+        torch.testing.assert_close(index[5], expected.log())
+
+
+@given(cases(), st.booleans())
+def test_merge(case: tuple[torch.Tensor, int, int, int], sized: bool) -> None:
+    """merge and merge_add for the dtype of the case."""
+    keys, r, prefix, suffix = case
+    x, y = keys.flatten(2), keys.flip(-1).flatten(2)
+    size = torch.randint(1, 9, keys.shape[:2]).float() if sized else None
+    assign, keep, moved, _, size_out, _ = cpu.match_size(keys, size, r, prefix, suffix)
+    for other in (None, y):
+        got = cpu.merge_add(x, other, size, size_out, assign, keep, moved)
+        want = ops.merge_aten(x if other is None else x + other, size, size_out, assign, keep, moved)
+        assert got.dtype == x.dtype
+        torch.testing.assert_close(got, want, rtol=1.6e-2 if x.dtype is torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+def test_equal_similarities_take_the_earlier_source() -> None:
+    """Equal keys everywhere: which tokens go is settled, whatever the number of threads."""
+    keys = torch.ones(1, 20, 1, 8)
+    assign, keep, moved, *_ = cpu.match_size(keys, None, 4, 0, 0)
+    assert moved.tolist() == [[0, 2, 4, 6]]
+    assert keep[0, :6].tolist() == [8, 10, 12, 14, 16, 18]
+    assert assign[0, moved[0]].tolist() == [6] * 4
+
+
+def test_threads_do_not_change_the_result() -> None:
+    keys, threads = torch.randn(3, 130, 2, 32), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            index = cpu.match_size(keys, None, 40, 1, 0)
+            found.append((*index, cpu.merge_add(keys, None, None, index[4], *index[:3])))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_nan_keys_do_not_crash() -> None:
+    """A model that overflowed merges something, and its output is NaN as it was."""
+    keys = torch.randn(2, 30, 2, 8)
+    keys[0, 5] = torch.nan
+    keys[1] = torch.nan
+    assign, keep, moved, _, size_out, _ = cpu.match_size(keys, None, 9, 1, 0)
+    for b in range(2):
+        assert sorted(keep[b].tolist() + moved[b].tolist()) == list(range(30))
+    assert cpu.merge_add(keys, None, None, size_out, assign, keep, moved)[1].isnan().all()
+
+
+def test_without_a_compiler_the_aten_forms_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, x = torch.randn(2, 21, 8), torch.randn(2, 21, 5)
+    want = OPS.match_size(keys, None, 6, 1, 0)
+    merged = OPS.merge_add(x, x, None, want[4], *want[:3])
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    got = OPS.match_size(keys, None, 6, 1, 0)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(OPS.merge_add(x, x, None, got[4], *got[:3]), merged)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes_take_the_aten_form(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 21, 5, dtype=dtype)
+    assign, keep, moved, *_ = OPS.match(x, 6, 1, 0)
+    out = OPS.merge(x, None, OPS.merge_size(None, assign, keep, moved), assign, keep, moved)
+    assert out.dtype == dtype
+    assert out.shape == (2, 15, 5)
