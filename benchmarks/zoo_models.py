@@ -7,6 +7,7 @@ libraries have no such list, so theirs is written here. All weights are random.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -45,35 +46,63 @@ def _images(size: int, patch: int = 16, channels: int = 3) -> tuple[Tensor, Tens
 
 # -- timm --------------------------------------------------------------------------------------------------------------
 
-_SIZES = ("atto", "femto", "pico", "nano", "xxtiny", "xxsmall", "xxs", "xtiny", "xsmall", "xs", "extra_small", "tiny",
-          "_t_", "_n_", "mini", "micro", "tn", "small", "_s_", "lite", "light")  # fmt: skip
+_SMALL_WORDS = ("atto", "femto", "pico", "nano", "xxtiny", "xxsmall", "xxs", "xtiny", "xsmall", "xs", "extra_small", "tiny",
+                "t", "n", "mini", "micro", "tn", "s0", "small", "s", "lite", "light")  # fmt: skip
+_LARGE_WORDS = (
+    "base",
+    "b",
+    "m",
+    "medium",
+    "l",
+    "large",
+    "xl",
+    "xlarge",
+    "h",
+    "huge",
+    "g",
+    "giant",
+    "so400m",
+    "enormous",
+)
+_ATTENTION = re.compile(r"softmax|scaled_dot_product_attention|Attention|Attn|import .*Block|vision_transformer")
 
 
 def _smallness(name: str) -> tuple[Any, ...]:
     """Sorts the names of variants: size word first, then input size, then the numbers in the name, then length."""
-    padded = f"_{name}_"
-    word = next((i for i, w in enumerate(_SIZES) if w in padded), len(_SIZES))
+    words = name.split("_")
+    small = min((_SMALL_WORDS.index(w) for w in words if w in _SMALL_WORDS), default=len(_SMALL_WORDS))
+    large = max((_LARGE_WORDS.index(w) + 1 for w in words if w in _LARGE_WORDS), default=0)
     numbers = [int(n) for n in re.findall(r"\d+", name)]
     size = timm.get_pretrained_cfg(name).input_size[-1]
-    return word, size > 256, sum(numbers), len(name), name
+    return small + large, size > 256, sum(numbers), len(name), name
 
 
-def timm_modules() -> dict[str, str]:
-    """Module of timm.models -> its smallest variant."""
-    found: dict[str, str] = {}
+def timm_modules() -> dict[str, list[str]]:
+    """Module of timm.models whose source speaks of attention -> the smallest variant of each family of names in it.
+
+    Whether there is attention in a variant is for the graph to say: rows without any are left out of the table.
+    """
+    found: dict[str, list[str]] = {}
     for module in timm.list_modules():
-        names = timm.list_models(module=module)
-        if names:
-            found[module] = min(names, key=_smallness)
+        source = inspect.getsource(importlib.import_module(f"timm.models.{module}"))
+        if not _ATTENTION.search(source):
+            continue
+        families: dict[str, list[str]] = {}
+        for name in timm.list_models(module=module):
+            families.setdefault(re.split(r"[_\d]", name)[0], []).append(name)
+        found[module] = [min(names, key=_smallness) for names in families.values()]
     return found
 
 
 def _timm(name: str) -> ZooModel:
-    model = timm.create_model(name, pretrained=False)
     channels, height, width = timm.get_pretrained_cfg(name).input_size
     assert height == width, name
-    if "img_size" in inspect.signature(type(model).__init__).parameters and height > 256:
-        height = min(height, 256)
+    try:
+        model = timm.create_model(name, pretrained=False, depth=4)
+    except TypeError:  # no such argument, or one per stage
+        model = timm.create_model(name, pretrained=False)
+    if height > 256 and "img_size" in inspect.signature(type(model).__init__).parameters:
+        height = 256
         model = timm.create_model(name, pretrained=False, img_size=height)
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (16, 16))
     random, palette = _images(height, patch[0] if isinstance(patch, tuple) else int(patch), channels)
@@ -292,7 +321,7 @@ def names(sweep: bool = False) -> list[str]:
     """`library/model[:attention]` of every model, or with `sweep` of every variant of the modules in SWEEP."""
     if sweep:
         return [f"timm/{name}" for module in SWEEP for name in timm.list_models(module=module)]
-    found = [f"timm/{name}" for name in timm_modules().values()]
+    found = [f"timm/{name}" for names in timm_modules().values() for name in names]
     found += [f"torchvision/{name}" for name in TORCHVISION]
     found += [f"transformers/{name}:{attention}" for name in HUGGING for attention in ATTENTION]
     return [*found, "diffusers/dit", "diffusers/unet"]

@@ -57,7 +57,7 @@ def run_pipeline(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig) 
         with _timed(seconds, "capture"):
             captured = capture(gm, inputs)
     except CaptureError as error:
-        report.skipped.append(SkipReason("graph left as it is", "", str(error)))
+        report.skipped.append(SkipReason("graph left as it is", "", str(error).partition("\n\nWhile executing")[0]))
         return Result(None, report)
     with _timed(seconds, "find_attention"):
         fuse_attention(captured.gm, captured.fake_mode)
@@ -67,7 +67,7 @@ def run_pipeline(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig) 
     with _timed(seconds, "find_attention"):
         sites = find_attention(captured.gm, facts, calls)
     with _timed(seconds, "find_blocks"):
-        blocks, skipped = find_blocks(captured.gm, facts, calls, sites, config.protect)
+        blocks, skipped = find_blocks(captured.gm, facts, calls, sites, config.protect, config.placement)
     with _timed(seconds, "plan"):
         plan = make_plan(captured.gm, facts, calls, blocks, config)
     report.r = plan.r

@@ -46,7 +46,7 @@ _MASKED_OUT = -1e4
 @dataclass(frozen=True)
 class AttentionSite:
     """q, k, out: nodes. query_dim, key_dim: where their tokens stand. inner_dims: the dims of k that the scores
-    contract. causal: why the site must not merge, or None."""
+    contract. causal: why the site must not merge, or None. masked: `out` is an SDPA with a mask."""
 
     name: str
     q: fx.Node
@@ -56,6 +56,7 @@ class AttentionSite:
     key_dim: int
     inner_dims: tuple[int, ...]
     causal: str | None = None
+    masked: bool = False
 
 
 # -- fusing ------------------------------------------------------------------------------------------------------------
@@ -401,9 +402,9 @@ def _fused_site(node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Ca
     causal = "the attention is causal" if call.args.get("is_causal") else None
     if causal is None and len(call.nodes) == 4 and facts.per_pair(call.nodes[3], -2, -1):
         causal = f"{call.nodes[3].name} tells each query apart which keys it sees"
-    return AttentionSite(
-        place(node) or f"attention {index}", q, k, node, q.meta["val"].dim() - 2, rank - 2, (rank - 1,), causal
-    )
+    queries = q.meta["val"].dim() - 2
+    name = place(node) or f"attention {index}"
+    return AttentionSite(name, q, k, node, queries, rank - 2, (rank - 1,), causal, len(call.nodes) == 4)
 
 
 def _open_site(node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Call], index: int) -> AttentionSite | None:

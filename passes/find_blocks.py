@@ -7,12 +7,21 @@ to it, the later add is taken.
     x1 = add(x, proj(attention(q(x), k(x), v(x))))     <- merge here, by the keys
     x2 = add(x1, mlp(norm(x1)))
 
+Where there is no such add (windows, per-frame attention, tokens over two dims), or with `placement="branch"`, the merge
+is a branch: around this attention alone, at the first value that both q and k are computed from, that the residual
+stream is not computed from, and that holds the tokens in one dim. Its metric is that value itself (ToMe for Stable
+Diffusion, arXiv 2303.17604, merges there).
+
+    y  = reshape(windows of norm(x))                       <- merge here, by y itself
+    x1 = add(x, unwindow(unmerge(proj(attention(y)))))
+
 It only annotates.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import networkx as nx
 import torch
@@ -36,6 +45,7 @@ class Block:
 
     tokens: the leaves of the token axis. sample: the leaves along which each entry is merged on its own.
     merge: the node whose value is merged. stream: the residual operand of that add. prefix, suffix: protected tokens.
+    branch: the merge ends where its values meet the stream; merge and stream are then one node.
     """
 
     site: AttentionSite
@@ -45,17 +55,23 @@ class Block:
     stream: fx.Node
     prefix: int
     suffix: int
+    branch: bool = False
 
 
 def find_blocks(
-    gm: fx.GraphModule, facts: Facts, calls: dict[fx.Node, Call], sites: list[AttentionSite], protect: str | int
+    gm: fx.GraphModule,
+    facts: Facts,
+    calls: dict[fx.Node, Call],
+    sites: list[AttentionSite],
+    protect: str | int,
+    placement: str,
 ) -> tuple[list[Block], list[SkipReason]]:
     """The mergeable self-attention blocks in graph order, and why the other sites are none."""
-    reach = _Reach(gm.graph)
+    reach = _Reach(gm.graph, facts)
     blocks: list[Block] = []
     skipped: list[SkipReason] = []
     for site in sites:
-        found = _block(site, facts, calls, sites, reach, protect)
+        found = _block(site, facts, calls, sites, reach, protect, placement)
         if isinstance(found, Block) and any(b.merge is found.merge for b in blocks):
             found = SkipReason("shared merge point", site.name, "another attention of the same block merges here")
         if isinstance(found, Block):
@@ -66,9 +82,10 @@ def find_blocks(
 
 
 class _Reach:
-    """Ancestors of every node as bit sets over graph order, and post-dominators on demand."""
+    """Ancestors of every node as bit sets over graph order, dominators and post-dominators on demand."""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, facts: Facts) -> None:
+        self.facts = facts
         self.nodes = list(graph.nodes)
         self.index = {node: i for i, node in enumerate(self.nodes)}
         self.above: list[int] = []
@@ -78,6 +95,7 @@ class _Reach:
                 bits |= self.above[self.index[source]]
             self.above.append(bits)
         self._after: dict[fx.Node, fx.Node] | None = None
+        self._before: dict[fx.Node, fx.Node] | None = None
 
     def leads(self, a: fx.Node, b: fx.Node) -> bool:
         """Whether b is computed from a (or is a)."""
@@ -90,6 +108,23 @@ class _Reach:
             self._after = dict(nx.immediate_dominators(graph, self.nodes[-1])) if self.nodes[-1] in graph else {}
         return self._after.get(node)
 
+    def dominators(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that every path from the model's inputs to `node` passes, the nearest (itself) first."""
+        if self._before is None:
+            # `self.nodes[-1]`, the output, stands in for the one root that all inputs hang from.
+            root, constant = self.nodes[-1], self.facts.constant
+            graph: Any = nx.DiGraph()
+            for n in self.nodes[:-1]:
+                if n not in constant:
+                    sources = [source for source in n.all_input_nodes if source not in constant]
+                    graph.add_edges_from((source, n) for source in sources or [root])
+            self._before = dict(nx.immediate_dominators(graph, root)) if root in graph else {}
+        found = []
+        while node in self._before and node is not self.nodes[-1]:
+            found.append(node)
+            node = self._before[node]
+        return found
+
 
 def _block(
     site: AttentionSite,
@@ -98,6 +133,7 @@ def _block(
     sites: list[AttentionSite],
     reach: _Reach,
     protect: str | int,
+    placement: str,
 ) -> Block | SkipReason:
     tokens = leaves(facts.dims(site.k)[site.key_dim])
     queries = leaves(facts.dims(site.q)[site.query_dim])
@@ -105,10 +141,13 @@ def _block(
         return SkipReason("cross attention", site.name, "queries and keys are different tokens")
     if site.causal is not None:
         return SkipReason("causal or windowed mask", site.name, site.causal)
-    merge = _merge_point(site, facts, reach, tokens)
+    merge = SkipReason("", "", "") if placement == "branch" else _merge_point(site, facts, reach, tokens)
+    branch = isinstance(merge, SkipReason) and placement != "stream"
+    if branch:
+        merge = _branch_point(site, facts, reach, sites, tokens)
     if isinstance(merge, SkipReason):
         return merge
-    node, stream = _past_parallel_branch(merge, facts, reach, sites, tokens)
+    node, stream = merge if branch else _past_parallel_branch(merge, facts, reach, sites, tokens)
     sample = _sample(site, facts, node, tokens)
     prefix, suffix = protected(facts, tokens) if protect == "auto" else (int(protect), 0)
     length = size_of(tokens)
@@ -118,7 +157,9 @@ def _block(
             site.name,
             f"{length} tokens, {prefix + suffix} of them protected: fewer than {SHORTEST_AXIS} to merge",
         )
-    return Block(site, tokens, sample, node, stream, prefix, suffix)
+    if why := _per_window(site, facts, calls, sample):
+        return SkipReason("windowed mask", site.name, why)
+    return Block(site, tokens, sample, node, stream, prefix, suffix, branch)
 
 
 def _residual(node: fx.Node, site: AttentionSite, facts: Facts, reach: _Reach, tokens: Dim) -> fx.Node | None:
@@ -152,6 +193,53 @@ def _merge_point(site: AttentionSite, facts: Facts, reach: _Reach, tokens: Dim) 
             nearest = f"at {node.name} its tokens do not stand in one dim of the residual stream"
             break
     return SkipReason("no residual add", site.name, nearest)
+
+
+def _branch_point(
+    site: AttentionSite, facts: Facts, reach: _Reach, sites: list[AttentionSite], tokens: Dim
+) -> tuple[fx.Node, fx.Node] | SkipReason:
+    """The highest value to merge around one attention, twice: what is merged, and the stream to compare tokens by."""
+    shared = [n for n in reach.dominators(site.q) if n in reach.dominators(site.k)]
+    after = reach.nodes[reach.index[site.out] + 1 :]
+    streams = [
+        a
+        for node in after
+        if node.target in _ADDS and reach.leads(site.out, node)
+        for a in node.args[:2]
+        if isinstance(a, fx.Node) and not reach.leads(site.out, a) and reach.leads(a, site.k)
+    ][:1]
+    others = [other.out for other in sites if other is not site and reach.leads(other.out, site.k)]
+    best = None
+    for node in shared:
+        if any(reach.leads(node, stream) for stream in streams) or any(reach.leads(node, out) for out in others):
+            break
+        if not isinstance(node.meta.get("val"), torch.Tensor):
+            continue
+        if not _holds(facts, node, tokens):
+            break
+        best = node
+    if best is None:
+        return SkipReason(
+            "no branch point",
+            site.name,
+            "no value outside the residual stream gives its queries and keys and holds their tokens in one dim",
+        )
+    return best, best
+
+
+def _per_window(site: AttentionSite, facts: Facts, calls: dict[fx.Node, Call], sample: Dim) -> str | None:
+    """Why a table of score terms rules out merging: it says something else of each pair of tokens in each sample.
+
+    Such a table is a mask (shifted windows): tokens that it keeps apart could end in one group.
+    """
+    terms = calls[site.out].nodes[3:] if site.masked else [n for n in facts.scores if n in facts.constant]
+    for term in terms:
+        if term.meta["val"].dim() < 2 or not (facts.varies(term, -1) and facts.varies(term, -2)):
+            continue
+        for d, dim in enumerate(facts.dims(term)[:-2]):
+            if set(leaves(dim)) & set(sample) and facts.varies(term, d):
+                return f"{term.name} tells each query of each window apart which keys it sees"
+    return None
 
 
 def _past_parallel_branch(

@@ -17,6 +17,8 @@ from .axes import Dim, Size
 class Step:
     """One merge: `before` tokens become `after`. Steps form a chain through `prev`; identity is object identity.
 
+    `branch`: the merge is undone where it meets a value of full length that depends on the model's input.
+
     `shift(lo, hi)` is the same merge on an axis with `lo` more tokens in front and `hi` more behind (negative: fewer).
     A slice that drops the class token and a `cat` that puts it back cancel exactly, so that queries, keys and
     values that took different ways hold the *same* step object.
@@ -29,6 +31,7 @@ class Step:
     after: Size
     prefix: int
     suffix: int
+    branch: bool = False
     base: Step | None = None
     offset: tuple[int, int] = (0, 0)
     variants: dict[tuple[int, int], Step] = field(default_factory=dict, repr=False)
@@ -49,6 +52,7 @@ class Step:
                 base.after + grow,
                 base.prefix + key[0],
                 base.suffix + key[1],
+                base.branch,
                 base,
                 key,
             )

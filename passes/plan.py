@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -261,7 +262,7 @@ class _Walk:
                        f"{before} tokens, {prefix + suffix} protected")  # fmt: skip
             return
         prev = held.step if held is not None else None
-        step = Step(index, prev, block.sample, before, before - r, prefix, suffix)
+        step = Step(index, prev, block.sample, before, before - r, prefix, suffix, block.branch)
         run = Run(*key, step)
         merged = (*(x for x in runs if x.key != key), run)
         self.plan.layouts[node] = ((*layout[:dim], merged, *layout[dim + 1 :]),)
@@ -271,20 +272,21 @@ class _Walk:
         self.plan.skipped.append(SkipReason(kind, block.site.name, detail))
 
     def _cost(self, merge: Merge) -> None:
-        """Matching compares half of the tokens with the other half; merging moves every element of the stream once."""
-        site, step = merge.block.site, merge.step
+        """Matching compares half of the tokens with the other half; merging moves every element of the stream once, and
+        a branch is unmerged again."""
+        block, step = merge.block, merge.step
         samples = 1
         for atom in leaves(step.sample):
             samples *= size_hint(atom.size) if isinstance(atom.size, int) else 1
         before = size_hint(step.before)
-        inner = 1
-        for d in site.inner_dims:
-            inner *= size_hint(site.k.meta["val"].shape[d])
-        elements = 1
-        for size in merge.block.merge.meta["val"].shape:
-            elements *= size_hint(size)
+        elements = prod(size_hint(size) for size in block.merge.meta["val"].shape)
         elements = elements * before // max(size_hint(step.full), 1)
-        self.plan.spent[step.site] = 2.0 * samples * (before / 2) ** 2 * inner + FLOPS_PER_MOVE * elements
+        if block.branch:
+            inner = elements // max(samples * before, 1)
+        else:
+            inner = prod(size_hint(block.site.k.meta["val"].shape[d]) for d in block.site.inner_dims)
+        moves = FLOPS_PER_MOVE * elements * (1 + block.branch)
+        self.plan.spent[step.site] = 2.0 * samples * (before / 2) ** 2 * inner + moves
 
 
 def site_reports(
@@ -303,7 +305,8 @@ def site_reports(
         step = merge.step
         flops = tuple(plan.site_flops.get(step.site, [0.0, 0.0]))
         pair = (size_hint(step.before), size_hint(step.after))
-        rows.append(SiteReport(site.name, pair, step.prefix + step.suffix, True, flops))  # type: ignore[arg-type]
+        kept, placement = step.prefix + step.suffix, "branch" if step.branch else "stream"
+        rows.append(SiteReport(site.name, pair, kept, True, flops, placement=placement))  # type: ignore[arg-type]
     return rows
 
 

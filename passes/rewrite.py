@@ -218,40 +218,41 @@ class Emitter:
         return self._index[key]
 
     def _merge_here(self, merge: Merge, value: Traced) -> Traced:
-        step, block = merge.step, merge.block
-        metric, heads = self._metric(merge)
-        before = self._step(step.prev).size if step.prev else None
-        call = self.builder.call
-        assign, keep, moved, _ = call(tome.match.default, metric.detach(), merge.r, step.prefix, step.suffix, heads)
-        size = call(tome.merge_size.default, before, assign, keep, moved)
-        self.steps[step] = StepTensors(assign, keep, moved, size)
-        node = block.merge
+        step, node = merge.step, merge.block.merge
         after = self.layout(node)
         have = tuple(
             tuple(Run(*run.key, run.step.prev) for run in runs if run.step is step and run.step.prev)
             + tuple(run for run in runs if run.step is not step)
             for runs in after
         )
+        before = self._step(step.prev).size if step.prev else None
+        metric, heads = self._metric(merge, value, have)
+        call = self.builder.call
+        assign, keep, moved, _ = call(tome.match.default, metric.detach(), merge.r, step.prefix, step.suffix, heads)
+        size = call(tome.merge_size.default, before, assign, keep, moved)
+        self.steps[step] = StepTensors(assign, keep, moved, size)
         return self.convert(value, self.facts.dims(node), have, after)
 
-    def _metric(self, merge: Merge) -> tuple[Traced, bool]:
-        """The keys of the block's attention, or the residual stream: [*sample, N, h, d] and True, or without an axis of
-        heads [*sample, N, d] and False."""
-        site, prev = merge.block.site, merge.step.prev
-        source = merge.block.stream if self.config.metric == "input" else site.k
+    def _metric(self, merge: Merge, value: Traced, have: Layout) -> tuple[Traced, bool]:
+        """What tokens are compared by: the keys of the block's attention, [*sample, N, h, d] and True (or without an
+        axis of heads), or the residual stream, in a branch the merged value itself, [*sample, N, d] and False."""
+        block, prev = merge.block, merge.step.prev
+        site, by_keys = block.site, self.config.metric == "key" and not block.branch
+        source = site.k if by_keys else block.stream
         dims = self.facts.dims(source)
-        where = [(d, i) for d, dim in enumerate(dims) for i in _find(leaves(dim), merge.block.tokens)]
-        (dim, start), *_ = where if self.config.metric == "input" else [w for w in where if w[0] == site.key_dim]
-        key = (start, len(merge.block.tokens))
+        where = [(d, i) for d, dim in enumerate(dims) for i in _find(leaves(dim), block.tokens)]
+        (dim, start), *_ = [w for w in where if w[0] == site.key_dim] if by_keys else where
+        key = (start, len(block.tokens))
         run = (Run(*key, prev),) if prev else ()
         want = tuple(run if d == dim else () for d in range(len(dims)))
-        x, factors = self._factored(self.fetch(source, want), dims, want)
+        whole = self.convert(value, dims, have, want) if source is block.merge else self.fetch(source, want)
+        x, factors = self._factored(whole, dims, want)
         spots = [self._spot(factors, leaf) for leaf in leaves(merge.step.sample)]
-        token = [i for i, (d, f) in enumerate(factors) if d == dim and (isinstance(f, Run) or f in merge.block.tokens)]
-        if self.config.metric == "input":
-            inner = [i for i in range(len(factors)) if i not in spots and i not in token]
-        else:
+        token = [i for i, (d, f) in enumerate(factors) if d == dim and (isinstance(f, Run) or f in block.tokens)]
+        if by_keys:
             inner = [i for i, (d, _) in enumerate(factors) if d in site.inner_dims and i not in spots]
+        else:
+            inner = [i for i in range(len(factors)) if i not in spots and i not in token]
         heads = [i for i in range(len(factors)) if i not in (*spots, *token, *inner)]
         x = x.permute([*spots, *token, *heads, *inner])
         lead, width = len(spots), len(token)

@@ -88,7 +88,8 @@ def tome_backend(
         prop_attn: proportional attention, equation 1 of the paper.
         metric: what tokens are compared by, "key" or "input" (the residual stream).
         protect: leading tokens that never merge; "auto" finds class, distillation and register tokens.
-        placement: "stream" or "auto" (only where it pays).
+        placement: "stream" merges for good, "branch" around each attention alone; "auto" takes the stream where there
+            is one, a branch elsewhere, and either only where it pays.
         inner: "inductor", "aot_eager" or "eager".
         strict: raise ToMeError where the default is a ToMeWarning.
 

@@ -31,7 +31,8 @@ class ToMeConfig:
     protect: str | int = "auto"
     """Leading tokens that never merge: "auto" finds class, distillation and register tokens, or a number."""
     placement: str = "auto"
-    """"stream" merges on the residual stream; "auto" does so where it pays; "branch" is not available yet."""
+    """"stream" merges on the residual stream for good, "branch" around each attention alone (the stream keeps its
+    length); "auto" takes the stream where there is one and a branch elsewhere, and either only where it pays."""
     inner: str = "inductor"
     """What compiles the rewritten graph: "inductor", "aot_eager" or "eager"."""
     strict: bool = False
@@ -60,8 +61,6 @@ class ToMeConfig:
         for name in ("prop_attn", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.placement == "branch":
-            raise ValueError('placement="branch" is not available yet; use "auto" or "stream"')
 
     def _check_r(self) -> None:
         allowed = "an int of 0 or more, a float below 1 (a share), (r, inflection), or a list with one int per block"

@@ -35,7 +35,8 @@ class Unmerge:
 @dataclass(frozen=True)
 class SiteReport:
     """One attention site. tokens: (before, after) its merge, equal where nothing merged. flops: of the part of the
-    graph between this merge and the next, per forward pass, as traced and as rewritten."""
+    graph between this merge and the next, per forward pass, as traced and as rewritten. placement: "stream" (merged for
+    good) or "branch" (merged around this attention alone)."""
 
     name: str
     tokens: tuple[int, int]
@@ -43,6 +44,7 @@ class SiteReport:
     merged: bool
     flops: tuple[float, float] = (0.0, 0.0)
     skipped: str = ""
+    placement: str = "stream"
 
 
 @dataclass

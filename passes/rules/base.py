@@ -20,7 +20,7 @@ from tome_fx.config import ToMeConfig
 
 from ..axes import Dim, Dims, fresh, fresh_dims, leaves, locate, unify
 from ..axes import expr as size_expr
-from ..layout import DimLayout, Layout, Run, meet, plain
+from ..layout import DimLayout, Layout, Run, Step, meet, plain
 from ..trace import Traced
 
 Letter = Hashable
@@ -366,6 +366,9 @@ def _settle(
         step = meet([run.step if run else None for run in here])
         if step is None:
             return (), "its operands were merged apart from each other"
+        step = _own_branches(sig, call, facts, step, [(i, run) for (i, _), run in zip(places, here, strict=True)])
+        if step is None:
+            return (), "meets the stream, which keeps its length"
         candidate = Run(*key, step)
         for (i, _), run in zip(places, here, strict=True):
             if run is None or run.step is not step:
@@ -377,6 +380,23 @@ def _settle(
     if any(a.overlaps(b) for a in settled for b in settled if a is not b):
         return (), "its operands group the axis differently"
     return tuple(settled), None
+
+
+def _own_branches(
+    sig: Signature, call: Call, facts: Facts, step: Step, here: Sequence[tuple[int, Run | None]]
+) -> Step | None:
+    """The state without merges of a branch that some operand did not go through: tables and score terms follow them,
+    values do not."""
+    for i, run in here:
+        if call.nodes[i] in facts.constant or fill_of(sig, call, facts, i) is Fill.BIAS:
+            continue
+        chain = run.step.chain() if run else ()
+        foreign = next((s for s in step.chain() if s.branch and s not in chain), None)
+        if foreign is not None:
+            if foreign.prev is None:
+                return None
+            step = foreign.prev
+    return step
 
 
 def _has_sample(sig: Signature, call: Call, facts: Facts, i: int, run: Run) -> bool:

@@ -1,0 +1,278 @@
+"""The zoo: what tome_fx does with every attention family of timm, and models of torchvision, transformers, diffusers.
+
+One process for each model, so that a failure costs one row; rows that are there already are kept (`--fresh` starts
+over). For each model, small and with random weights, the process compares the rewritten graph with the original one:
+
+- shapes and dtypes of all outputs at r, and the report: sites, placement, tokens, FLOPs, unmerges, reasons;
+- r=0: bit-equal to Dynamo's own graph;
+- the lossless law (docs/design.md): positions out, palette input. "exact", or "not equal" with the lowest cosine at
+  which tokens were merged where the input could not give each token an equal (overlapping stems, pooled grids): there
+  the law says nothing.
+
+Writes benchmarks/results/zoo.json and docs/zoo.md.
+
+    python benchmarks/zoo.py [FILTER ...] [--r 8] [--jobs 2] [--fresh] [--sweep]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results" / "zoo.json"
+TABLE = ROOT / "docs" / "zoo.md"
+LIMIT = 600
+"""Seconds that one model may take."""
+EXACT = 1e-4
+"""Largest relative error at which the lossless law counts as kept: float32 through a few dozen layers."""
+SAME = 1 - 1e-4
+"""Cosine from which two merged tokens count as equal."""
+Row = dict[str, Any]
+
+
+# -- one model, in a process of its own --------------------------------------------------------------------------------
+
+
+def one(name: str, r: int) -> Row:
+    """Everything there is to say of one model. Raises what the model or the pass raises."""
+    import torch
+
+    import zoo_models
+    from tests import palette
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    zoo = zoo_models.build(name)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        want = zoo.model(*zoo.args, **zoo.kwargs)
+        row = _merged(zoo, r, want)
+        if row["graphs"]:
+            torch.manual_seed(1)
+            plain = torch.compile(zoo.model, backend="eager")(*zoo.args, **zoo.kwargs)
+            torch.manual_seed(1)
+            zero = palette.compiled(zoo.model, 0)(*zoo.args, **zoo.kwargs)
+            pairs = list(zip(palette.leaves(zero), palette.leaves(plain), strict=True))
+            row["identity"] = all(torch.equal(a, b) for a, b in pairs)
+        if row["merged"]:
+            row.update(_lossless(zoo, r))
+    return row
+
+
+def _merged(zoo: Any, r: int, want: Any) -> Row:
+    import torch
+
+    import tome_fx
+    from tests import palette
+
+    before = len(tome_fx.reports())
+    torch.manual_seed(1)
+    got = palette.compiled(zoo.model, r)(*zoo.args, **zoo.kwargs)
+    reports = tome_fx.reports()[before:]
+    unmerges: Counter[str] = Counter(u.op for report in reports for u in report.unmerges)
+    reasons: Counter[str] = Counter(f"{s.kind}: {s.detail}" for report in reports for s in report.skipped)
+    tokens = [t for report in reports for t in report.tokens]
+    flops = [sum(getattr(report, name) for report in reports) for name in ("flops_before", "flops_after")]
+    pairs = list(zip(palette.leaves(got), palette.leaves(want), strict=True))
+    return {
+        "graphs": len(reports),
+        "sites": sum(report.attention_sites for report in reports),
+        "merged": sum(report.merged_sites for report in reports),
+        "placement": sorted({s.placement for report in reports for s in report.sites if s.merged}),
+        "tokens": [tokens[0][0], tokens[-1][1]] if tokens else None,
+        "flops": flops[1] / flops[0] if flops[0] else None,
+        "shapes": all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in pairs),
+        "unmerges": dict(unmerges.most_common()),
+        "reasons": dict(reasons.most_common(4)),
+        "unknown": dict(sum((Counter(report.unknown_ops) for report in reports), Counter())),
+        "seconds": sum(sum(report.seconds.values()) for report in reports),
+    }
+
+
+def _lossless(zoo: Any, r: int) -> Row:
+    import torch
+
+    import tome_fx
+    from tests import palette
+
+    model = palette.equalize(zoo.model, seed=1)
+    want = model(*zoo.palette, **zoo.kwargs)
+    got = palette.compiled(model, r)(*zoo.palette, **zoo.kwargs)
+    try:
+        error = palette.distance(got, want)
+    except AssertionError as problem:
+        return {"lossless": f"broken: {problem}"}
+    if error <= EXACT:
+        return {"lossless": "exact", "error": error}
+    try:
+        trace = tome_fx.trace_tokens(model, zoo.palette, dict(zoo.kwargs), r=r)
+    except (RuntimeError, ValueError, TypeError, torch._dynamo.exc.TorchDynamoException) as problem:
+        return {"lossless": "not traced", "error": error, "why": f"{type(problem).__name__}: {str(problem)[:200]}"}
+    lowest = palette.lowest_similarity(trace)
+    return {"lossless": "not equal" if lowest < SAME else "broken", "error": error, "cosine": lowest}
+
+
+# -- all models --------------------------------------------------------------------------------------------------------
+
+
+def run(name: str, r: int) -> Row:
+    """`one` in a process of its own."""
+    start = time.perf_counter()
+    command = [sys.executable, __file__, "--one", name, "--r", str(r)]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "TQDM_DISABLE": "1"}
+    row: Row = {"name": name, "r": r}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=env, check=False)
+    except subprocess.TimeoutExpired:
+        row["failed"] = f"took more than {LIMIT} s"
+    else:
+        marked = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+        row.update(json.loads(marked[-1][len(MARK) :]) if marked else {"failed": done.stderr.strip()[-600:]})
+    row["wall"] = time.perf_counter() - start
+    return row
+
+
+MARK = "ZOO "
+
+
+def main() -> int:
+    """Run what is missing, write the table; 1 where a row failed, changed a shape, r=0 or broke the law."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("filter", nargs="*", help="only models whose name holds one of these")
+    parser.add_argument("--r", type=int, default=8, help="tokens merged in each block (default %(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at once (default %(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="forget the rows there are")
+    parser.add_argument("--sweep", action="store_true", help="all variants of ViT, DeiT, EVA and BEiT in timm instead")
+    parser.add_argument("--one", metavar="NAME", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        return _child(args.one, args.r)
+    sys.path[:0] = [str(ROOT)]
+    import zoo_models
+
+    console = Console()
+    path = RESULTS.with_name("zoo-sweep.json") if args.sweep else RESULTS
+    names = zoo_models.names(args.sweep)
+    wanted = [n for n in names if not args.filter or any(f in n for f in args.filter)]
+    rows: dict[str, Row] = {}
+    if path.exists():
+        rows = {row["name"]: row for row in json.loads(path.read_text())["rows"] if row["name"] in names}
+    again = [n for n in wanted if args.fresh or args.filter or rows.get(n, {}).get("r") != args.r]
+    with Progress(console=console) as bar, ThreadPoolExecutor(args.jobs) as pool:
+        task = bar.add_task("zoo", total=len(again))
+        for row in pool.map(lambda n: run(n, args.r), again):
+            rows[row["name"]] = row
+            bar.update(task, advance=1, description=row["name"])
+            _save(path, [rows[n] for n in names if n in rows], args.r)
+    held = [rows[n] for n in names if n in rows]
+    if not args.sweep:
+        TABLE.write_text(table(held, args.r))
+    for row in held:
+        if bad(row):
+            console.print(f"[red]{row['name']}[/]: {row.get('failed', '')[-300:] or verdict(row)}", highlight=False)
+    return int(any(map(bad, held)))
+
+
+def _child(name: str, r: int) -> int:
+    import zoo_models
+
+    try:
+        row = one(name, r)
+    except zoo_models.NotOffered as error:
+        row = {"absent": str(error)[:200]}
+    except Exception:  # noqa: BLE001 - the row says what went wrong
+        row = {"failed": traceback.format_exc()[-800:]}
+    print(MARK + json.dumps(row))
+    return 0
+
+
+def _save(path: Path, rows: list[Row], r: int) -> None:
+    from tome_fx import timing
+
+    info = timing.machine_info("cpu")
+    path.write_text(json.dumps({"machine": info, "r": r, "rows": rows}, indent=1) + "\n")
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def bad(row: Row) -> bool:
+    """Whether a row shows a defect of ours: a crash, a changed shape, r=0 not bit-equal, the law broken, silence."""
+    if "absent" in row:
+        return False
+    silent = row.get("sites") and not row.get("merged") and not row.get("reasons")
+    law = str(row.get("lossless", "")).startswith("broken")
+    return bool("failed" in row or not row["shapes"] or row.get("identity") is False or law or silent)
+
+
+def verdict(row: Row) -> str:
+    """The lossless law in one cell."""
+    found = row.get("lossless", "")
+    if found == "not equal":
+        return f"n/a (cosine {row['cosine']:.3f})"
+    return found
+
+
+def table(rows: list[Row], r: int) -> str:
+    """docs/zoo.md."""
+    shown = [row for row in rows if "absent" not in row and (row.get("sites") or "failed" in row or row["reasons"])]
+    attention = [row for row in shown if "failed" in row or row["sites"]]
+    merging = [row for row in attention if row.get("merged")]
+    timm_rows = [row for row in attention if row["name"].startswith("timm/")]
+    timm_merging = [row for row in timm_rows if row.get("merged")]
+    slowest = max(attention, key=lambda row: row.get("seconds", 0.0))
+    lines = [
+        "# The zoo",
+        "",
+        "Made by `make zoo` (benchmarks/zoo.py says what each column means); no figure is typed by hand. Random weights,",
+        f"batch of 2, float32, CPU, r={r}.",
+        "",
+        f"- models with attention: {len(attention)}; with merged sites: {len(merging)}",
+        f"- timm modules with attention: {len(timm_rows)}; with merged sites: {len(timm_merging)}",
+        f"- failures: {sum(map(bad, rows))}",
+        f"- lossless law: {sum(row.get('lossless') == 'exact' for row in rows)} exact,"
+        f" {sum(row.get('lossless') == 'not equal' for row in rows)} where the input gives no equal tokens",
+        f"- passes: at most {slowest.get('seconds', 0):.1f} s ({slowest['name']})",
+        "",
+        "| model | graphs | sites | merged | placement | tokens | FLOPs | shapes | r=0 | lossless | unmerged at | passes, s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in attention:
+        if "failed" in row:
+            lines.append(f"| {row['name']} | failed |" + " |" * 10)
+            continue
+        tokens = f"{row['tokens'][0]} → {row['tokens'][1]}" if row["tokens"] else ""
+        flops = f"{row['flops']:.2f}" if row["merged"] else ""
+        ops = ", ".join(op.removeprefix("aten.") for op in list(row["unmerges"])[:5])
+        yes = {True: "same", False: "CHANGED", None: ""}
+        lines.append(
+            f"| {row['name']} | {row['graphs']} | {row['sites']} | {row['merged']} | {', '.join(row['placement'])} "
+            f"| {tokens} | {flops} | {yes[row['shapes']]} | {yes[row.get('identity')]} | {verdict(row)} | {ops} "
+            f"| {row['seconds']:.2f} |"
+        )
+    lines += ["", "## Models with attention in which nothing merges, and why", ""]
+    lines += [f"- {row['name']}: {'; '.join(row['reasons'])}" for row in attention
+              if "failed" not in row and not row["merged"]]  # fmt: skip
+    unknown: Counter[str] = sum((Counter(row.get("unknown", {})) for row in rows), Counter())
+    lines += ["", "## Ops without a rule (merged values are unmerged before them)", ""]
+    lines += [f"- `{op}`: {count}" for op, count in unknown.most_common()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
