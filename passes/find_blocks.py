@@ -15,6 +15,9 @@ Diffusion, arXiv 2303.17604, merges there).
     y  = reshape(windows of norm(x))                       <- merge here, by y itself
     x1 = add(x, unwindow(unmerge(proj(attention(y)))))
 
+In cross attention (keys pooled from the tokens, or other tokens altogether) the queries alone merge, in a branch.
+Tokens that some attention sees in causal order merge nowhere: a group would show the past what comes after.
+
 It only annotates.
 """
 
@@ -45,7 +48,8 @@ class Block:
 
     tokens: the leaves of the token axis. sample: the leaves along which each entry is merged on its own.
     merge: the node whose value is merged. stream: the residual operand of that add. prefix, suffix: protected tokens.
-    branch: the merge ends where its values meet the stream; merge and stream are then one node.
+    length: tokens before any merge. branch: the merge ends where its values meet the stream; merge and stream are then
+    one node, and in cross attention the tokens are the queries.
     """
 
     site: AttentionSite
@@ -55,6 +59,7 @@ class Block:
     stream: fx.Node
     prefix: int
     suffix: int
+    length: Any
     branch: bool = False
 
 
@@ -66,7 +71,7 @@ def find_blocks(
     protect: str | int,
     placement: str,
 ) -> tuple[list[Block], list[SkipReason]]:
-    """The mergeable self-attention blocks in graph order, and why the other sites are none."""
+    """The mergeable attention blocks in graph order, and why the other sites are none."""
     reach = _Reach(gm.graph, facts)
     blocks: list[Block] = []
     skipped: list[SkipReason] = []
@@ -135,20 +140,30 @@ def _block(
     protect: str | int,
     placement: str,
 ) -> Block | SkipReason:
-    tokens = leaves(facts.dims(site.k)[site.key_dim])
+    keys = leaves(facts.dims(site.k)[site.key_dim])
     queries = leaves(facts.dims(site.q)[site.query_dim])
-    if not tokens or tokens != queries:
+    crossed = keys != queries
+    tokens = queries if crossed else keys
+    if not tokens or (crossed and (placement == "stream" or not site.fused)):
         return SkipReason("cross attention", site.name, "queries and keys are different tokens")
+    features = {leaf for dim in facts.channels for leaf in leaves(dim)}
+    if features & {*keys, *queries}:
+        return SkipReason("attention over channels", site.name, "its keys are features, which a weight made")
     if site.causal is not None:
         return SkipReason("causal or windowed mask", site.name, site.causal)
-    merge = SkipReason("", "", "") if placement == "branch" else _merge_point(site, facts, reach, tokens)
+    causal = next((s for s in sites if s.causal is not None and _queries_of(s, facts) == tokens), None)
+    if causal is not None:
+        return SkipReason(
+            "causal or windowed mask", site.name, f"its tokens are those of {causal.name}: {causal.causal}"
+        )
+    merge = SkipReason("", "", "") if placement == "branch" or crossed else _merge_point(site, facts, reach, tokens)
     branch = isinstance(merge, SkipReason) and placement != "stream"
     if branch:
-        merge = _branch_point(site, facts, reach, sites, tokens)
+        merge = _branch_point(site, facts, reach, sites, tokens, crossed)
     if isinstance(merge, SkipReason):
         return merge
     node, stream = merge if branch else _past_parallel_branch(merge, facts, reach, sites, tokens)
-    sample = _sample(site, facts, node, tokens)
+    sample = _sample(site, facts, node, tokens, crossed)
     prefix, suffix = protected(facts, tokens) if protect == "auto" else (int(protect), 0)
     length = size_of(tokens)
     if isinstance(length, int) and length - prefix - suffix < SHORTEST_AXIS:
@@ -157,9 +172,14 @@ def _block(
             site.name,
             f"{length} tokens, {prefix + suffix} of them protected: fewer than {SHORTEST_AXIS} to merge",
         )
-    if why := _per_window(site, facts, calls, sample):
+    if why := _per_window(site, facts, calls, tokens, sample):
         return SkipReason("windowed mask", site.name, why)
-    return Block(site, tokens, sample, node, stream, prefix, suffix, branch)
+    value, at = (site.q, site.query_dim) if crossed else (site.k, site.key_dim)
+    return Block(site, tokens, sample, node, stream, prefix, suffix, value.meta["val"].shape[at], branch)
+
+
+def _queries_of(site: AttentionSite, facts: Facts) -> Dim:
+    return leaves(facts.dims(site.q)[site.query_dim])
 
 
 def _residual(node: fx.Node, site: AttentionSite, facts: Facts, reach: _Reach, tokens: Dim) -> fx.Node | None:
@@ -196,19 +216,26 @@ def _merge_point(site: AttentionSite, facts: Facts, reach: _Reach, tokens: Dim) 
 
 
 def _branch_point(
-    site: AttentionSite, facts: Facts, reach: _Reach, sites: list[AttentionSite], tokens: Dim
+    site: AttentionSite, facts: Facts, reach: _Reach, sites: list[AttentionSite], tokens: Dim, crossed: bool
 ) -> tuple[fx.Node, fx.Node] | SkipReason:
-    """The highest value to merge around one attention, twice: what is merged, and the stream to compare tokens by."""
-    shared = [n for n in reach.dominators(site.q) if n in reach.dominators(site.k)]
+    """The highest value to merge around one attention, twice: what is merged, and the stream to compare tokens by.
+
+    crossed: only the queries merge, so the keys must not be computed from it.
+    """
+    above = reach.dominators(site.q)
+    shared = [n for n in above if not reach.leads(n, site.k)] if crossed else above
+    if not crossed:
+        keys = set(reach.dominators(site.k))
+        shared = [n for n in above if n in keys]
     after = reach.nodes[reach.index[site.out] + 1 :]
     streams = [
         a
         for node in after
         if node.target in _ADDS and reach.leads(site.out, node)
         for a in node.args[:2]
-        if isinstance(a, fx.Node) and not reach.leads(site.out, a) and reach.leads(a, site.k)
+        if isinstance(a, fx.Node) and not reach.leads(site.out, a) and reach.leads(a, site.q)
     ][:1]
-    others = [other.out for other in sites if other is not site and reach.leads(other.out, site.k)]
+    others = [other.out for other in sites if other is not site and reach.leads(other.out, site.q)]
     best = None
     for node in shared:
         if any(reach.leads(node, stream) for stream in streams) or any(reach.leads(node, out) for out in others):
@@ -227,16 +254,17 @@ def _branch_point(
     return best, best
 
 
-def _per_window(site: AttentionSite, facts: Facts, calls: dict[fx.Node, Call], sample: Dim) -> str | None:
+def _per_window(site: AttentionSite, facts: Facts, calls: dict[fx.Node, Call], tokens: Dim, sample: Dim) -> str | None:
     """Why a table of score terms rules out merging: it says something else of each pair of tokens in each sample.
 
     Such a table is a mask (shifted windows): tokens that it keeps apart could end in one group.
     """
     terms = calls[site.out].nodes[3:] if site.masked else [n for n in facts.scores if n in facts.constant]
     for term in terms:
-        if term.meta["val"].dim() < 2 or not (facts.varies(term, -1) and facts.varies(term, -2)):
+        dims = facts.dims(term)
+        if sum(leaves(dim) == tokens and facts.varies(term, d) for d, dim in enumerate(dims)) < 2:
             continue
-        for d, dim in enumerate(facts.dims(term)[:-2]):
+        for d, dim in enumerate(dims):
             if set(leaves(dim)) & set(sample) and facts.varies(term, d):
                 return f"{term.name} tells each query of each window apart which keys it sees"
     return None
@@ -259,10 +287,13 @@ def _past_parallel_branch(
     return merge
 
 
-def _sample(site: AttentionSite, facts: Facts, node: fx.Node, tokens: Dim) -> Dim:
-    """The leaves of the stream, tokens and channels apart, that the keys share: batch, frames, windows."""
-    keys = {leaf for dim in facts.dims(site.k) for leaf in leaves(dim)}
-    inner = {leaf for d in site.inner_dims for leaf in leaves(facts.dims(site.k)[d])}
+def _sample(site: AttentionSite, facts: Facts, node: fx.Node, tokens: Dim, crossed: bool) -> Dim:
+    """The leaves of the stream, tokens and channels apart, that the keys (crossed: the queries) share: batch, frames,
+    windows."""
+    source = site.q if crossed else site.k
+    keys = {leaf for dim in facts.dims(source) for leaf in leaves(dim)}
+    inner_dims = (source.meta["val"].dim() - 1,) if crossed else site.inner_dims
+    inner = {leaf for d in inner_dims for leaf in leaves(facts.dims(source)[d])}
     found: list = []
     for dim in facts.dims(node):
         own = leaves(dim)

@@ -19,8 +19,8 @@ from torch import Tensor, fx
 from .axes import expr as size_expr
 from .axes import fresh_dims, same
 from .rules import Call, Facts, find, tensors_of
-from .rules.base import UNKNOWN, Rule
-from .rules.contraction import Contraction
+from .rules.base import UNKNOWN, Role, Rule, SignatureRule
+from .rules.contraction import Contraction, Convolution
 from .rules.pointwise import POINTWISE, MaskRule
 from .rules.reduce import Softmax
 from .rules.views import ExpandRule, PermuteRule, ViewRule
@@ -34,8 +34,7 @@ def infer_axes(gm: fx.GraphModule, model_input: Sequence[bool]) -> tuple[Facts, 
     varies = iter(model_input)
     for node in gm.graph.nodes:
         if node.op == "placeholder":
-            if not next(varies):
-                facts.constant.add(node)
+            (facts.given if next(varies) else facts.constant).add(node)
         elif node.op == "get_attr" or (
             node.op == "call_function" and all(n in facts.constant for n in node.all_input_nodes)
         ):
@@ -53,19 +52,50 @@ def infer_axes(gm: fx.GraphModule, model_input: Sequence[bool]) -> tuple[Facts, 
         call = calls[node] = Call(node)
         rule = find(call)
         facts.axes[node] = rule.axes(call, facts)
+        if isinstance(rule, (Contraction, Convolution)):
+            _note_channels(call, rule, facts)
         _note_uniform(call, rule, facts)
         if any(v.dtype is torch.bool for v in results) or (
             _elementwise(rule) and any(n in facts.decided for n in call.nodes)
         ):
             facts.decided.add(node)
+        if _given(call, rule, facts):
+            facts.given.add(node)
         if rule is UNKNOWN and call.operands:
             facts.unknown[call.op] = facts.unknown.get(call.op, 0) + 1
     facts.scores = _scores(calls)
     return facts, calls
 
 
+def _given(call: Call, rule: Rule, facts: Facts) -> bool:
+    """Whether a value still says of single positions what an input of the model said: no product came between."""
+    given = [n for n in call.nodes if n in facts.given]
+    if not given or isinstance(rule, Contraction):
+        return False
+    if not _elementwise(rule) or all(n in facts.given or n in facts.constant for n in call.nodes):
+        return True
+    return any(n.meta["val"].dim() > 1 and facts.varies(n, -1) and facts.varies(n, -2) for n in given)
+
+
 def _elementwise(rule: Rule) -> bool:
     return rule is POINTWISE or isinstance(rule, (MaskRule, ViewRule, PermuteRule, ExpandRule))
+
+
+def _note_channels(call: Call, rule: SignatureRule, facts: Facts) -> None:
+    """Axes that a weight brings into a product: they are features, never tokens."""
+    sig = rule.signature(call, facts)
+    brought = [
+        {
+            letter
+            for n, letters in zip(call.nodes, sig.ins, strict=True)
+            if (n in facts.constant) is constant
+            for letter in letters
+        }
+        for constant in (True, False)
+    ]
+    for letter, dim in zip(sig.outs[0], facts.dims(call.node), strict=True):
+        if letter in brought[0] - brought[1] and call.node not in facts.constant:
+            facts.channels.append(dim)
 
 
 def _note_uniform(call: Call, rule: Rule, facts: Facts) -> None:
@@ -88,14 +118,18 @@ def _note_uniform(call: Call, rule: Rule, facts: Facts) -> None:
         found = {k for k, d in enumerate(rule.order(call)) if d in held}
     elif isinstance(rule, ViewRule):
         found = _same_place(call, facts.uniform[call.nodes[0]])
-    elif _elementwise(rule):
-        rank = call.out.dim()
+    elif isinstance(rule, SignatureRule):
+        sig = rule.signature(call, facts)
+        moving = {
+            letter
+            for n, letters in zip(call.nodes, sig.ins, strict=True)
+            for d, letter in enumerate(letters)
+            if facts.varies(n, d)
+        }
         found = {
             d
-            for d in range(rank)
-            if all(
-                v.dim() < rank - d or not facts.varies(n, d - rank) for n, v in zip(call.nodes, call.vals, strict=True)
-            )
+            for d, letter in enumerate(sig.outs[0])
+            if letter is not None and sig.role(letter) is Role.MAP and letter not in moving
         }
     if found:
         facts.uniform[call.node] = frozenset(found)

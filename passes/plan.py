@@ -88,7 +88,7 @@ def _r_for(target: float, share: Any, blocks: list[Block]) -> int:
     """The smallest constant r whose share of FLOPs is at most the target: FLOPs fall as r grows."""
     if not blocks:
         return 0
-    low, high = 0, max(int(size_hint(block.site.k.meta["val"].shape[block.site.key_dim])) // 2 for block in blocks)
+    low, high = 0, max(size_hint(block.length) // 2 for block in blocks)
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if share(middle) <= target else (middle + 1, high)
@@ -253,8 +253,7 @@ class _Walk:
         if held is not None and held.extensive:
             self._skip(block, "extensive stream", "the residual stream is a sum over tokens")
             return
-        k: Any = block.site.k.meta["val"].shape[block.site.key_dim]
-        before: Any = held.step.after if held is not None else k
+        before: Any = held.step.after if held is not None else block.length
         prefix, suffix = block.prefix, block.suffix
         r = merged_away(self.wanted[index], before, prefix + suffix)
         if r == 0:
@@ -297,7 +296,7 @@ def site_reports(
     why = {s.where: f"{s.kind}: {s.detail}" for s in (*skipped, *plan.skipped)}
     rows = []
     for site in sites:
-        tokens = size_hint(site.k.meta["val"].shape[site.key_dim])
+        tokens = size_hint(site.q.meta["val"].shape[site.query_dim])
         merge = by_site.get(site)
         if merge is None:
             rows.append(SiteReport(site.name, (tokens, tokens), 0, False, skipped=why.get(site.name, "")))

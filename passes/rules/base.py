@@ -86,8 +86,9 @@ class Facts:
 
     axes: dims of every tensor result of every node. constant: nodes that depend on no model input. scores: nodes
     on the way to a softmax. uniform: dims along which a value is the same everywhere. decided: values that a bool
-    tensor went into. segments: sizes of the pieces a token axis was concatenated from, with whether each
-    depends on no input. cuts: reads of an axis at a fixed position, (leaves, from the front, from the back).
+    tensor went into. given: inputs of the model, and what was made of them without a product. segments: sizes of the
+    pieces a token axis was concatenated from, with whether each depends on no input. channels: axes that come from a
+    weight. cuts: reads of an axis at a fixed position, (leaves, from the front, from the back).
     """
 
     axes: dict[fx.Node, tuple[Dims, ...]] = field(default_factory=dict)
@@ -95,8 +96,10 @@ class Facts:
     scores: set[fx.Node] = field(default_factory=set)
     uniform: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
     decided: set[fx.Node] = field(default_factory=set)
+    given: set[fx.Node] = field(default_factory=set)
     slices: dict[tuple, Any] = field(default_factory=dict)
     segments: list[tuple[tuple, list[tuple[Any, bool]]]] = field(default_factory=list)
+    channels: list[Dim] = field(default_factory=list)
     cuts: list[tuple[tuple, int, int]] = field(default_factory=list)
     unknown: dict[str, int] = field(default_factory=dict)
 
@@ -112,12 +115,13 @@ class Facts:
     def per_pair(self, node: fx.Node, query: int, key: int) -> bool:
         """Whether a term of the scores says something else of each pair of tokens, so that no merge can keep it.
 
-        Bool masks and masks that the caller gives are such terms (causal, windowed); a float table that depends on no
-        input (relative positions) may be averaged, and what is the same for all queries is a mask of the keys.
+        Bool masks and masks that the caller gives are such terms (causal, windowed). A float table that depends on no
+        input, or that the model computes (relative positions), may be averaged, and what is the same for all queries is
+        a mask of the keys.
         """
         if node.meta["val"].dim() < 2 or not (self.varies(node, query) and self.varies(node, key)):
             return False
-        return node not in self.constant or node in self.decided
+        return node in self.given or node in self.decided
 
 
 def tensors_of(value: Any) -> tuple[Tensor, ...]:

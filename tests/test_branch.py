@@ -1,0 +1,233 @@
+"""Branch placement: merging around one attention, on plain transformers by request and on windows, grids and frames."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, note, reject
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tests import strategies
+from tests.models import ATTENTION, LAYOUT, MASK, Spec, build, redraw
+from tests.palette import LossyMatch, assert_lossless, equalize, palette_grid, palette_input, run
+
+R = 4
+SPELLINGS = [
+    spec
+    for attention in ATTENTION
+    for layout in LAYOUT
+    if (spec := strategies.legal(Spec(readout="mean"), attention=attention, layout=layout))
+]
+OTHERS = [
+    *(Spec(mask=mask, readout="mean") for mask in MASK[1:]),
+    Spec(prefix="cls_reg", readout="tokens"),
+    Spec(norm="post", readout="tokens"),
+    Spec(parallel=True, readout="mean"),
+    Spec(qk_norm=True, rms=True, mlp="swiglu"),
+    Spec(attention="matmul", talking=True, readout="mean"),
+    Spec(batch=1, readout="mean"),
+]
+
+
+@pytest.mark.parametrize("spec", [*SPELLINGS, *OTHERS], ids=str)
+def test_plain_transformers(spec: Spec) -> None:
+    """On request, every block merges around its attention, and the stream keeps its length."""
+    model, _ = build(spec)
+    report = assert_lossless(equalize(model), palette_input(spec), R, placement="branch", sites=spec.depth)
+    assert {site.placement for site in report.sites} == {"branch"}
+    assert len(set(report.tokens)) == 1, report.tokens
+
+
+def test_the_law_can_fail() -> None:
+    spec = Spec(readout="mean")
+    model, _ = build(spec)
+    assert_lossless(equalize(model, seed=1), palette_input(spec), R, placement="branch", control=True)
+
+
+@pytest.mark.filterwarnings("ignore::tome_fx.ToMeWarning")
+@given(st.data())
+def test_random_transformers(data: st.DataObject) -> None:
+    spec = data.draw(strategies.specs())
+    r = data.draw(st.integers(1, 4))
+    note(f"{spec} r={r}")
+    model, _ = build(spec)
+    if spec.mask == "float" and spec.attention in ("encoder", "encoder_layer"):
+        reject()  # torch's fused eval path takes a float key mask for a bool one
+    try:
+        got = run(equalize(model), palette_input(spec), None, r, placement="branch")[1]
+        if got.merged_sites:
+            assert_lossless(model, palette_input(spec), r, placement="branch")
+    except LossyMatch:
+        reject()
+
+
+# -- windows, grids, frames --------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """[..., N, D] with an optional score term [heads, N, N] or [windows, 1, N, N]."""
+
+    def __init__(self, dim: int = 32, heads: int = 2) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.heads = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim), heads
+
+    def forward(self, x: Tensor, term: Tensor | None = None) -> Tensor:
+        b, n, d = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=term).transpose(1, 2).reshape(b, n, d))
+
+
+def windows(x: Tensor, w: int) -> Tensor:
+    """[B, H, W, C] -> [B * windows, w * w, C]."""
+    b, h, _, c = x.shape
+    return x.view(b, h // w, w, h // w, w, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, w * w, c)
+
+
+def unwindow(x: Tensor, w: int, b: int, h: int) -> Tensor:
+    c = x.shape[-1]
+    return x.view(b, h // w, h // w, w, w, c).permute(0, 1, 3, 2, 4, 5).reshape(b, h, h, c)
+
+
+class Block(nn.Module):
+    """One pre-norm block on a grid [B, H, W, C]; `attend` is what differs."""
+
+    def __init__(self, dim: int = 32) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.attn = nn.LayerNorm(dim), nn.LayerNorm(dim), Attention(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 64), nn.GELU(), nn.Linear(64, dim))
+
+    def attend(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Windowed(Block):
+    """Swin's unshifted block, with a relative position table."""
+
+    def __init__(self, w: int = 6) -> None:
+        super().__init__()
+        self.w, self.rel_pos = w, nn.Parameter(torch.randn(2, w * w, w * w))
+
+    def attend(self, x: Tensor) -> Tensor:
+        return unwindow(self.attn(windows(x, self.w), self.rel_pos[None]), self.w, x.shape[0], x.shape[1])
+
+
+class Shifted(Windowed):
+    """Swin's shifted block: a mask keeps the parts of a rolled window apart."""
+
+    mask: Tensor
+
+    def __init__(self, w: int = 6, h: int = 12) -> None:
+        super().__init__(w)
+        region = (torch.arange(h) >= h - w).int() + (torch.arange(h) >= h - w // 2).int()
+        region = windows((3 * region[:, None] + region)[None, ..., None].float(), w)[..., 0]
+        self.register_buffer("mask", (region[:, :, None] != region[:, None]).float() * -100.0)
+
+    def attend(self, x: Tensor) -> Tensor:
+        b, h = x.shape[:2]
+        shifted = windows(x.roll((-3, -3), (1, 2)), self.w)
+        term = self.rel_pos + self.mask[:, None]
+        out = self.attn(shifted, term.repeat(b, 1, 1, 1))
+        return unwindow(out, self.w, b, h).roll((3, 3), (1, 2))
+
+
+class Flattened(Block):
+    """Global attention on a grid that stays a grid (ViTDet)."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        return self.attn(x.flatten(1, 2)).view(x.shape)
+
+
+class Channels(Block):
+    """Channels first, 1x1 convolutions for projections (Visformer)."""
+
+    def __init__(self, dim: int = 32) -> None:
+        super().__init__(dim)
+        self.qkv, self.proj = nn.Conv2d(dim, 3 * dim, 1), nn.Conv2d(dim, dim, 1)
+
+    def attend(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 3, 1, 2)
+        b, c, h, w = x.shape
+        q, k, v = self.qkv(x).reshape(b, 3, 2, c // 2, h * w).permute(1, 0, 2, 4, 3).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(b, c, h, w)
+        return self.proj(out).permute(0, 2, 3, 1)
+
+
+class Rows(Block):
+    """Attention along each row of the grid (axial, or per frame)."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        return self.attn(x.flatten(0, 1)).view(x.shape)
+
+
+class Net(nn.Module):
+    """A patch embedding to a grid, blocks, and every position as output."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.blocks = nn.Conv2d(3, 32, 4, 4), nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.embed(x).permute(0, 2, 3, 1))
+
+
+GRIDS: dict[str, tuple[Any, int]] = {
+    "windows": (lambda: Net(Windowed(), Windowed()), 2),
+    "flattened": (lambda: Net(Flattened(), Flattened()), 2),
+    "channels": (lambda: Net(Channels(), Channels()), 2),
+    "rows": (lambda: Net(Rows(), Rows()), 2),
+    "mixed": (lambda: Net(Windowed(), Flattened(), Rows()), 3),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_grids(name: str) -> None:
+    """Each window, row or grid merges inside itself; without proportional attention the result would be off."""
+    make, sites = GRIDS[name]
+    torch.manual_seed(0)
+    model = equalize(redraw(make()).eval())
+    image = palette_grid(2, (12, 12), (4, 4), k=2 if name in ("rows", "mixed") else 3)
+    report = assert_lossless(model, (image,), 3, sites=sites, placement="branch", control=True)
+    assert {site.placement for site in report.sites} == {"branch"}
+
+
+def test_shifted_windows_are_left_alone() -> None:
+    """Their mask keeps tokens of one window apart that merging could put in one group."""
+    model = Net(Windowed(), Shifted()).eval()
+    image = torch.randn(2, 3, 48, 48)
+    got, report = run(model, (image,), None, 3, placement="branch")
+    assert report.merged_sites == 1
+    assert [s.kind for s in report.skipped] == ["windowed mask"]
+    assert got.shape == (2, 12, 12, 32)
+
+
+def test_no_branch_point_is_said() -> None:
+    """Post-norm with separate projections of the stream itself: nothing but the stream holds queries and keys."""
+
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(32, 32) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x))
+
+    model, x = Bare().eval(), torch.randn(2, 40, 32)
+    with pytest.warns(match="no branch point"), torch.no_grad():
+        run(model, (x,), None, 4, placement="branch")
+
+
+def test_gradients_flow_through_a_branch() -> None:
+    model = Net(Windowed(), Windowed()).train()
+    image = torch.randn(2, 3, 48, 48)
+    out, report = run(model, (image,), None, 4, grad=True, placement="branch")
+    out.square().mean().backward()
+    assert report.merged_sites == 2
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
