@@ -134,7 +134,7 @@ class Builder:
             node = self.graph.call_function(aten.sym_size.int, (source, d))
         else:
             tracer = GraphAppendingTracer(self.graph)
-            last = next(reversed(self.graph.nodes))
+            last = next(iter(reversed(self.graph.nodes)))
             symbols = {s: fx.Proxy(self._size(s), tracer) for s in size.free_symbols}
             node = sympy_interp(PythonReferenceAnalysis, symbols, size).node
             while (last := last.next) is not node:
