@@ -16,7 +16,7 @@ Diffusion, arXiv 2303.17604, merges there).
     x1 = add(x, unwindow(unmerge(proj(attention(y)))))
 
 In cross attention (keys pooled from the tokens, or other tokens altogether) the queries alone merge, in a branch.
-Tokens that some attention sees in causal order merge nowhere: a group would show the past what comes after.
+Not so a decoder's, whose tokens see each other in causal order: a group would show the past what comes after.
 
 It only annotates.
 """
@@ -151,11 +151,8 @@ def _block(
         return SkipReason("attention over channels", site.name, "its keys are features, which a weight made")
     if site.causal is not None:
         return SkipReason("causal or windowed mask", site.name, site.causal)
-    causal = next((s for s in sites if s.causal is not None and _queries_of(s, facts) == tokens), None)
-    if causal is not None:
-        return SkipReason(
-            "causal or windowed mask", site.name, f"its tokens are those of {causal.name}: {causal.causal}"
-        )
+    if crossed and (why := _only_causal(sites, facts, tokens)):
+        return SkipReason("causal or windowed mask", site.name, why)
     merge = SkipReason("", "", "") if placement == "branch" or crossed else _merge_point(site, facts, reach, tokens)
     branch = isinstance(merge, SkipReason) and placement != "stream"
     if branch:
@@ -178,8 +175,13 @@ def _block(
     return Block(site, tokens, sample, node, stream, prefix, suffix, value.meta["val"].shape[at], branch)
 
 
-def _queries_of(site: AttentionSite, facts: Facts) -> Dim:
-    return leaves(facts.dims(site.q)[site.query_dim])
+def _only_causal(sites: list[AttentionSite], facts: Facts, tokens: Dim) -> str | None:
+    """Why the queries of cross attention must not merge: they are a decoder's, and see each other in causal order."""
+    own = [site for site in sites if leaves(facts.dims(site.q)[site.query_dim]) == tokens]
+    own = [site for site in own if leaves(facts.dims(site.k)[site.key_dim]) == tokens]
+    if own and all(site.causal is not None for site in own):
+        return f"its tokens are those of {own[0].name}: {own[0].causal}"
+    return None
 
 
 def _residual(node: fx.Node, site: AttentionSite, facts: Facts, reach: _Reach, tokens: Dim) -> fx.Node | None:
