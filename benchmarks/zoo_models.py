@@ -101,11 +101,12 @@ def _timm(name: str) -> ZooModel:
         model = timm.create_model(name, pretrained=False, depth=4)
     except TypeError:  # no such argument, or one per stage
         model = timm.create_model(name, pretrained=False)
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 16)
+    patch = patch[0] if isinstance(patch, tuple) else int(patch)
     if height > 256 and "img_size" in inspect.signature(type(model).__init__).parameters:
-        height = 256
+        height = 256 // patch * patch
         model = timm.create_model(name, pretrained=False, img_size=height)
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (16, 16))
-    random, palette = _images(height, patch[0] if isinstance(patch, tuple) else int(patch), channels)
+    random, palette = _images(height, patch, channels)
     return ZooModel(model.eval(), (random,), (palette,))
 
 

@@ -15,6 +15,9 @@ Diffusion, arXiv 2303.17604, merges there).
     y  = reshape(windows of norm(x))                       <- merge here, by y itself
     x1 = add(x, unwindow(unmerge(proj(attention(y)))))
 
+Where no value holds the tokens of queries and keys in one dim (projections by convolution), the operands of the
+attention itself are merged, each on its own way to it.
+
 In cross attention (keys pooled from the tokens, or other tokens altogether) the queries alone merge, in a branch.
 Not so a decoder's, whose tokens see each other in causal order: a group would show the past what comes after.
 
@@ -61,6 +64,8 @@ class Block:
     suffix: int
     length: Any
     branch: bool = False
+    crossed: bool = False
+    operands: bool = False
 
 
 def find_blocks(
@@ -157,10 +162,13 @@ def _block(
     branch = isinstance(merge, SkipReason) and placement != "stream"
     if branch:
         merge = _branch_point(site, facts, reach, sites, tokens, crossed)
+    operands = isinstance(merge, SkipReason) and branch and site.fused
+    if operands:
+        merge = site.out, site.q if crossed else site.k
     if isinstance(merge, SkipReason):
         return merge
     node, stream = merge if branch else _past_parallel_branch(merge, facts, reach, sites, tokens)
-    sample = _sample(site, facts, node, tokens, crossed)
+    sample = _sample(site, facts, stream if operands else node, tokens, crossed, features)
     prefix, suffix = protected(facts, tokens) if protect == "auto" else (int(protect), 0)
     length = size_of(tokens)
     if isinstance(length, int) and length - prefix - suffix < SHORTEST_AXIS:
@@ -172,7 +180,8 @@ def _block(
     if why := _per_window(site, facts, calls, tokens, sample):
         return SkipReason("windowed mask", site.name, why)
     value, at = (site.q, site.query_dim) if crossed else (site.k, site.key_dim)
-    return Block(site, tokens, sample, node, stream, prefix, suffix, value.meta["val"].shape[at], branch)
+    length = value.meta["val"].shape[at]
+    return Block(site, tokens, sample, node, stream, prefix, suffix, length, branch, crossed, operands)
 
 
 def _only_causal(sites: list[AttentionSite], facts: Facts, tokens: Dim) -> str | None:
@@ -289,11 +298,12 @@ def _past_parallel_branch(
     return merge
 
 
-def _sample(site: AttentionSite, facts: Facts, node: fx.Node, tokens: Dim, crossed: bool) -> Dim:
+def _sample(site: AttentionSite, facts: Facts, node: fx.Node, tokens: Dim, crossed: bool, features: set[Any]) -> Dim:
     """The leaves of the stream, tokens and channels apart, that the keys (crossed: the queries) share: batch, frames,
     windows."""
     source = site.q if crossed else site.k
-    keys = {leaf for dim in facts.dims(source) for leaf in leaves(dim)}
+    # Heads are features: all of them share one matching (ToMe section 3).
+    keys = {leaf for dim in facts.dims(source) for leaf in leaves(dim)} - features
     inner_dims = (source.meta["val"].dim() - 1,) if crossed else site.inner_dims
     inner = {leaf for d in inner_dims for leaf in leaves(facts.dims(source)[d])}
     found: list = []

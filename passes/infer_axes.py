@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, fx
 
 from .axes import expr as size_expr
-from .axes import fresh_dims, same
+from .axes import fresh_dims, leaves, same
 from .rules import Call, Facts, find, tensors_of
 from .rules.base import UNKNOWN, Role, Rule, SignatureRule
 from .rules.contraction import Contraction, Convolution
+from .rules.joins import SliceRule, SplitRule
 from .rules.pointwise import POINTWISE, MaskRule
 from .rules.reduce import Softmax
 from .rules.views import ExpandRule, PermuteRule, ViewRule
@@ -54,6 +55,8 @@ def infer_axes(gm: fx.GraphModule, model_input: Sequence[bool]) -> tuple[Facts, 
         facts.axes[node] = rule.axes(call, facts)
         if isinstance(rule, (Contraction, Convolution)):
             _note_channels(call, rule, facts)
+        elif isinstance(rule, (SliceRule, SplitRule)):
+            _note_cut_channels(call, facts)
         _note_uniform(call, rule, facts)
         if any(v.dtype is torch.bool for v in results) or (
             _elementwise(rule) and any(n in facts.decided for n in call.nodes)
@@ -96,6 +99,14 @@ def _note_channels(call: Call, rule: SignatureRule, facts: Facts) -> None:
     for letter, dim in zip(sig.outs[0], facts.dims(call.node), strict=True):
         if letter in brought[0] - brought[1] and call.node not in facts.constant:
             facts.channels.append(dim)
+
+
+def _note_cut_channels(call: Call, facts: Facts) -> None:
+    """A piece of a feature axis is one too."""
+    features = {leaf for dim in facts.channels for leaf in leaves(dim)}
+    d = call.axis(call.args.get("dim", 0))
+    if features & set(leaves(facts.dims(call.nodes[0])[d])):
+        facts.channels += [dims[d] for dims in facts.axes[call.node] if len(dims) == call.vals[0].dim()]
 
 
 def _note_uniform(call: Call, rule: Rule, facts: Facts) -> None:

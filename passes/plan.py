@@ -12,6 +12,7 @@ the walk is done again. It only annotates.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, cast
@@ -32,6 +33,8 @@ from .rules import Call, Decision, Facts, find, op_name
 aten = torch.ops.aten
 # What moving one element in a merge or unmerge costs, in FLOPs that a matrix product could have done meanwhile.
 FLOPS_PER_MOVE = 4.0
+# A token axis with fewer to merge (a window, frames, the last stage of a pyramid) keeps half of them, whatever r is.
+SHORT_AXIS = 32
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,8 @@ class _Walk:
         wanted: list[int | float],
     ) -> None:
         self.gm, self.facts, self.calls, self.blocks = gm, facts, calls, blocks
-        self.at = {blocks[i].merge: i for i in active}
+        self.at = {blocks[i].merge: i for i in active if not blocks[i].operands}
+        self.inside = {blocks[i].merge: i for i in active if blocks[i].operands}
         self.wanted = wanted
         self.plan = Plan()
 
@@ -179,6 +183,8 @@ class _Walk:
                     self._whole(node, source, "reads its values")
             return
         ins = [plan.layouts[n][0] for n in call.nodes]
+        if node in self.inside:
+            ins = self._merge_operands(node, call, ins, self.inside[node])
         rule = find(call)
         if any(any(layout) for layout in ins):
             decision = rule.plan(call, ins, facts)
@@ -246,26 +252,54 @@ class _Walk:
         (dim, start), *_ = locate(block.tokens, self.facts.dims(node))
         key = (start, len(block.tokens))
         runs = layout[dim]
-        held = next((run for run in runs if run.key == key), None)
-        if held is None and any(run.overlaps(Run(*key, run.step)) for run in runs):
-            self._skip(block, "regrouped axis", "its token axis is merged together with another")
+        step, r = self._step(block, index, key, runs)
+        if step is None:
             return
-        if held is not None and held.extensive:
-            self._skip(block, "extensive stream", "the residual stream is a sum over tokens")
-            return
-        before: Any = held.step.after if held is not None else block.length
-        prefix, suffix = block.prefix, block.suffix
-        r = merged_away(self.wanted[index], before, prefix + suffix)
-        if r == 0:
-            self._skip(block, "nothing to merge", "its share of the schedule is 0" if not self.wanted[index] else
-                       f"{before} tokens, {prefix + suffix} protected")  # fmt: skip
-            return
-        prev = held.step if held is not None else None
-        step = Step(index, prev, block.sample, before, before - r, prefix, suffix, block.branch)
         run = Run(*key, step)
         merged = (*(x for x in runs if x.key != key), run)
         self.plan.layouts[node] = ((*layout[:dim], merged, *layout[dim + 1 :]),)
         self.plan.merges[node] = Merge(block, dim, key, step, r)
+
+    def _merge_operands(self, node: fx.Node, call: Call, ins: list[Layout], index: int) -> list[Layout]:
+        """Queries, keys and values of one attention (crossed: the queries) as they are once its merge has been done."""
+        block = self.blocks[index]
+        site, key = block.site, (0, len(block.tokens))
+        dims = {0: site.query_dim} if block.crossed else {i: call.vals[i].dim() - 2 for i in range(3)}
+        held = [ins[i][d] for i, d in dims.items()]
+        if any(runs != held[0] for runs in held):
+            self._skip(block, "apart", "its queries, keys and values were merged apart from each other")
+            return ins
+        step, r = self._step(block, index, key, held[0])
+        if step is None:
+            return ins
+        run = Run(*key, step)
+        self.plan.merges[node] = Merge(block, next(iter(dims.values())), key, step, r)
+        return [
+            (*layout[: dims[i]], (run,), *layout[dims[i] + 1 :]) if i in dims else layout
+            for i, layout in enumerate(ins)
+        ]
+
+    def _step(self, block: Block, index: int, key: tuple[int, int], runs: Sequence[Run]) -> tuple[Step | None, int]:
+        """The step of a block and how many tokens it takes; None, and a reason noted, where there is none."""
+        held = next((run for run in runs if run.key == key), None)
+        if held is None and any(run.overlaps(Run(*key, run.step)) for run in runs):
+            self._skip(block, "regrouped axis", "its token axis is merged together with another")
+            return None, 0
+        if held is not None and held.extensive:
+            self._skip(block, "extensive stream", "the residual stream is a sum over tokens")
+            return None, 0
+        before: Any = held.step.after if held is not None else block.length
+        prefix, suffix = block.prefix, block.suffix
+        r = merged_away(self.wanted[index], before, prefix + suffix)
+        free = block.length - prefix - suffix
+        if isinstance(free, int) and free < SHORT_AXIS:
+            r = min(r, max(before - prefix - suffix - free // 2, 0))
+        if r == 0:
+            self._skip(block, "nothing to merge", "its share of the schedule is 0" if not self.wanted[index] else
+                       f"{before} tokens left of {block.length}, {prefix + suffix} protected")  # fmt: skip
+            return None, 0
+        prev = held.step if held is not None else None
+        return Step(index, prev, block.sample, before, before - r, prefix, suffix, block.branch), r
 
     def _skip(self, block: Block, kind: str, detail: str) -> None:
         self.plan.skipped.append(SkipReason(kind, block.site.name, detail))
@@ -279,8 +313,9 @@ class _Walk:
             samples *= size_hint(atom.size) if isinstance(atom.size, int) else 1
         before = size_hint(step.before)
         elements = prod(size_hint(size) for size in block.merge.meta["val"].shape)
+        elements *= 1 + block.operands  # queries, keys, values and the result against one value and its result
         elements = elements * before // max(size_hint(step.full), 1)
-        if block.branch:
+        if block.branch and not block.operands:
             inner = elements // max(samples * before, 1)
         else:
             inner = prod(size_hint(block.site.k.meta["val"].shape[d]) for d in block.site.inner_dims)

@@ -84,9 +84,12 @@ class Emitter:
                 if node.op == "output":
                     self.builder.graph.output(self.builder.arguments(fx.map_arg(node.args[0], self._whole)))
                     break
+                merge = self.plan.merges.get(node)
+                if merge is not None and merge.block.operands:
+                    self._match_here(merge, None, ())
                 value = self._value(node)
-                if node in self.plan.merges:
-                    value = self._merge_here(self.plan.merges[node], value)
+                if merge is not None and not merge.block.operands:
+                    value = self._merge_here(merge, value)
                 self.env[node] = value
         return self.builder.graph
 
@@ -225,32 +228,47 @@ class Emitter:
             + tuple(run for run in runs if run.step is not step)
             for runs in after
         )
+        self._match_here(merge, value, have)
+        return self.convert(value, self.facts.dims(node), have, after)
+
+    def _match_here(self, merge: Merge, value: Traced | None, have: Layout) -> None:
+        """Find the groups of a merge, and their sizes."""
+        step = merge.step
         before = self._step(step.prev).size if step.prev else None
         metric, heads = self._metric(merge, value, have)
         call = self.builder.call
         assign, keep, moved, _ = call(tome.match.default, metric.detach(), merge.r, step.prefix, step.suffix, heads)
         size = call(tome.merge_size.default, before, assign, keep, moved)
         self.steps[step] = StepTensors(assign, keep, moved, size)
-        return self.convert(value, self.facts.dims(node), have, after)
 
-    def _metric(self, merge: Merge, value: Traced, have: Layout) -> tuple[Traced, bool]:
-        """What tokens are compared by: the keys of the block's attention, [*sample, N, h, d] and True (or without an
-        axis of heads), or the residual stream, in a branch the merged value itself, [*sample, N, d] and False."""
+    def _metric(self, merge: Merge, value: Traced | None, have: Layout) -> tuple[Traced, bool]:
+        """What tokens are compared by, and whether it has an axis of heads.
+
+        The keys of the block's attention (its queries, where those merge), [*sample, N, h, d], or the residual stream,
+        in a branch the merged value itself, [*sample, N, d].
+        """
         block, prev = merge.block, merge.step.prev
-        site, by_keys = block.site, self.config.metric == "key" and not block.branch
-        source = site.k if by_keys else block.stream
+        site = block.site
+        by_heads = block.operands or (self.config.metric == "key" and not block.branch)
+        source = block.stream if block.operands or not by_heads else site.k
+        inner_dims = (source.meta["val"].dim() - 1,) if block.operands else site.inner_dims
         dims = self.facts.dims(source)
         where = [(d, i) for d, dim in enumerate(dims) for i in _find(leaves(dim), block.tokens)]
-        (dim, start), *_ = [w for w in where if w[0] == site.key_dim] if by_keys else where
+        at = source.meta["val"].dim() - 2 if block.operands else site.key_dim
+        (dim, start), *_ = [w for w in where if w[0] == at] if by_heads else where
         key = (start, len(block.tokens))
         run = (Run(*key, prev),) if prev else ()
         want = tuple(run if d == dim else () for d in range(len(dims)))
-        whole = self.convert(value, dims, have, want) if source is block.merge else self.fetch(source, want)
+        if source is block.merge:
+            assert value is not None
+            whole = self.convert(value, dims, have, want)
+        else:
+            whole = self.fetch(source, want)
         x, factors = self._factored(whole, dims, want)
         spots = [self._spot(factors, leaf) for leaf in leaves(merge.step.sample)]
         token = [i for i, (d, f) in enumerate(factors) if d == dim and (isinstance(f, Run) or f in block.tokens)]
-        if by_keys:
-            inner = [i for i, (d, _) in enumerate(factors) if d in site.inner_dims and i not in spots]
+        if by_heads:
+            inner = [i for i, (d, _) in enumerate(factors) if d in inner_dims and i not in spots]
         else:
             inner = [i for i in range(len(factors)) if i not in spots and i not in token]
         heads = [i for i in range(len(factors)) if i not in (*spots, *token, *inner)]

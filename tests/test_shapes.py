@@ -14,6 +14,7 @@ from tests.models import Spec, build
 from tests.palette import compiled, distance, equalize, palette_image, palette_input
 
 R = 4
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 SPECS = [
     Spec(readout="mean", prefix="none"),
     Spec(readout="cls", attention="matmul"),
@@ -21,7 +22,8 @@ SPECS = [
     Spec(readout="sum", attention="einsum", layout="rows"),
     Spec(readout="attn_pool", mask="bool"),
     Spec(readout="mean", attention="mha", prefix="late", layout="bnd"),
-    Spec(readout="mean", attention="encoder", prefix="none"),
+    # Before torch 2.12 Dynamo breaks nn.TransformerEncoder's graph where the batch is symbolic.
+    *([Spec(readout="mean", attention="encoder", prefix="none")] if TORCH >= (2, 12) else []),
     Spec(readout="mean", kind="relu", prefix="none"),
 ]
 
