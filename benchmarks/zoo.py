@@ -104,22 +104,38 @@ def _merged(zoo: Any, r: int, want: Any) -> Row:
 
 
 def _lossless(zoo: Any, r: int) -> Row:
+    """The law on each palette; the first on which it says something, or else the one with the highest cosine."""
+    from tests import palette
+
+    model = palette.equalize(zoo.model, seed=1)
+    found: list[Row] = []
+    for args in zoo.palettes:
+        found.append(_law(model, args, dict(zoo.kwargs), r))
+        if found[-1]["lossless"] != "not equal":
+            return found[-1]
+    return max(found, key=lambda row: row["cosine"])
+
+
+def _law(model: Any, args: Any, kwargs: Any, r: int) -> Row:
     import torch
 
     import tome_fx
     from tests import palette
 
-    model = palette.equalize(zoo.model, seed=1)
-    want = model(*zoo.palette, **zoo.kwargs)
-    got = palette.compiled(model, r)(*zoo.palette, **zoo.kwargs)
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    want = model(*args, **kwargs)
+    torch.manual_seed(1)
+    got = palette.compiled(model, r)(*args, **kwargs)
     try:
         error = palette.distance(got, want)
     except AssertionError as problem:
         return {"lossless": f"broken: {problem}"}
     if error <= EXACT:
         return {"lossless": "exact", "error": error}
+    kwargs = {k: v for k, v in kwargs.items() if k != "return_dict"}
     try:
-        trace = tome_fx.trace_tokens(model, zoo.palette, dict(zoo.kwargs), r=r)
+        trace = tome_fx.trace_tokens(model, args, kwargs, r=r)
     except (RuntimeError, ValueError, TypeError, torch._dynamo.exc.TorchDynamoException) as problem:
         return {"lossless": "not traced", "error": error, "why": f"{type(problem).__name__}: {str(problem)[:200]}"}
     lowest = palette.lowest_similarity(trace)
@@ -236,20 +252,21 @@ def table(rows: list[Row], r: int) -> str:
     timm_rows = [row for row in attention if row["name"].startswith("timm/")]
     timm_merging = [row for row in timm_rows if row.get("merged")]
     slowest = max(attention, key=lambda row: row.get("seconds", 0.0))
+    law = Counter(row.get("lossless") for row in rows)
+    head = "| model | graphs | sites | merged | placement | tokens | FLOPs | shapes | r=0 | lossless | unmerged at |"
     lines = [
         "# The zoo",
         "",
-        "Made by `make zoo` (benchmarks/zoo.py says what each column means); no figure is typed by hand. Random weights,",
-        f"batch of 2, float32, CPU, r={r}.",
+        "Made by `make zoo` (benchmarks/zoo.py says what each column means); no figure is typed by hand.",
+        f"Random weights, batch of 2, float32, CPU, r={r}.",
         "",
         f"- models with attention: {len(attention)}; with merged sites: {len(merging)}",
         f"- timm modules with attention: {len(timm_rows)}; with merged sites: {len(timm_merging)}",
         f"- failures: {sum(map(bad, rows))}",
-        f"- lossless law: {sum(row.get('lossless') == 'exact' for row in rows)} exact,"
-        f" {sum(row.get('lossless') == 'not equal' for row in rows)} where the input gives no equal tokens",
+        f"- lossless law: {law['exact']} exact, {law['not equal']} where the input gives no equal tokens",
         f"- passes: at most {slowest.get('seconds', 0):.1f} s ({slowest['name']})",
         "",
-        "| model | graphs | sites | merged | placement | tokens | FLOPs | shapes | r=0 | lossless | unmerged at | passes, s |",
+        head + " passes, s |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in attention:

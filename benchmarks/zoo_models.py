@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -25,29 +26,30 @@ BATCH = 2
 
 @dataclasses.dataclass(frozen=True)
 class ZooModel:
-    """A model in eval mode with one small batch: `args` random, `palette` made of few distinct patches.
-
-    `heads` is the number of attention heads, where the library's name for it is known; only shown.
-    """
+    """A model in eval mode with one small batch: `args` random; each of `palettes` in its place, of few patches."""
 
     model: nn.Module
     args: tuple[Any, ...]
-    palette: tuple[Any, ...]
+    palettes: tuple[tuple[Any, ...], ...]
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def _images(size: int, patch: int = 16, channels: int = 3) -> tuple[Tensor, Tensor]:
-    """(random, palette) images [BATCH, channels, size, size]."""
-    cells = max(size // patch, 1)
-    palette = palette_grid(BATCH, (cells, cells), (size // cells, size // cells), channels, k=4)
-    palette = nn.functional.pad(palette, (0, size - palette.shape[-1], 0, size - palette.shape[-2]), mode="replicate")
-    return torch.randn(BATCH, channels, size, size), palette
+def _images(size: int, patch: int = 16, channels: int = 3) -> tuple[Tensor, tuple[tuple[Tensor], ...]]:
+    """Random images [BATCH, channels, size, size], and two palettes: of patches, and of plain cells of 32 pixels, whose
+    tokens are equal at every level of a pyramid."""
+    patch = patch if size % patch == 0 else 16
+    cells = math.ceil(size / patch)
+    fine = palette_grid(BATCH, (cells, cells), (patch, patch), channels, k=4)
+    coarse = palette_grid(BATCH, (math.ceil(size / 32),) * 2, (1, 1), channels, k=4)
+    coarse = coarse.repeat_interleave(32, -1).repeat_interleave(32, -2)
+    palettes = tuple((image[..., :size, :size].contiguous(),) for image in (fine, coarse))
+    return torch.randn(BATCH, channels, size, size), palettes
 
 
 # -- timm --------------------------------------------------------------------------------------------------------------
 
-_SMALL_WORDS = ("atto", "femto", "pico", "nano", "xxtiny", "xxsmall", "xxs", "xtiny", "xsmall", "xs", "extra_small", "tiny",
-                "t", "n", "mini", "micro", "tn", "s0", "small", "s", "lite", "light")  # fmt: skip
+_SMALL_WORDS = ("atto", "femto", "pico", "nano", "xxtiny", "xxsmall", "xxs", "xtiny", "xsmall", "xs", "extra_small",
+                "tiny", "t", "n", "mini", "micro", "tn", "s0", "small", "s", "lite", "light")  # fmt: skip
 _LARGE_WORDS = (
     "base",
     "b",
@@ -106,8 +108,8 @@ def _timm(name: str) -> ZooModel:
     if height > 256 and "img_size" in inspect.signature(type(model).__init__).parameters:
         height = 256 // patch * patch
         model = timm.create_model(name, pretrained=False, img_size=height)
-    random, palette = _images(height, patch, channels)
-    return ZooModel(model.eval(), (random,), (palette,))
+    random, palettes = _images(height, patch, channels)
+    return ZooModel(model.eval(), (random,), palettes)
 
 
 # -- torchvision -------------------------------------------------------------------------------------------------------
@@ -119,11 +121,11 @@ def _torchvision(name: str) -> ZooModel:
     module = torchvision.models.video if name in ("swin3d_t", "mvit_v2_s", "mvit_v1_b") else torchvision.models
     model = getattr(module, name)(weights=None).eval()
     if module is torchvision.models:
-        random, palette = _images(224)
-        return ZooModel(model, (random,), (palette,))
+        random, palettes = _images(224, 4 if "swin" in name else 16)
+        return ZooModel(model, (random,), palettes)
     frames = 16
     clip = palette_grid(BATCH, (frames // 2, 14, 14), (2, 16, 16), 3, k=4)
-    return ZooModel(model, (torch.randn_like(clip),), (clip,))
+    return ZooModel(model, (torch.randn_like(clip),), ((clip,),))
 
 
 TORCHVISION = ("vit_b_16", "swin_t", "swin_v2_t", "maxvit_t", "mvit_v2_s", "swin3d_t", "mvit_v1_b")
@@ -141,51 +143,52 @@ def _hugging(model: str, attention: str, kind: str, config: str | None = None, *
     held = getattr(transformers, name)(**settings)
     held._attn_implementation = attention
     net = getattr(transformers, model)(held).eval()
-    args, palette, kwargs = _INPUTS[kind](settings)
-    return ZooModel(net, args, palette, kwargs)
+    args, palettes, kwargs = _INPUTS[kind](settings)
+    return ZooModel(net, args, palettes, kwargs)
 
 
 def _image_input(settings: Any) -> Any:
-    random, palette = _images(settings.get("image_size", 96), 16)
-    return (random,), (palette,), {}
+    size = settings.get("image_size", 96)
+    random, palettes = _images(size if isinstance(size, int) else size[0], settings.get("patch_size", 4))
+    return (random,), palettes, {}
 
 
 def _video_input(settings: Any) -> Any:
     size, frames = settings.get("image_size", settings.get("crop_size", 64)), settings.get("num_frames", 8)
     frames = settings.get("frames_per_clip", frames)
     clip = palette_grid(BATCH, (frames // 2, size // 16, size // 16), (2, 16, 16), 3, k=4).transpose(1, 2).contiguous()
-    return (torch.randn_like(clip),), (clip,), {}
+    return (torch.randn_like(clip),), ((clip,),), {}
 
 
 def _spectrogram(settings: Any) -> Any:
     sound = palette_grid(BATCH, (8, 8), (8, 8), 1, k=4)[:, 0].transpose(1, 2).contiguous()
-    return (torch.randn_like(sound),), (sound,), {}
+    return (torch.randn_like(sound),), ((sound,),), {}
 
 
 def _wave(settings: Any) -> Any:
     wave = palette_tokens(BATCH, 16000, 1, k=4, run=2000)[..., 0]
-    return (torch.randn_like(wave),), (wave,), {}
+    return (torch.randn_like(wave),), ((wave,),), {}
 
 
 def _mel(settings: Any) -> Any:
     mel = palette_tokens(BATCH, 128, 16, k=2, run=32).transpose(1, 2).contiguous()
-    return (torch.randn_like(mel),), (mel,), {}
+    return (torch.randn_like(mel),), ((mel,),), {}
 
 
 def _mel_and_text(settings: Any) -> Any:
-    (random,), (mel,), _ = _mel(settings)
-    return (random,), (mel,), {"decoder_input_ids": torch.randint(3, 60, (BATCH, 7))}
+    (random,), palettes, _ = _mel(settings)
+    return (random,), palettes, {"decoder_input_ids": torch.randint(3, 60, (BATCH, 7))}
 
 
 def _text(settings: Any) -> Any:
-    return (torch.randint(3, 90, (BATCH, 64)),), (torch.arange(64).remainder(4).add(5).expand(BATCH, -1),), {}
+    return (torch.randint(3, 90, (BATCH, 64)),), ((torch.arange(64).remainder(4).add(5).expand(BATCH, -1),),), {}
 
 
 def _siglip2(settings: Any) -> Any:
     pixels = palette_tokens(BATCH, 36, 3 * 16 * 16, k=4)
     extra = {"pixel_attention_mask": torch.ones(BATCH, 36, dtype=torch.long),
              "spatial_shapes": torch.tensor([[6, 6]] * BATCH)}  # fmt: skip
-    return (torch.randn_like(pixels),), (pixels,), extra
+    return (torch.randn_like(pixels),), ((pixels,),), extra
 
 
 _INPUTS: dict[str, Callable[[Any], Any]] = {
@@ -297,7 +300,7 @@ def _dit() -> ZooModel:
                                   num_layers=3, sample_size=16, patch_size=2, num_embeds_ada_norm=10)  # fmt: skip
     latent = palette_grid(BATCH, (8, 8), (2, 2), 4, k=4)
     rest = {"timestep": torch.tensor([3, 3]), "class_labels": torch.tensor([1, 1]), "return_dict": False}
-    return ZooModel(model.eval(), (torch.randn_like(latent),), (latent,), rest)
+    return ZooModel(model.eval(), (torch.randn_like(latent),), ((latent,),), rest)
 
 
 def _unet() -> ZooModel:
@@ -309,7 +312,7 @@ def _unet() -> ZooModel:
                                  attention_head_dim=4)  # fmt: skip
     latent = palette_grid(BATCH, (8, 8), (4, 4), 4, k=4)
     text = torch.randn(BATCH, 9, 24)
-    return ZooModel(model.eval(), (torch.randn_like(latent), 3, text), (latent, 3, text), {"return_dict": False})
+    return ZooModel(model.eval(), (torch.randn_like(latent), 3, text), ((latent, 3, text),), {"return_dict": False})
 
 
 # -- all ---------------------------------------------------------------------------------------------------------------

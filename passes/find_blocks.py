@@ -15,8 +15,8 @@ Diffusion, arXiv 2303.17604, merges there).
     y  = reshape(windows of norm(x))                       <- merge here, by y itself
     x1 = add(x, unwindow(unmerge(proj(attention(y)))))
 
-Where no value holds the tokens of queries and keys in one dim (projections by convolution), the operands of the
-attention itself are merged, each on its own way to it.
+Where no value holds the tokens of queries and keys in one dim (projections by convolution), or nothing stands between
+it and the attention, the operands of the attention itself are merged, compared by the keys.
 
 In cross attention (keys pooled from the tokens, or other tokens altogether) the queries alone merge, in a branch.
 Not so a decoder's, whose tokens see each other in causal order: a group would show the past what comes after.
@@ -37,7 +37,8 @@ from tome_fx.report import SkipReason
 
 from .axes import Dim, leaves, locate, size_of
 from .find_attention import AttentionSite
-from .rules import Call, Facts
+from .rules import Call, Facts, find
+from .rules.contraction import Contraction
 
 aten = torch.ops.aten
 _ADDS = {aten.add.Tensor}
@@ -161,7 +162,7 @@ def _block(
     merge = SkipReason("", "", "") if placement == "branch" or crossed else _merge_point(site, facts, reach, tokens)
     branch = isinstance(merge, SkipReason) and placement != "stream"
     if branch:
-        merge = _branch_point(site, facts, reach, sites, tokens, crossed)
+        merge = _branch_point(site, facts, calls, reach, sites, tokens, crossed)
     operands = isinstance(merge, SkipReason) and branch and site.fused
     if operands:
         merge = site.out, site.q if crossed else site.k
@@ -177,7 +178,7 @@ def _block(
             site.name,
             f"{length} tokens, {prefix + suffix} of them protected: fewer than {SHORTEST_AXIS} to merge",
         )
-    if why := _per_window(site, facts, calls, tokens, sample):
+    if why := _pair_mask(site, facts, calls, tokens, sample, reach):
         return SkipReason("windowed mask", site.name, why)
     value, at = (site.q, site.query_dim) if crossed else (site.k, site.key_dim)
     length = value.meta["val"].shape[at]
@@ -227,7 +228,13 @@ def _merge_point(site: AttentionSite, facts: Facts, reach: _Reach, tokens: Dim) 
 
 
 def _branch_point(
-    site: AttentionSite, facts: Facts, reach: _Reach, sites: list[AttentionSite], tokens: Dim, crossed: bool
+    site: AttentionSite,
+    facts: Facts,
+    calls: dict[fx.Node, Call],
+    reach: _Reach,
+    sites: list[AttentionSite],
+    tokens: Dim,
+    crossed: bool,
 ) -> tuple[fx.Node, fx.Node] | SkipReason:
     """The highest value to merge around one attention, twice: what is merged, and the stream to compare tokens by.
 
@@ -256,7 +263,13 @@ def _branch_point(
         if not _holds(facts, node, tokens):
             break
         best = node
-    if best is None:
+    # Without a projection on the way there is nothing to save before the attention, and keys are the better metric.
+    projected = best is not None and any(
+        isinstance(find(call), Contraction) and reach.leads(best, node) and reach.leads(node, site.out)
+        for node, call in calls.items()
+        if node is not site.out
+    )
+    if best is None or not projected:
         return SkipReason(
             "no branch point",
             site.name,
@@ -265,19 +278,27 @@ def _branch_point(
     return best, best
 
 
-def _per_window(site: AttentionSite, facts: Facts, calls: dict[fx.Node, Call], tokens: Dim, sample: Dim) -> str | None:
-    """Why a table of score terms rules out merging: it says something else of each pair of tokens in each sample.
-
-    Such a table is a mask (shifted windows): tokens that it keeps apart could end in one group.
-    """
-    terms = calls[site.out].nodes[3:] if site.masked else [n for n in facts.scores if n in facts.constant]
+def _pair_mask(
+    site: AttentionSite, facts: Facts, calls: dict[fx.Node, Call], tokens: Dim, sample: Dim, reach: _Reach
+) -> str | None:
+    """Why a term of the scores rules out merging: it is a mask of pairs, and one group could hold tokens that it keeps
+    apart. A bool one, one that the caller gives, or a table that differs from sample to sample (shifted windows)."""
+    if site.masked:
+        terms = calls[site.out].nodes[3:]
+    elif site.fused:
+        terms = []
+    else:
+        terms = [n for n in facts.scores if n in facts.constant or n in facts.given]
     for term in terms:
         dims = facts.dims(term)
-        if sum(leaves(dim) == tokens and facts.varies(term, d) for d, dim in enumerate(dims)) < 2:
+        pair = [d for d, dim in enumerate(dims) if leaves(dim) == tokens and facts.varies(term, d)]
+        if len(pair) < 2 or not reach.leads(term, site.out):
             continue
-        for d, dim in enumerate(dims):
-            if set(leaves(dim)) & set(sample) and facts.varies(term, d):
-                return f"{term.name} tells each query of each window apart which keys it sees"
+        windows = term in facts.constant and any(
+            set(leaves(dim)) & set(sample) and facts.varies(term, d) for d, dim in enumerate(dims)
+        )
+        if windows or facts.per_pair(term, *pair[-2:]):
+            return f"{term.name} tells each query apart which keys it sees"
     return None
 
 

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from math import prod
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from .axes import expr as size_expr
 from .axes import fresh_dims, leaves, same
 from .rules import Call, Facts, find, tensors_of
-from .rules.base import UNKNOWN, Role, Rule, SignatureRule
+from .rules.base import UNKNOWN, Role, Rule, SignatureRule, result_read
 from .rules.contraction import Contraction, Convolution
 from .rules.joins import SliceRule, SplitRule
 from .rules.pointwise import POINTWISE, MaskRule
@@ -37,14 +37,13 @@ def infer_axes(gm: fx.GraphModule, model_input: Sequence[bool]) -> tuple[Facts, 
         if node.op == "placeholder":
             (facts.given if next(varies) else facts.constant).add(node)
         elif node.op == "get_attr" or (
-            node.op == "call_function" and all(n in facts.constant for n in node.all_input_nodes)
+            node.op == "call_function"
+            and (node.target in _FILLED or all(n in facts.constant for n in node.all_input_nodes))
         ):
             facts.constant.add(node)
         if node.op == "call_function" and node.target is operator.getitem:
-            source, index = node.args
-            held = source.meta.get("val")
-            at = sum(isinstance(v, Tensor) for v in held[:index])
-            facts.axes[node] = (facts.axes[source][at],) if isinstance(held[index], Tensor) else ()
+            at = result_read(node)
+            facts.axes[node] = () if at is None else (facts.axes[node.args[0]][at],)
             continue
         results = tensors_of(node.meta.get("val"))
         if node.op != "call_function" or not results:
@@ -160,7 +159,8 @@ def _same_place(call: Call, dims: frozenset[int]) -> set[int]:
 
 _EXP = {aten.exp.default, aten.exp2.default}
 _FILLED = {aten.full.default, aten.ones.default, aten.zeros.default, aten.new_full.default, aten.new_ones.default,
-           aten.new_zeros.default, aten.full_like.default, aten.ones_like.default, aten.zeros_like.default}  # fmt: skip
+           aten.new_zeros.default, aten.full_like.default, aten.ones_like.default, aten.zeros_like.default,
+           aten.zero.default}  # fmt: skip
 
 
 def _scores(calls: dict[fx.Node, Call]) -> set[fx.Node]:

@@ -15,10 +15,10 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from tome_fx.config import ToMeConfig
 from tome_fx.report import SiteReport, SkipReason, Unmerge
@@ -29,6 +29,7 @@ from .find_attention import AttentionSite, place
 from .find_blocks import Block
 from .layout import Layout, Run, Step, plain
 from .rules import Call, Decision, Facts, find, op_name
+from .rules.base import result_read
 
 aten = torch.ops.aten
 # What moving one element in a merge or unmerge costs, in FLOPs that a matrix product could have done meanwhile.
@@ -170,10 +171,8 @@ class _Walk:
                 self._whole(node, source, "is an output of the graph")
             return
         if node.op == "call_function" and node.target is operator.getitem and node.args[0] in plan.layouts:
-            source, index = cast(Any, node.args)
-            held = source.meta["val"]
-            at = sum(isinstance(v, Tensor) for v in held[:index])
-            plan.layouts[node] = (plan.layouts[source][at],) if isinstance(held[index], Tensor) else ()
+            at = result_read(node)
+            plan.layouts[node] = () if at is None else (plan.layouts[node.args[0]][at],)  # type: ignore[index]
             return
         call = self.calls.get(node)
         if call is None:

@@ -11,14 +11,14 @@ import enum
 import operator
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx
 
 from tome_fx.config import ToMeConfig
 
-from ..axes import Dim, Dims, fresh, fresh_dims, leaves, locate, unify
+from ..axes import Dim, Dims, fresh, fresh_dims, leaves, unify
 from ..axes import expr as size_expr
 from ..layout import DimLayout, Layout, Run, Step, meet, plain
 from ..trace import Traced
@@ -131,6 +131,13 @@ def tensors_of(value: Any) -> tuple[Tensor, ...]:
     if isinstance(value, (tuple, list)):
         return tuple(v for v in value if isinstance(v, Tensor))
     return ()
+
+
+def result_read(getitem: fx.Node) -> int | None:
+    """Which of the tensor results of its source a `getitem` node reads; None where it reads something else."""
+    source, index = cast(Any, getitem.args)
+    held = source.meta["val"]
+    return sum(isinstance(v, Tensor) for v in held[:index]) if isinstance(held[index], Tensor) else None
 
 
 class Call:
@@ -526,10 +533,10 @@ __all__ = [
     "Rule",
     "Signature",
     "SignatureRule",
-    "locate",
     "op_name",
     "register",
     "registered",
+    "result_read",
     "rule_for",
     "tensors_of",
 ]
