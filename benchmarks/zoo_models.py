@@ -101,7 +101,7 @@ def _timm(name: str) -> ZooModel:
     assert height == width, name
     try:
         model = timm.create_model(name, pretrained=False, depth=4)
-    except TypeError:  # no such argument, or one per stage
+    except (TypeError, ValueError):  # no such argument, or one for each stage
         model = timm.create_model(name, pretrained=False)
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", 16)
     patch = patch[0] if isinstance(patch, tuple) else int(patch)
