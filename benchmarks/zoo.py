@@ -233,7 +233,8 @@ def bad(row: Row) -> bool:
         return False
     silent = row.get("sites") and not row.get("merged") and not row.get("reasons")
     law = str(row.get("lossless", "")).startswith("broken")
-    return bool("failed" in row or not row["shapes"] or row.get("identity") is False or law or silent)
+    broken = any(reason.startswith("internal error") for reason in row.get("reasons", ()))
+    return bool(broken or "failed" in row or not row["shapes"] or row.get("identity") is False or law or silent)
 
 
 def verdict(row: Row) -> str:

@@ -103,9 +103,9 @@ def _timm(name: str) -> ZooModel:
         model = timm.create_model(name, pretrained=False, depth=4)
     except (TypeError, ValueError):  # no such argument, or one for each stage
         model = timm.create_model(name, pretrained=False)
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 16)
-    patch = patch[0] if isinstance(patch, tuple) else int(patch)
-    if height > 256 and "img_size" in inspect.signature(type(model).__init__).parameters:
+    known = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    patch = int(known[0] if isinstance(known, tuple) else known or 16)
+    if known and height > 256 and "img_size" in inspect.signature(type(model).__init__).parameters:
         height = 256 // patch * patch
         model = timm.create_model(name, pretrained=False, img_size=height)
     random, palettes = _images(height, patch, channels)
@@ -220,7 +220,8 @@ HUGGING: dict[str, tuple[Any, ...]] = {
         "image",
         {
             **_VISION,
-            "backbone_out_indices": [0, 1, 2, 2],
+            "num_hidden_layers": 4,
+            "backbone_out_indices": [0, 1, 2, 3],
             "neck_hidden_sizes": [16, 16, 16, 16],
             "fusion_hidden_size": 16,
             "reassemble_factors": [4, 2, 1, 0.5],

@@ -345,7 +345,8 @@ def protected(facts: Facts, tokens: Dim) -> tuple[int, int]:
     most = length // 4 if isinstance(length, int) else 64
     front = back = 0
     for axis, sizes in facts.segments:
-        if leaves(axis) != tokens:
+        # A table put together from parameters alone (positions) tells nothing of which tokens are special.
+        if leaves(axis) != tokens or all(constant for _, constant in sizes):
             continue
         front = max(front, _constant_run(sizes))
         back = max(back, _constant_run(sizes[::-1]))

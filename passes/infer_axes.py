@@ -12,15 +12,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .axes import expr as size_expr
 from .axes import fresh_dims, leaves, same
 from .rules import Call, Facts, find, tensors_of
 from .rules.base import UNKNOWN, Role, Rule, SignatureRule, result_read
-from .rules.contraction import Contraction, Convolution
+from .rules.contraction import Attention, Contraction, Convolution
 from .rules.joins import SliceRule, SplitRule
 from .rules.pointwise import POINTWISE, MaskRule
 from .rules.reduce import Softmax
@@ -33,6 +35,7 @@ def infer_axes(gm: fx.GraphModule, model_input: Sequence[bool]) -> tuple[Facts, 
     """Facts about every value, and the bound call of every node that runs an op on tensors."""
     facts, calls = Facts(), {}
     varies = iter(model_input)
+    known = _KnownValues()
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             (facts.given if next(varies) else facts.constant).add(node)
@@ -52,11 +55,12 @@ def infer_axes(gm: fx.GraphModule, model_input: Sequence[bool]) -> tuple[Facts, 
         call = calls[node] = Call(node)
         rule = find(call)
         facts.axes[node] = rule.axes(call, facts)
-        if isinstance(rule, (Contraction, Convolution)):
+        if isinstance(rule, (Contraction, Convolution)) and any(n in facts.constant for n in call.nodes):
             _note_channels(call, rule, facts)
         elif isinstance(rule, (SliceRule, SplitRule)):
             _note_cut_channels(call, facts)
         _note_uniform(call, rule, facts)
+        known.note(node, facts)
         if any(v.dtype is torch.bool for v in results) or (
             _elementwise(rule) and any(n in facts.decided for n in call.nodes)
         ):
@@ -69,10 +73,43 @@ def infer_axes(gm: fx.GraphModule, model_input: Sequence[bool]) -> tuple[Facts, 
     return facts, calls
 
 
+class _KnownValues:
+    """The values of what the graph makes from nothing but numbers: positions, and masks that turn out to be all True.
+
+    A mask spelled as a comparison of positions (`q >= 0`) says nothing of a dim along which its value is the same.
+    """
+
+    LARGEST = 2**18
+    """Elements of a tensor that is still computed."""
+
+    def __init__(self) -> None:
+        self.values: dict[fx.Node, Any] = {}
+
+    def note(self, node: fx.Node, facts: Facts) -> None:
+        """Compute a node where its operands are known, and note the dims along which it does not vary."""
+        val, target = node.meta.get("val"), node.target
+        if not isinstance(val, Tensor) or not isinstance(target, torch._ops.OpOverload):
+            return
+        if any(n not in self.values for n in node.all_input_nodes) or target._schema.is_mutable:
+            return
+        if torch.Tag.nondeterministic_seeded in target.tags or "empty" in target._schema.name:
+            return
+        if not all(isinstance(s, int) for s in val.shape) or val.numel() > self.LARGEST:
+            return
+        with _disable_current_modes(), torch.no_grad():
+            value = self.values[node] = target(*fx.map_arg(node.args, self.values.get),
+                                               **fx.map_arg(node.kwargs, self.values.get))  # fmt: skip
+        same_along = (
+            {d for d in range(value.dim()) if bool((value == value.narrow(d, 0, 1)).all())} if value.numel() else set()
+        )
+        if same_along:
+            facts.uniform[node] = facts.uniform.get(node, frozenset()) | same_along
+
+
 def _given(call: Call, rule: Rule, facts: Facts) -> bool:
     """Whether a value still says of single positions what an input of the model said: no product came between."""
     given = [n for n in call.nodes if n in facts.given]
-    if not given or isinstance(rule, Contraction):
+    if not given or isinstance(rule, (Contraction, Convolution, Attention)):
         return False
     if not _elementwise(rule) or all(n in facts.given or n in facts.constant for n in call.nodes):
         return True
@@ -86,18 +123,20 @@ def _elementwise(rule: Rule) -> bool:
 def _note_channels(call: Call, rule: SignatureRule, facts: Facts) -> None:
     """Axes that a weight brings into a product: they are features, never tokens."""
     sig = rule.signature(call, facts)
-    brought = [
-        {
-            letter
-            for n, letters in zip(call.nodes, sig.ins, strict=True)
-            if (n in facts.constant) is constant
-            for letter in letters
-        }
-        for constant in (True, False)
-    ]
+    weights: set[Any] = set()
+    others: set[Any] = set()
+    for node, letters in zip(call.nodes, sig.ins, strict=True):
+        (weights if node in facts.constant and _is_weight(node) else others).update(letters)
     for letter, dim in zip(sig.outs[0], facts.dims(call.node), strict=True):
-        if letter in brought[0] - brought[1] and call.node not in facts.constant:
+        if letter in weights - others and call.node not in facts.constant:
             facts.channels.append(dim)
+
+
+def _is_weight(node: fx.Node) -> bool:
+    """A constant input of the graph, seen through views: a table of positions is looked up or computed on the way."""
+    while node.op == "call_function" and isinstance(find(Call(node)), (ViewRule, PermuteRule)):
+        node = node.all_input_nodes[0]
+    return node.op in ("placeholder", "get_attr")
 
 
 def _note_cut_channels(call: Call, facts: Facts) -> None:

@@ -292,3 +292,29 @@ def test_any_transformer(data: st.DataObject) -> None:
         law(spec, r, seed=spec.seed)
     except LossyMatch:
         reject()
+
+
+class Masked(torch.nn.Module):
+    """A padding mask spelled over pairs, as transformers' mask builder does, and a position table put together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.rest = (torch.nn.Parameter(torch.zeros(1, n, 32)) for n in (1, 36))
+
+    def forward(self, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([torch.zeros_like(x[:, :1]), x], 1) + torch.cat([self.first, self.rest], 1)
+        keep = torch.nn.functional.pad(keep, (1, 0), value=True)
+        queries = torch.arange(x.shape[1])[:, None]
+        pairs = (queries >= 0) & keep[:, None, None, :]
+        q, k, v = (x.unflatten(-1, (2, 16)).transpose(1, 2) for _ in range(3))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=pairs.expand(-1, 1, -1, -1))
+        return x + out.transpose(1, 2).flatten(2)
+
+
+def test_a_mask_of_keys_spelled_over_pairs() -> None:
+    """`(position >= 0) & keep` is the same for all queries; and a table of positions protects nothing."""
+    x = palette.palette_tokens(2, 36, 32, k=3)
+    keep = torch.rand(2, 36, generator=torch.Generator().manual_seed(2)) < 0.8
+    report = assert_lossless(Masked().eval(), (x, keep), 4, placement="stream")
+    assert report.tokens == [(37, 33)]
+    assert report.sites[0].protected <= 1
