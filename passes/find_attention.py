@@ -30,6 +30,7 @@ from .rules import Call, Facts, find
 from .rules.base import Role, Signature
 from .rules.contraction import Contraction
 from .rules.pointwise import MaskRule, scalar
+from .rules.views import PermuteRule
 
 aten = torch.ops.aten
 sdpa = aten.scaled_dot_product_attention.default
@@ -110,9 +111,16 @@ def _same(node: fx.Node) -> fx.Node:
     return node
 
 
+def _swaps_last(node: fx.Node) -> bool:
+    call = Call(node)
+    rule, rank = find(call), call.out.dim() if call.results else 0
+    return isinstance(rule, PermuteRule) and rule.order(call) == [*range(rank - 2), rank - 1, rank - 2]
+
+
 class _Fuser:
     def __init__(self, graph: fx.Graph, mode: FakeTensorMode, softmax: fx.Node, autocast: bool) -> None:
         self.graph, self.mode, self.softmax, self.autocast = graph, mode, softmax, autocast
+        self.swapped = False  # v @ p^T: the probabilities are transposed on their way
 
     def run(self) -> None:
         scores = self.softmax.args[0]
@@ -248,6 +256,8 @@ class _Fuser:
                 dropout = float(user.args[1]) if user.args[2] else 0.0  # type: ignore[arg-type]
             elif user.target in _VIEWS and _shape(user)[-2:] == _shape(node)[-2:]:
                 pass
+            elif not self.swapped and user.op == "call_function" and _swaps_last(user):
+                self.swapped = True
             elif user.op == "call_function" and isinstance(find(Call(user)), Contraction):
                 self.probabilities = node
                 return user, dropout
@@ -289,6 +299,8 @@ class _Fuser:
             raise _NoMatch
         at = call.nodes.index(self.probabilities)
         *batch, query, key = sig.ins[at]
+        if self.swapped:
+            query, key = key, query
         other = sig.ins[1 - at]
         free = [x for x in other if x not in batch and x != key]
         if sig.role(key) is not Role.SUM or len(free) != 1 or any(x not in other for x in (*batch, key)):

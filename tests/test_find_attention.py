@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.models import Spec, build
+from tests.palette import assert_lossless, palette_tokens
 from tests.recording import record
 
 FUSED = [
@@ -61,3 +62,24 @@ def test_the_rewritten_block() -> None:
     ops = seen.ops()
     want = {"tome.match_size": 2, "tome.merge_add": 2, "tome.unmerge": 0}
     assert {name: ops[name] for name in want} == want
+
+
+class Transposed(nn.Module):
+    """Channels first: scores from q^T k, and values times the transposed probabilities (EfficientViT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.table = nn.Linear(16, 48), nn.Linear(16, 16), nn.Parameter(torch.randn(24, 24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.mT for t in self.qkv(x).chunk(3, -1))
+        p = (q.transpose(-2, -1) @ k * 0.25 + self.table).softmax(-1)
+        return x + self.out((v @ p.transpose(-2, -1)).mT)
+
+
+def test_transposed_probabilities_are_fused() -> None:
+    model, x = Transposed().eval(), torch.randn(2, 24, 16)
+    _, seen = record(model, (x,), r=4, placement="stream")
+    assert seen.ops()["aten.scaled_dot_product_attention"] == 1
+    torch.nn.init.zeros_(model.table)
+    assert_lossless(model, (palette_tokens(2, 24, 16, k=3),), 4, placement="stream", tokens=[(24, 20)], control=True)
