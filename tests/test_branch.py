@@ -198,6 +198,7 @@ def test_grids(name: str) -> None:
     model = equalize(redraw(make()).eval())
     image = palette_grid(2, (12, 12), (4, 4), k=2 if name in ("rows", "mixed") else 3)
     report = assert_lossless(model, (image,), 3, sites=sites, placement="branch", control=True)
+    assert f"{sites} of them around the attention alone" in report.summary()
     assert {site.placement for site in report.sites} == {"branch"}
 
 

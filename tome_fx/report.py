@@ -123,11 +123,14 @@ class ToMeReport:
         if not self.merged_sites:
             why = "; ".join(dict.fromkeys(str(s) for s in self.skipped)) or "no attention was found"
             return f"nothing merged in {graphs} with {self.attention_sites} attention sites: {why}"
-        first, last = self.tokens[0][0], self.tokens[-1][1]
+        stream = [site.tokens for site in self.sites if site.merged and site.placement == "stream"]
+        tokens = f"{stream[0][0]} -> {stream[-1][1]} tokens, " if stream else ""
+        branches = self.merged_sites - len(stream)
+        alone = f", {branches} of them around the attention alone" if branches else ""
         share = self.flops_after / self.flops_before if self.flops_before else 1.0
         return (
-            f"{self.merged_sites} of {self.attention_sites} attention sites merged in {graphs}: "
-            f"{first} -> {last} tokens, {_flops(self.flops_before)} -> {_flops(self.flops_after)} ({share:.0%})"
+            f"{self.merged_sites} of {self.attention_sites} attention sites merged in {graphs}{alone}: "
+            f"{tokens}{_flops(self.flops_before)} -> {_flops(self.flops_after)} ({share:.0%})"
         )
 
     def __str__(self) -> str:
@@ -156,7 +159,8 @@ class ToMeReport:
         for site in self.sites:
             tokens = f"{site.tokens[0]} -> {site.tokens[1]}" if site.merged else str(site.tokens[0] or "")
             flops = f"{_flops(site.flops[0])} -> {_flops(site.flops[1])}" if site.flops[0] else ""
-            table.add_row(site.name, tokens, str(site.protected) if site.merged else "", flops, site.skipped)
+            note = "around this attention alone" if site.merged and site.placement == "branch" else site.skipped
+            table.add_row(site.name, tokens, str(site.protected) if site.merged else "", flops, note)
         return table
 
     def _unmerge_table(self) -> Table:
