@@ -15,8 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch._inductor.codecache import CppCodeCache
-from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +36,9 @@ _SIGNATURES = {
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None, with one line in the log, where they cannot be built."""
+    from torch._inductor.codecache import CppCodeCache  # here: a second of imports
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
     source = Path(__file__).with_name("cpu.cpp").read_text()
     try:
         held = CppCodeCache.load(source, extra_flags=_FLAGS)
