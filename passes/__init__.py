@@ -32,6 +32,8 @@ from .infer_axes import infer_axes
 from .lower import lower
 from .plan import make_plan, site_reports
 from .rewrite import rewrite
+from .rules import find
+from .rules.reduce import Softmax
 from .verify import VerifyError, verify
 
 PIPELINE = ("capture", "find_attention", "infer_axes", "find_blocks", "plan", "rewrite", "lower", "verify")
@@ -77,7 +79,9 @@ def run_pipeline(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig) 
     report.sites = site_reports(plan, blocks, sites, skipped)
     if not plan.merges:
         if not sites:
-            report.skipped.append(SkipReason("no attention", "", "the graph has no softmax attention"))
+            other = any(isinstance(find(call), Softmax) for call in calls.values())
+            why = "its softmax is not over products of queries and keys" if other else "it has no softmax attention"
+            report.skipped.append(SkipReason("no attention", "", why))
         return Result(None, report, captured)
     with _timed(seconds, "rewrite"):
         rewritten = rewrite(captured, facts, calls, plan, config)

@@ -463,7 +463,8 @@ def _product_above(node: fx.Node, axis: Dim, facts: Facts, calls: dict[fx.Node, 
         seen.add(node)
         if isinstance(find(calls[node]), Contraction) and not any(n in facts.constant for n in calls[node].nodes[-2:]):
             return node
-        todo += [n for n in calls[node].nodes if any(leaves(dim) == axis for dim in facts.axes[n][0])]
+        # The axis may be spread over several dims on the way (keys as rows and columns of a grid).
+        todo += [n for n in calls[node].nodes if set(axis) <= {x for dim in facts.axes[n][0] for x in leaves(dim)}]
     return None
 
 
