@@ -243,7 +243,7 @@ HUGGING: dict[str, tuple[Any, ...]] = {
         "image",
         {"image_size": 256, "embed_dim": 24, "depths": [2, 2, 2], "num_heads": [1, 2, 4], "window_size": 8},
     ),
-    "pvt_v2": ("PvtV2Model", "image", {"image_size": 128, "hidden_sizes": [16, 32, 64, 96]}),
+    "pvt_v2": ("PvtV2Model", "image", {"image_size": 128, "hidden_sizes": [16, 32, 80, 96]}),
     "sam_vision": (
         "SamVisionModel",
         "image",

@@ -240,7 +240,7 @@ register(
 register(POINTWISE, *_HOMOGENEOUS, *_present(_LIKE))
 register(SignatureRule(_expand_as), aten.expand_as)
 register(SignatureRule(_type_as), aten.type_as)
-register(POINTWISE, aten.zero)
+register(POINTWISE, aten.zero, aten.floor_divide)
 register(SignatureRule(_shape_only), aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_full)
 
 __all__ = ["POINTWISE", "MaskRule", "Role", "is_pointwise", "pointwise", "scalar"]
