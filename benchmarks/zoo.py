@@ -266,7 +266,7 @@ def table(rows: list[Row], r: int) -> str:
         f"Random weights, batch of 2, float32, CPU, r={r}.",
         "",
         f"- models with attention: {len(attention)}; with merged sites: {len(merging)}",
-        f"- timm modules with attention: {len(timm_rows)}; with merged sites: {len(timm_merging)}",
+        f"- of these in timm: {len(timm_rows)}; with merged sites: {len(timm_merging)}",
         f"- failures: {sum(map(bad, rows))}",
         f"- lossless law: {law['exact']} exact, {law['not equal']} where the input gives no equal tokens",
         f"- passes: at most {slowest.get('seconds', 0):.1f} s ({slowest['name']})",
@@ -290,6 +290,11 @@ def table(rows: list[Row], r: int) -> str:
     lines += ["", "## Models with attention in which nothing merges, and why", ""]
     lines += [f"- {row['name']}: {'; '.join(row['reasons'])}" for row in attention
               if "failed" not in row and not row["merged"]]  # fmt: skip
+    rest = [(row["name"], next(iter(row["reasons"]), "")) for row in shown if not row.get("sites", 1)]
+    plain = [name for name, why in rest if why.endswith("no softmax attention")]
+    lines += ["", "## Models in which no softmax attention was found", ""]
+    lines += [f"- {name}: {why}" for name, why in rest if name not in plain]
+    lines += [f"- no softmax at all that could be one: {', '.join(name.partition('/')[2] for name in plain)}"]
     unknown: Counter[str] = sum((Counter(row.get("unknown", {})) for row in rows), Counter())
     lines += ["", "## Ops without a rule (merged values are unmerged before them)", ""]
     lines += [f"- `{op}`: {count}" for op, count in unknown.most_common()]
