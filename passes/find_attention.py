@@ -47,8 +47,7 @@ _MASKED_OUT = -1e4
 @dataclass(frozen=True)
 class AttentionSite:
     """q, k, out: nodes. query_dim, key_dim: where their tokens stand. inner_dims: the dims of k that the scores
-    contract. causal: why the site must not merge, or None. fused: `out` is an SDPA.
-    masked: it has a mask."""
+    contract. causal: why the site must not merge, or None. fused: `out` is an SDPA. masked: it has a mask."""
 
     name: str
     q: fx.Node
@@ -418,7 +417,9 @@ def _fused_site(node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Ca
         causal = f"{call.nodes[3].name} tells each query apart which keys it sees"
     queries = q.meta["val"].dim() - 2
     name = place(node) or f"attention {index}"
-    return AttentionSite(name, q, k, node, queries, rank - 2, (rank - 1,), causal, True, len(call.nodes) == 4)
+    return AttentionSite(
+        name, q, k, node, queries, rank - 2, (rank - 1,), causal, fused=True, masked=len(call.nodes) == 4
+    )
 
 
 def _open_site(node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Call], index: int) -> AttentionSite | None:

@@ -53,7 +53,8 @@ class Block:
     tokens: the leaves of the token axis. sample: the leaves along which each entry is merged on its own.
     merge: the node whose value is merged. stream: the residual operand of that add. prefix, suffix: protected tokens.
     length: tokens before any merge. branch: the merge ends where its values meet the stream; merge and stream are then
-    one node, and in cross attention the tokens are the queries.
+    one node. crossed: the tokens are the queries of cross attention. operands: `merge` is the attention, what merges
+    are its queries, keys and values (crossed: its queries), and `stream` is the operand they are compared by.
     """
 
     site: AttentionSite
@@ -93,10 +94,14 @@ def find_blocks(
 
 
 class _Reach:
-    """Ancestors of every node as bit sets over graph order, dominators and post-dominators on demand."""
+    """Ancestors of every node as bit sets over graph order, dominators and post-dominators on demand.
+
+    features: the leaves of all axes that come from a weight.
+    """
 
     def __init__(self, graph: fx.Graph, facts: Facts) -> None:
         self.facts = facts
+        self.features = {leaf for dim in facts.channels for leaf in leaves(dim)}
         self.nodes = list(graph.nodes)
         self.index = {node: i for i, node in enumerate(self.nodes)}
         self.above: list[int] = []
@@ -152,22 +157,23 @@ def _block(
     tokens = queries if crossed else keys
     if not tokens or (crossed and (placement == "stream" or not site.fused)):
         return SkipReason("cross attention", site.name, "queries and keys are different tokens")
-    features = {leaf for dim in facts.channels for leaf in leaves(dim)}
+    features = reach.features
     if features & {*keys, *queries}:
         return SkipReason("attention over channels", site.name, "its keys are features, which a weight made")
     if site.causal is not None:
         return SkipReason("causal or windowed mask", site.name, site.causal)
     if crossed and (why := _only_causal(sites, facts, tokens)):
         return SkipReason("causal or windowed mask", site.name, why)
-    merge = SkipReason("", "", "") if placement == "branch" or crossed else _merge_point(site, facts, reach, tokens)
-    branch = isinstance(merge, SkipReason) and placement != "stream"
+    merge = None if placement == "branch" or crossed else _merge_point(site, facts, reach, tokens)
+    branch = merge is None or (isinstance(merge, SkipReason) and placement != "stream")
     if branch:
         merge = _branch_point(site, facts, calls, reach, sites, tokens, crossed)
-    operands = isinstance(merge, SkipReason) and branch and site.fused
+    operands = branch and isinstance(merge, SkipReason) and site.fused
     if operands:
         merge = site.out, site.q if crossed else site.k
     if isinstance(merge, SkipReason):
         return merge
+    assert merge is not None
     node, stream = merge if branch else _past_parallel_branch(merge, facts, reach, sites, tokens)
     sample = _sample(site, facts, stream if operands else node, tokens, crossed, features)
     prefix, suffix = protected(facts, tokens) if protect == "auto" else (int(protect), 0)

@@ -80,17 +80,17 @@ class Emitter:
     def run_graph(self) -> fx.Graph:
         """The new graph."""
         for node in self.source.nodes:
-            with self.builder.at(node):
-                if node.op == "output":
-                    self.builder.graph.output(self.builder.arguments(fx.map_arg(node.args[0], self._whole)))
-                    break
-                merge = self.plan.merges.get(node)
-                if merge is not None and merge.block.operands:
-                    self._match_here(merge, None, ())
-                value = self._value(node)
-                if merge is not None and not merge.block.operands:
-                    value = self._merge_here(merge, value)
-                self.env[node] = value
+            self.builder.begin(node)
+            if node.op == "output":
+                self.builder.graph.output(self.builder.arguments(fx.map_arg(node.args[0], self._whole)))
+                break
+            merge = self.plan.merges.get(node)
+            if merge is not None and merge.block.operands:
+                self._match_here(merge, None, ())
+            value = self._value(node)
+            if merge is not None and not merge.block.operands:
+                value = self._merge_here(merge, value)
+            self.env[node] = value
         return self.builder.graph
 
     def _value(self, n: fx.Node) -> Any:

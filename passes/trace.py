@@ -12,8 +12,7 @@ Symbolic sizes are plain SymInts here; a node is made for one when it becomes an
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,11 +39,9 @@ class Builder:
         self._size_nodes: dict[Any, fx.Node] = {}
         self._size_sources: dict[Any, tuple[fx.Node, int]] = {}
 
-    @contextmanager
-    def at(self, node: fx.Node) -> Iterator[None]:
-        """Nodes made in this block come from `node`."""
+    def begin(self, node: fx.Node) -> None:
+        """Nodes made from now on come from `node`."""
         self.origin = {k: v for k, v in node.meta.items() if k not in _OF_THE_VALUE}
-        yield
 
     def placeholder(self, node: fx.Node) -> Any:
         """A copy of an input of the old graph."""

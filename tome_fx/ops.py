@@ -151,14 +151,6 @@ def _column(size: Tensor, like: Tensor) -> Tensor:
     return size.reshape(*size.shape, *(1 for _ in range(like.dim() - size.dim())))
 
 
-def _segment_sum(x: Tensor, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
-    """Sum over each group: the representative's row plus the rows that were moved to it."""
-    dim = assign.dim() - 1
-    out = x.gather(dim, _index(keep, x))
-    slot = assign.gather(dim, moved)
-    return out.scatter_add(dim, _index(slot, x), x.gather(dim, _index(moved, x)))
-
-
 # -- merge -------------------------------------------------------------------------------------------------------------
 
 
@@ -219,8 +211,8 @@ torch.library.register_autograd("tome::merge", _merge_backward, setup_context=_m
 
 def merge_size_aten(size: Tensor | None, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
     """`merge_size`, spelled out."""
-    ones = torch.ones(assign.shape, dtype=torch.float32, device=assign.device)
-    return _segment_sum(ones if size is None else size, assign, keep, moved)
+    size = torch.ones(assign.shape, dtype=torch.float32, device=assign.device) if size is None else size
+    return size.gather(-1, keep).scatter_add(-1, assign.gather(-1, moved), size.gather(-1, moved))
 
 
 def _merge_size_fake(size: Tensor | None, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
