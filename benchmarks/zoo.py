@@ -5,7 +5,7 @@ over). For each model, small and with random weights, the process compares the r
 
 - shapes and dtypes of all outputs at r, and the report: sites, placement, tokens, FLOPs, unmerges, reasons;
 - r=0: bit-equal to Dynamo's own graph;
-- the lossless law (docs/design.md): positions out, palette input. "exact", or "not equal" with the lowest cosine at
+- the lossless law (docs/design.md): positions out, convolutions wrapped around, palette input. "exact", or "not equal" with the lowest cosine at
   which tokens were merged where the input could not give each token an equal (overlapping stems, pooled grids), or
   "n/a" where a convolution between two merges tells equal tokens apart: there the law says nothing.
 
@@ -47,7 +47,7 @@ Row = dict[str, Any]
 # -- one model, in a process of its own --------------------------------------------------------------------------------
 
 
-def one(name: str, r: int) -> Row:
+def one(name: str, r: int, sweep: bool = False) -> Row:
     """Everything there is to say of one model. Raises what the model or the pass raises."""
     import torch
 
@@ -56,7 +56,7 @@ def one(name: str, r: int) -> Row:
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    zoo = zoo_models.build(name)
+    zoo = zoo_models.build(name, sweep)
     with torch.no_grad():
         torch.manual_seed(1)
         want = zoo.model(*zoo.args, **zoo.kwargs)
@@ -111,7 +111,7 @@ def _lossless(zoo: Any, r: int) -> Row:
     """The law on each palette; the first on which it says something, or else the one with the highest cosine."""
     from tests import palette
 
-    model = palette.equalize(zoo.model, seed=1)
+    model = palette.wrap_convolutions(palette.equalize(zoo.model, seed=1))
     found: list[Row] = []
     for args in zoo.palettes:
         found.append(_law(model, args, dict(zoo.kwargs), r))
@@ -149,10 +149,10 @@ def _law(model: Any, args: Any, kwargs: Any, r: int) -> Row:
 # -- all models --------------------------------------------------------------------------------------------------------
 
 
-def run(name: str, r: int) -> Row:
+def run(name: str, r: int, sweep: bool = False) -> Row:
     """`one` in a process of its own."""
     start = time.perf_counter()
-    command = [sys.executable, __file__, "--one", name, "--r", str(r)]
+    command = [sys.executable, __file__, "--one", name, "--r", str(r), *["--sweep"] * sweep]
     path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "TQDM_DISABLE": "1"}
     row: Row = {"name": name, "r": r}
@@ -181,7 +181,7 @@ def main() -> int:
     parser.add_argument("--one", metavar="NAME", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        return _child(args.one, args.r)
+        return _child(args.one, args.r, args.sweep)
     sys.path[:0] = [str(ROOT)]
     import zoo_models
 
@@ -195,7 +195,7 @@ def main() -> int:
     again = [n for n in wanted if args.fresh or args.filter or rows.get(n, {}).get("r") != args.r]
     with Progress(console=console) as bar, ThreadPoolExecutor(args.jobs) as pool:
         task = bar.add_task("zoo", total=len(again))
-        for row in pool.map(lambda n: run(n, args.r), again):
+        for row in pool.map(lambda n: run(n, args.r, args.sweep), again):
             rows[row["name"]] = row
             bar.update(task, advance=1, description=row["name"])
             _save(path, [rows[n] for n in names if n in rows], args.r)
@@ -208,11 +208,11 @@ def main() -> int:
     return int(any(map(bad, held)))
 
 
-def _child(name: str, r: int) -> int:
+def _child(name: str, r: int, sweep: bool) -> int:
     import zoo_models
 
     try:
-        row = one(name, r)
+        row = one(name, r, sweep)
     except zoo_models.NotOffered as error:
         row = {"absent": str(error)[:200]}
     except Exception:  # noqa: BLE001 - the row says what went wrong

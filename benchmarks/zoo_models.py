@@ -19,7 +19,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from tests.palette import palette_grid, palette_tokens
+from tests.palette import palette_grid, palette_rows, palette_tokens
 
 BATCH = 2
 
@@ -35,14 +35,15 @@ class ZooModel:
 
 
 def _images(size: int, patch: int = 16, channels: int = 3) -> tuple[Tensor, tuple[tuple[Tensor], ...]]:
-    """Random images [BATCH, channels, size, size], and two palettes: of patches, and of plain cells of 32 pixels, whose
-    tokens are equal at every level of a pyramid."""
+    """Random images [BATCH, channels, size, size], and palettes: of patches; of plain cells of 32 pixels, whose tokens
+    are equal at every level of a pyramid; of rows, each of them one token and its equals; of few rows; of one."""
     patch = patch if size % patch == 0 else 16
     cells = math.ceil(size / patch)
     fine = palette_grid(BATCH, (cells, cells), (patch, patch), channels, k=4)
     coarse = palette_grid(BATCH, (math.ceil(size / 32),) * 2, (1, 1), channels, k=4)
     coarse = coarse.repeat_interleave(32, -1).repeat_interleave(32, -2)
-    palettes = tuple((image[..., :size, :size].contiguous(),) for image in (fine, coarse))
+    rows = [palette_rows(BATCH, (size, size), channels, run) for run in (1, 64, size)]
+    palettes = tuple((image[..., :size, :size].contiguous(),) for image in (fine, coarse, *rows))
     return torch.randn(BATCH, channels, size, size), palettes
 
 
@@ -96,20 +97,28 @@ def timm_modules() -> dict[str, list[str]]:
     return found
 
 
-def _timm(name: str) -> ZooModel:
+def _timm(name: str, largest: int = 256) -> ZooModel:
+    """Four blocks of a timm model at its own input size, or at about `largest` pixels where that is less and the model
+    can be built for it."""
     channels, height, width = timm.get_pretrained_cfg(name).input_size
     assert height == width, name
-    try:
-        model = timm.create_model(name, pretrained=False, depth=4)
-    except (TypeError, ValueError):  # no such argument, or one for each stage
-        model = timm.create_model(name, pretrained=False)
+    model = _created(name, depth=4)
     known = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     patch = int(known[0] if isinstance(known, tuple) else known or 16)
-    if known and height > 256 and "img_size" in inspect.signature(type(model).__init__).parameters:
-        height = 256 // patch * patch
-        model = timm.create_model(name, pretrained=False, img_size=height)
+    if known and height > largest and "img_size" in inspect.signature(type(model).__init__).parameters:
+        height = largest // patch * patch
+        model = _created(name, depth=4, img_size=height)
     random, palettes = _images(height, patch, channels)
     return ZooModel(model.eval(), (random,), palettes)
+
+
+def _created(name: str, **settings: Any) -> nn.Module:
+    """The model with random weights, without `depth` where it takes none or one for each stage."""
+    try:
+        return timm.create_model(name, pretrained=False, **settings)
+    except (TypeError, ValueError):
+        del settings["depth"]
+        return timm.create_model(name, pretrained=False, **settings)
 
 
 # -- torchvision -------------------------------------------------------------------------------------------------------
@@ -125,7 +134,8 @@ def _torchvision(name: str) -> ZooModel:
         return ZooModel(model, (random,), palettes)
     frames = 16
     clip = palette_grid(BATCH, (frames // 2, 14, 14), (2, 16, 16), 3, k=4)
-    return ZooModel(model, (torch.randn_like(clip),), ((clip,),))
+    rows = palette_rows(BATCH, clip.shape[2:])
+    return ZooModel(model, (torch.randn_like(clip),), ((clip,), (rows,)))
 
 
 TORCHVISION = ("vit_b_16", "swin_t", "swin_v2_t", "maxvit_t", "mvit_v2_s", "swin3d_t", "mvit_v1_b")
@@ -157,7 +167,8 @@ def _video_input(settings: Any) -> Any:
     size, frames = settings.get("image_size", settings.get("crop_size", 64)), settings.get("num_frames", 8)
     frames = settings.get("frames_per_clip", frames)
     clip = palette_grid(BATCH, (frames // 2, size // 16, size // 16), (2, 16, 16), 3, k=4).transpose(1, 2).contiguous()
-    return (torch.randn_like(clip),), ((clip,),), {}
+    rows = palette_rows(BATCH, (frames, size, size)).transpose(1, 2).contiguous()
+    return (torch.randn_like(clip),), ((clip,), (rows,)), {}
 
 
 def _spectrogram(settings: Any) -> Any:
@@ -181,7 +192,7 @@ def _mel_and_text(settings: Any) -> Any:
 
 
 def _text(settings: Any) -> Any:
-    return (torch.randint(3, 90, (BATCH, 64)),), ((torch.arange(64).remainder(4).add(5).expand(BATCH, -1),),), {}
+    return (torch.randint(3, 90, (BATCH, 64)),), ((torch.arange(64).div(8, rounding_mode='floor').remainder(4).add(5).expand(BATCH, -1),),), {}
 
 
 def _siglip2(settings: Any) -> Any:
@@ -311,15 +322,17 @@ def _unet() -> ZooModel:
                                  down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
                                  up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=24,
                                  attention_head_dim=4)  # fmt: skip
-    latent = palette_grid(BATCH, (8, 8), (4, 4), 4, k=4)
+    latents = palette_grid(BATCH, (8, 8), (4, 4), 4, k=4), palette_rows(BATCH, (32, 32), 4)
     text = torch.randn(BATCH, 9, 24)
-    return ZooModel(model.eval(), (torch.randn_like(latent), 3, text), ((latent, 3, text),), {"return_dict": False})
+    palettes = tuple((latent, 3, text) for latent in latents)
+    return ZooModel(model.eval(), (torch.randn_like(latents[0]), 3, text), palettes, {"return_dict": False})
 
 
 # -- all ---------------------------------------------------------------------------------------------------------------
 
 SWEEP = ("vision_transformer", "deit", "eva", "beit")
 """timm modules of which `--sweep` takes every variant."""
+SWEEP_SIZE = 144
 
 
 def names(sweep: bool = False) -> list[str]:
@@ -336,12 +349,12 @@ class NotOffered(Exception):
     """The library has no such combination."""
 
 
-def build(name: str) -> ZooModel:
-    """The model of a name. Raises NotOffered where the library says that an attention implementation is missing."""
+def build(name: str, sweep: bool = False) -> ZooModel:
+    """The model of a name; in a sweep, on small images. Raises NotOffered where the library says that an attention implementation is missing."""
     torch.manual_seed(0)
     library, _, rest = name.partition("/")
     if library == "timm":
-        return _timm(rest)
+        return _timm(rest, SWEEP_SIZE if sweep else 256)
     if library == "torchvision":
         return _torchvision(rest)
     if library == "diffusers":

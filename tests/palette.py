@@ -56,6 +56,14 @@ def palette_grid(
     return tiles.permute(order).reshape(batch, channels, *(g * c for g, c in zip(grid, cell, strict=True)))
 
 
+def palette_rows(batch: int, shape: Sequence[int], channels: int = 3, run: int = 1, seed: int = 0) -> Tensor:
+    """[batch, channels, *shape], random along all axes but the last, `run` equal neighbours on the first of them."""
+    generator = torch.Generator().manual_seed(seed)
+    lead = [math.ceil(shape[0] / run), *shape[1:-1]]
+    rows = torch.randn(batch, channels, *lead, 1, generator=generator).repeat_interleave(run, dim=2)
+    return rows[:, :, : shape[0]].expand(batch, channels, *shape).contiguous()
+
+
 def palette_image(batch: int, size: int, patch: int, k: int = 4, seed: int = 0, channels: int = 3) -> Tensor:
     """Square palette image [batch, channels, size, size]."""
     return palette_grid(batch, (size // patch,) * 2, (patch,) * 2, channels, k, seed)
@@ -86,7 +94,8 @@ def equalize(model: nn.Module, seed: int | None = None, layer_scale: float = 0.5
     """Make equal patches equal tokens, in place: positions zeroed, LayerScale raised. Returns the model in eval mode.
 
     Finds positions by name among parameters, buffers and plain tensor attributes. Rotary tables get the same row
-    everywhere (zeros would zero the keys). `seed` also redraws all weights, so that every part is felt at the output.
+    everywhere (zeros would zero the keys), rotary frequencies 0 and periods no end. `seed` also redraws all weights,
+    so that every part is felt at the output.
     """
     if seed is not None:
         redraw(model, seed)
@@ -99,13 +108,26 @@ def equalize(model: nn.Module, seed: int | None = None, layer_scale: float = 0.5
                 full = f"{path}.{name}"
                 if not value.is_floating_point():
                     continue
-                if rotary:
+                if rotary and "period" in name:
+                    value.fill_(1e30)
+                elif rotary and (value.dim() == 1 or "freq" in name):
+                    value.zero_()
+                elif rotary:
                     value.copy_(value[:1].expand_as(value).clone())
                 elif POSITION.search(full):
                     value.zero_()
                 elif LAYER_SCALE.search(full):
                     value.fill_(layer_scale)
     return model.eval()
+
+
+def wrap_convolutions(model: nn.Module) -> nn.Module:
+    """Convolutions that pad by wrapping around, in place: along an axis on which the input does not vary, neither does
+    what they make of it. Returns the model."""
+    for module in model.modules():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.padding_mode == "zeros":
+            module.padding_mode = "circular"
+    return model
 
 
 # -- comparing -------------------------------------------------------------------------------------------------------
