@@ -40,7 +40,7 @@ class Captured:
 
     gm: the graph module. fakes: one fake value per placeholder. attributes: tensor attributes and constants by name,
     for which the first `len(attributes)` placeholders stand. model_input: per placeholder, whether it varies from
-    call to call.
+    call to call. buffers: the real values of constant placeholders that no optimiser changes.
     """
 
     gm: fx.GraphModule
@@ -48,6 +48,7 @@ class Captured:
     attributes: dict[str, Tensor]
     model_input: list[bool]
     fake_mode: FakeTensorMode
+    buffers: dict[fx.Node, Tensor]
 
 
 def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
@@ -68,13 +69,19 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
     traced.__dict__.pop("shape_env", None)
     constants = _lift_constants(traced, mode)
     functionalise(traced, mode)
+    _fill_from_nothing(traced.graph)
     traced.graph.eliminate_dead_code(is_impure_node=is_impure)
     traced.recompile()
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     held = {**constants, **attributes}
     varies = [False] * len(held) + [_is_model_input(n, v) for n, v in zip(placeholders, inputs, strict=True)]
-    all_fakes = [node.meta["val"] for node in traced.graph.find_nodes(op="placeholder")]
-    return Captured(traced, all_fakes, held, varies, mode)
+    inside = traced.graph.find_nodes(op="placeholder")
+    buffers = {
+        node: value
+        for node, value, moves in zip(inside, [*held.values(), *inputs], varies, strict=True)
+        if isinstance(value, Tensor) and not moves and not isinstance(value, (FakeTensor, torch.nn.Parameter))
+    }
+    return Captured(traced, [node.meta["val"] for node in inside], held, varies, mode, buffers)
 
 
 def _fake_mode(inputs: Sequence[Any]) -> FakeTensorMode:
@@ -217,6 +224,23 @@ AUTOCAST_SWITCHES: dict[Any, Callable[..., Any]] = {
     torch.amp.autocast_mode._enter_autocast: _enter_autocast,
     torch.amp.autocast_mode._exit_autocast: _exit_autocast,
 }
+
+
+_NEW: dict[Any, float] = {aten.new_zeros.default: 0.0, aten.new_ones.default: 1.0}
+
+
+def _fill_from_nothing(graph: fx.Graph) -> None:
+    """`x.new_zeros(size)` reads no value of x: without it, what is made from the result is seen to be constant."""
+    for node in list(graph.nodes):
+        if node.target not in _NEW or not all(isinstance(size, int) for size in node.args[1]):
+            continue
+        val = node.meta["val"]
+        with graph.inserting_before(node):
+            value = _NEW[node.target] if val.dtype.is_floating_point else int(_NEW[node.target])
+            filled = graph.call_function(aten.full.default, (node.args[1], value), {"dtype": val.dtype, "device": val.device})
+        filled.meta = dict(node.meta)
+        node.replace_all_uses_with(filled)
+        graph.erase_node(node)
 
 
 # -- fused inference ops -----------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from tome_fx.report import SkipReason
 
 from .axes import Dim, leaves, locate, size_of
 from .find_attention import AttentionSite
+from .masks import key_masks, parted, score_terms, token_dims
 from .rules import Call, Facts, find
 from .rules.contraction import Contraction
 
@@ -55,6 +56,8 @@ class Block:
     length: tokens before any merge. branch: the merge ends where its values meet the stream; merge and stream are then
     one node. crossed: the tokens are the queries of cross attention. operands: `merge` is the attention, what merges
     are its queries, keys and values (crossed: its queries), and `stream` is the operand they are compared by.
+    masks: the masks of keys, which give a token no weight. parts: the mask of pairs within whose parts tokens merge, and
+    most: how many of them may.
     """
 
     site: AttentionSite
@@ -68,6 +71,9 @@ class Block:
     branch: bool = False
     crossed: bool = False
     operands: bool = False
+    masks: tuple[fx.Node, ...] = ()
+    parts: fx.Node | None = None
+    most: int | None = None
 
 
 def find_blocks(
@@ -160,7 +166,7 @@ def _block(
     features = reach.features
     if features & {*keys, *queries}:
         return SkipReason("attention over channels", site.name, "its keys are features, which a weight made")
-    if site.causal is not None:
+    if site.causal is not None and (not site.masked or crossed or placement == "stream"):
         return SkipReason("causal or windowed mask", site.name, site.causal)
     if crossed and (why := _only_causal(sites, facts, tokens)):
         return SkipReason("causal or windowed mask", site.name, why)
@@ -184,11 +190,21 @@ def _block(
             site.name,
             f"{length} tokens, {prefix + suffix} of them protected: fewer than {SHORTEST_AXIS} to merge",
         )
-    if why := _pair_mask(site, facts, calls, tokens, sample, reach):
-        return SkipReason("windowed mask", site.name, why)
+    pairs = _pair_mask(site, facts, calls, tokens, sample, (prefix, suffix), reach)
+    if isinstance(pairs, str):
+        kind = "windowed mask" if site.causal is None else "causal or windowed mask"
+        return SkipReason(kind, site.name, site.causal or pairs)
+    if pairs is not None and not branch:
+        return SkipReason("windowed mask", site.name, f"{pairs[0].name} parts the stream, which merges for good")
+    if pairs is not None:
+        facts.parted |= set(score_terms(site, facts, calls))
+    masks = () if crossed else key_masks(site, facts, calls, tokens, sample)
+    masks = tuple(mask for mask in masks if not reach.leads(node, mask))
     value, at = (site.q, site.query_dim) if crossed else (site.k, site.key_dim)
     length = value.meta["val"].shape[at]
-    return Block(site, tokens, sample, node, stream, prefix, suffix, length, branch, crossed, operands)
+    return Block(
+        site, tokens, sample, node, stream, prefix, suffix, length, branch, crossed, operands, masks, *(pairs or ())
+    )
 
 
 def _only_causal(sites: list[AttentionSite], facts: Facts, tokens: Dim) -> str | None:
@@ -285,27 +301,33 @@ def _branch_point(
 
 
 def _pair_mask(
-    site: AttentionSite, facts: Facts, calls: dict[fx.Node, Call], tokens: Dim, sample: Dim, reach: _Reach
-) -> str | None:
-    """Why a term of the scores rules out merging: it is a mask of pairs, and one group could hold tokens that it keeps
-    apart. A bool one, one that the caller gives, or a table that differs from sample to sample (shifted windows)."""
-    if site.masked:
-        terms = calls[site.out].nodes[3:]
-    elif site.fused:
-        terms = []
-    else:
-        terms = [n for n in facts.scores if n in facts.constant or n in facts.given]
-    for term in terms:
-        dims = facts.dims(term)
-        pair = [d for d, dim in enumerate(dims) if leaves(dim) == tokens and facts.varies(term, d)]
+    site: AttentionSite,
+    facts: Facts,
+    calls: dict[fx.Node, Call],
+    tokens: Dim,
+    sample: Dim,
+    ends: tuple[int, int],
+    reach: _Reach,
+) -> tuple[fx.Node, int] | str | None:
+    """A mask of pairs among the terms of the scores: one group could hold tokens that it keeps apart.
+
+    Masks are bool terms, what the caller gives, and tables that differ from sample to sample (shifted windows). Returns
+    the mask and how many tokens of each sample may merge where only tokens of one part do (see `masks.parted`), or why
+    nothing may.
+    """
+    found: tuple[fx.Node, int] | None = None
+    for term in score_terms(site, facts, calls):
+        pair = token_dims(term, facts, tokens)
         if len(pair) < 2 or not reach.leads(term, site.out):
             continue
         windows = term in facts.constant and any(
-            set(leaves(dim)) & set(sample) and facts.varies(term, d) for d, dim in enumerate(dims)
+            set(leaves(dim)) & set(sample) and facts.varies(term, d) for d, dim in enumerate(facts.dims(term))
         )
-        if windows or facts.per_pair(term, *pair[-2:]):
+        if not windows and not facts.per_pair(term, *pair[-2:]):
+            continue
+        if found is not None or (found := parted(term, facts, calls, tokens, sample, *ends)) is None:
             return f"{term.name} tells each query apart which keys it sees"
-    return None
+    return found
 
 
 def _past_parallel_branch(

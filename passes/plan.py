@@ -293,9 +293,13 @@ class _Walk:
         free = block.length - prefix - suffix
         if isinstance(free, int) and free < SHORT_AXIS:
             r = min(r, max(before - prefix - suffix - free // 2, 0))
+        if block.most is not None:
+            r = min(r, block.most)
         if r == 0:
-            self._skip(block, "nothing to merge", "its share of the schedule is 0" if not self.wanted[index] else
-                       f"{before} tokens left of {block.length}, {prefix + suffix} protected")  # fmt: skip
+            why = f"{before} tokens left of {block.length}, {prefix + suffix} protected"
+            if block.most == 0:
+                why = "its mask leaves some token no partner"
+            self._skip(block, "nothing to merge", why if self.wanted[index] else "its share of the schedule is 0")
             return None, 0
         prev = held.step if held is not None else None
         return Step(index, prev, block.sample, before, before - r, prefix, suffix, block.branch), r

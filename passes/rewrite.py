@@ -29,7 +29,9 @@ from tome_fx.config import ToMeConfig
 
 from .axes import Atom, Dims, leaves, size_of
 from .capture import Captured, is_impure
+from .find_blocks import Block
 from .layout import DimLayout, Layout, Run, Step, is_plain, plain
+from .masks import token_dims
 from .plan import Merge, Plan
 from .rules import Call, Facts, find
 from .rules.base import Fill, tensors_of
@@ -52,12 +54,18 @@ def rewrite(
 
 @dataclass(frozen=True)
 class StepTensors:
-    """What a merge step is at run time: see `tome_fx.ops` for the index form. size: float32 [*sample, N']."""
+    """What a merge step is at run time: see `tome_fx.ops` for the index form.
+
+    size: float32 [*sample, N']. before, after: where a mask gives some tokens no weight, the weights to average by,
+    float32 [*sample, N] and [*sample, N'].
+    """
 
     assign: Traced
     keep: Traced
     moved: Traced
     size: Traced
+    before: Traced | None = None
+    after: Traced | None = None
 
 
 class Emitter:
@@ -74,24 +82,34 @@ class Emitter:
         self._converted: dict[Any, Traced] = {}
         self._log_sizes: dict[Step, Traced] = {}
         self._index: dict[Any, Traced] = {}
+        self._weights: dict[Any, Traced] = {}
 
     # -- nodes -----------------------------------------------------------------------------------------------------
 
     def run_graph(self) -> fx.Graph:
         """The new graph."""
         for node in self.source.nodes:
-            self.builder.begin(node)
             if node.op == "output":
+                self.builder.begin(node)
                 self.builder.graph.output(self.builder.arguments(fx.map_arg(node.args[0], self._whole)))
                 break
-            merge = self.plan.merges.get(node)
-            if merge is not None and merge.block.operands:
-                self._match_here(merge, None, ())
-            value = self._value(node)
-            if merge is not None and not merge.block.operands:
-                value = self._merge_here(merge, value)
-            self.env[node] = value
+            self._visit(node)
         return self.builder.graph
+
+    def _visit(self, node: fx.Node) -> None:
+        """Emit a node, and before it what it needs."""
+        if node in self.env:
+            return
+        for source in node.all_input_nodes:
+            self._visit(source)
+        self.builder.begin(node)
+        merge = self.plan.merges.get(node)
+        if merge is not None and merge.block.operands:
+            self._match_here(merge, None, ())
+        value = self._value(node)
+        if merge is not None and not merge.block.operands:
+            value = self._merge_here(merge, value)
+        self.env[node] = value
 
     def _value(self, n: fx.Node) -> Any:
         if n.op == "placeholder":
@@ -236,10 +254,59 @@ class Emitter:
         step = merge.step
         before = self._step(step.prev).size if step.prev else None
         metric, heads = self._metric(merge, value, have)
-        call = self.builder.call
-        assign, keep, moved, _ = call(tome.match.default, metric.detach(), merge.r, step.prefix, step.suffix, heads)
+        metric, call, block = metric.detach(), self.builder.call, merge.block
+        weight, kinds = self._weight(block, step.prev), []
+        if weight is not None:
+            kinds.append(call(tome.key_kinds.default, weight))
+        if block.parts is not None:
+            kinds.append(call(tome.part_kinds.default, self._by_sample(block, block.parts)))
+        if kinds:
+            first = self.config.padding_first and weight is not None
+            metric, heads = call(tome.apart.default, metric, _joined(kinds), heads, first), False
+        assign, keep, moved, _ = call(tome.match.default, metric, merge.r, step.prefix, step.suffix, heads)
         size = call(tome.merge_size.default, before, assign, keep, moved)
-        self.steps[step] = StepTensors(assign, keep, moved, size)
+        after = None if weight is None else call(tome.merge_size.default, weight, assign, keep, moved)
+        self.steps[step] = StepTensors(assign, keep, moved, size, weight, after)
+
+    def _weight(self, block: Block, step: Step | None) -> Traced | None:
+        """float32 [*sample, N]: original tokens that the block's masks of keys do not leave out, in the state `step`."""
+        if not block.masks:
+            return None
+        key = (block.masks, leaves(block.sample), step)
+        if key not in self._weights:
+            call = self.builder.call
+            if step is None:
+                held = [call(tome.key_weight.default, self._by_sample(block, mask)) for mask in block.masks]
+                weight = held[0]
+                for other in held[1:]:
+                    weight = call(aten.minimum.default, weight, other)
+            else:
+                at = self._step(step)
+                weight = call(tome.merge_size.default, self._weight(block, step.prev), at.assign, at.keep, at.moved)
+            self._weights[key] = weight
+        return self._weights[key]
+
+    def _by_sample(self, block: Block, node: fx.Node) -> Traced:
+        """A mask as [*sample, N] or, a mask of pairs, [*sample, N, N]. It may stand further on in the old graph."""
+        self._visit(node)
+        dims, tokens = self.facts.dims(node), leaves(block.tokens)
+        x, factors = self._factored(self._whole(node), dims, plain(len(dims)))
+        spots = token_dims(node, self.facts, block.tokens)
+        sample = [next((i for i, (_, f) in enumerate(factors) if f is leaf), None) for leaf in leaves(block.sample)]
+        token = [i for d in spots for i, (e, f) in enumerate(factors) if e == d and f in tokens]
+        order = [i for i in sample if i is not None] + token
+        rest = [i for i in range(len(factors)) if i not in order]
+        x = x.permute([*rest, *order])
+        for _ in rest:  # the same everywhere along it
+            x = x.select(0, 0)
+        lead = len(order) - len(token)
+        for _ in spots:
+            lead += 1
+            x = x.flatten(lead - 1, lead + len(tokens) - 2) if len(tokens) > 1 else x
+        sizes = [self._size_of([leaf]) for leaf in leaves(block.sample)]
+        for i, at in enumerate(sample):
+            x = x.unsqueeze(i) if at is None else x
+        return x.expand([*sizes, *x.shape[len(sizes) :]]) if None in sample else x
 
     def _metric(self, merge: Merge, value: Traced | None, have: Layout) -> tuple[Traced, bool]:
         """What tokens are compared by, and whether it has an axis of heads.
@@ -333,12 +400,13 @@ class Emitter:
             held = self._step(step)
             size = self._step(step.prev).size if step.prev else None
             x, back = self._canonical(x, dims, have, d, key, leaves(step.sample))
+            weighed = (size, held.size) if held.after is None else (held.before, held.after)
             if fill is Fill.ROW:
                 x = self.builder.call(tome.unmerge.default, x, held.keep)
             elif fill is Fill.BIAS:
                 x = self.builder.call(tome.merge_bias.default, x, size, held.size, held.assign)
             else:
-                x = self.builder.call(tome.merge.default, x, size, held.size, held.assign, held.keep, held.moved)
+                x = self.builder.call(tome.merge.default, x, *weighed, held.assign, held.keep, held.moved)
             have = _with_run(have, d, key, Run(*key, step))
             x = back(x, have)
         return x, _with_run(have, d, key, new)
@@ -447,6 +515,10 @@ class Emitter:
         return size.expand(expand).reshape(final)
 
 
+def _joined(parts: Sequence[Traced]) -> Traced:
+    return cat(parts, -1) if len(parts) > 1 else parts[0]
+
+
 def _find(have: Sequence[Atom], want: Sequence[Atom]) -> list[int]:
     return [i for i in range(len(have) - len(want) + 1) if tuple(have[i : i + len(want)]) == tuple(want)]
 
@@ -473,21 +545,25 @@ def _with_run(layout: Layout, d: int, key: tuple[int, int], run: Run | None) -> 
 
 def _shifted(held: StepTensors, lo: int, hi: int) -> StepTensors:
     """The same merge on an axis with `lo` more protected tokens in front and `hi` more behind (negative: fewer)."""
-    assign, keep, moved, size = held.assign, held.keep, held.moved, held.size
+    assign, keep, moved = held.assign, held.keep, held.moved
     if lo < 0 or hi < 0:
         front, back = max(-lo, 0), max(-hi, 0)
         assign = assign.narrow(-1, front, assign.shape[-1] - front - back) - front
         keep = keep.narrow(-1, front, keep.shape[-1] - front - back) - front
-        size = size.narrow(-1, front, size.shape[-1] - front - back)
         moved = moved - front
     if lo > 0 or hi > 0:
         front, back = max(lo, 0), max(hi, 0)
         assign, keep = (
             _padded(x, front, back, length) for x, length in ((assign, keep.shape[-1]), (keep, assign.shape[-1]))
         )
-        size = size.pad((front, back), 1.0)
         moved = moved + front
-    return StepTensors(assign, keep, moved, size)
+
+    def grown(size: Traced | None) -> Any:
+        if size is not None and (lo < 0 or hi < 0):
+            size = size.narrow(-1, max(-lo, 0), size.shape[-1] - max(-lo, 0) - max(-hi, 0))
+        return size if size is None or (lo <= 0 and hi <= 0) else size.pad((max(lo, 0), max(hi, 0)), 1.0)
+
+    return StepTensors(assign, keep, moved, grown(held.size), grown(held.before), grown(held.after))
 
 
 def _padded(index: Traced, front: int, back: int, length: Any) -> Traced:

@@ -76,6 +76,7 @@ def tome_backend(
     metric: str = "key",
     protect: str | int = "auto",
     placement: str = "auto",
+    padding_first: bool = False,
     inner: str = "inductor",
     strict: bool = False,
 ) -> ToMeBackend:
@@ -90,12 +91,14 @@ def tome_backend(
         protect: leading tokens that never merge; "auto" finds class, distillation and register tokens.
         placement: "stream" merges for good, "branch" around each attention alone; "auto" takes the stream where there
             is one, a branch elsewhere, and either only where it pays.
+        padding_first: merge the tokens that a mask of keys leaves out before all others. Their outputs are then those
+            of other padding; valid tokens do not notice.
         inner: "inductor", "aot_eager" or "eager".
         strict: raise ToMeError where the default is a ToMeWarning.
 
     Raises: TypeError or ValueError on values that are not allowed.
     """
-    return ToMeBackend(ToMeConfig(r, flops, prop_attn, metric, protect, placement, inner, strict))
+    return ToMeBackend(ToMeConfig(r, flops, prop_attn, metric, protect, placement, padding_first, inner, strict))
 
 
 def tome(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:

@@ -33,6 +33,9 @@ class ToMeConfig:
     placement: str = "auto"
     """"stream" merges on the residual stream for good, "branch" around each attention alone (the stream keeps its
     length); "auto" takes the stream where there is one and a branch elsewhere, and either only where it pays."""
+    padding_first: bool = False
+    """Merge the tokens that a mask of keys leaves out before all others, however alike they are. They never mix into
+    the others in any case."""
     inner: str = "inductor"
     """What compiles the rewritten graph: "inductor", "aot_eager" or "eager"."""
     strict: bool = False
@@ -58,7 +61,7 @@ class ToMeConfig:
             isinstance(self.protect, bool) or not isinstance(self.protect, int) or self.protect < 0
         ):
             raise ValueError(f'protect must be "auto" or a number of leading tokens, 0 or more, got {self.protect!r}')
-        for name in ("prop_attn", "strict"):
+        for name in ("prop_attn", "padding_first", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
 

@@ -316,6 +316,42 @@ def merge_bias(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor)
     return (mean.log() + top).clamp(min=lowest).to(x.dtype)
 
 
+_APART = 2.0
+# A masked token weighs this much: nothing beside any other, and a group of masked tokens still has a mean.
+_NOTHING = 2.0**-40
+
+
+def key_weight(mask: Tensor) -> Tensor:
+    """What a token counts for in a merge, by a mask of keys (bool, True: seen; or float, 0 or very low): 1 or 2^-40."""
+    seen = mask if mask.dtype is torch.bool else mask > -1e4
+    return torch.where(seen, 1.0, _NOTHING).to(torch.float32)
+
+
+def key_kinds(weight: Tensor) -> Tensor:
+    """`[*sample, N]` -> `[*sample, N, 2]`: (1, 0) where a token, or any in its group, is seen, else (0, 1)."""
+    seen = weight > 0.5
+    return torch.stack([seen, seen.logical_not()], -1).to(torch.float32)
+
+
+def part_kinds(mask: Tensor) -> Tensor:
+    """A mask of pairs `[*sample, N, N]` that parts the tokens -> the same unit vector for all tokens of one part."""
+    seen = mask.to(torch.float32) if mask.dtype is torch.bool else mask.to(torch.float32).exp()
+    return seen / seen.norm(dim=-1, keepdim=True)
+
+
+def apart(metric: Tensor, kinds: Tensor, heads: bool, first: bool) -> Tensor:
+    """A metric by which tokens of one kind are always more similar than tokens of two, and else as before.
+
+    metric: as in `match`. kinds: `[*sample, N, k]`, equal unit vectors within a kind, orthogonal ones between kinds.
+    first: tokens whose first entry of `kinds` is 0 are all alike. Returns float32 `[*sample, N, d + k]`.
+    """
+    x = metric.to(torch.float32)
+    x = x.sum(-2) if heads else x
+    x = x / x.norm(dim=-1, keepdim=True).clamp_min(_SMALLEST_NORM)
+    x = x * kinds[..., :1] if first else x
+    return torch.cat([x, _APART * kinds], -1)
+
+
 def unmerge(x: Tensor, index: Tensor) -> Tensor:
     """Give every original token the value of its group: x `[*sample, N', *rest]`, index `[*sample, N]` -> N rows."""
     return x.gather(index.dim() - 1, _index(index, x))
@@ -330,3 +366,7 @@ _spelled_out(f"merge_aten(Tensor x, Tensor? size, Tensor size_out, {_INDEX}) -> 
 _spelled_out(f"merge_size_aten(Tensor? size, {_INDEX}) -> Tensor", merge_size_aten)
 _spelled_out("merge_bias(Tensor x, Tensor? size, Tensor size_out, Tensor assign) -> Tensor", merge_bias)
 _spelled_out("unmerge(Tensor x, Tensor index) -> Tensor", unmerge)
+_spelled_out("key_weight(Tensor mask) -> Tensor", key_weight)
+_spelled_out("key_kinds(Tensor weight) -> Tensor", key_kinds)
+_spelled_out("part_kinds(Tensor mask) -> Tensor", part_kinds)
+_spelled_out("apart(Tensor metric, Tensor kinds, bool heads, bool first) -> Tensor", apart)

@@ -88,7 +88,8 @@ class Facts:
     on the way to a softmax. uniform: dims along which a value is the same everywhere. decided: values that a bool
     tensor went into. given: inputs of the model, and what was made of them without a product. segments: sizes of the
     pieces a token axis was concatenated from, with whether each depends on no input. channels: axes that come from a
-    weight. cuts: reads of an axis at a fixed position, (leaves, from the front, from the back).
+    weight. cuts: reads of an axis at a fixed position, (leaves, from the front, from the back). buffers: the values that
+    the model's buffers have while it is compiled. parted: masks of pairs within whose parts alone tokens merge.
     """
 
     axes: dict[fx.Node, tuple[Dims, ...]] = field(default_factory=dict)
@@ -101,6 +102,8 @@ class Facts:
     segments: list[tuple[tuple, list[tuple[Any, bool]]]] = field(default_factory=list)
     channels: list[Dim] = field(default_factory=list)
     cuts: list[tuple[tuple, int, int]] = field(default_factory=list)
+    buffers: dict[fx.Node, Tensor] = field(default_factory=dict)
+    parted: set[fx.Node] = field(default_factory=set)
     unknown: dict[str, int] = field(default_factory=dict)
 
     def dims(self, node: fx.Node, result: int = 0) -> Dims:
@@ -121,7 +124,7 @@ class Facts:
         """
         if node.meta["val"].dim() < 2 or not (self.varies(node, query) and self.varies(node, key)):
             return False
-        return node in self.given or node in self.decided
+        return (node in self.given or node in self.decided) and node not in self.parted
 
 
 def tensors_of(value: Any) -> tuple[Tensor, ...]:
