@@ -5,7 +5,8 @@ over). For each model, small and with random weights, the process compares the r
 
 - shapes and dtypes of all outputs at r, and the report: sites, placement, tokens, FLOPs, unmerges, reasons;
 - r=0: bit-equal to Dynamo's own graph;
-- the lossless law (docs/design.md): positions out, convolutions wrapped around, palette input. "exact", or "not equal" with the lowest cosine at
+- the lossless law (docs/design.md): positions out, convolutions wrapped around, palette input. "exact", or
+  "not equal" with the lowest cosine at
   which tokens were merged where the input could not give each token an equal (overlapping stems, pooled grids), or
   "n/a" where a convolution between two merges tells equal tokens apart: there the law says nothing.
 

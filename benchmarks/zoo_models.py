@@ -101,13 +101,14 @@ def _timm(name: str, largest: int = 256) -> ZooModel:
     """Four blocks of a timm model at its own input size, or at about `largest` pixels where that is less and the model
     can be built for it."""
     channels, height, width = timm.get_pretrained_cfg(name).input_size
-    assert height == width, name
     model = _created(name, depth=4)
     known = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     patch = int(known[0] if isinstance(known, tuple) else known or 16)
-    if known and height > largest and "img_size" in inspect.signature(type(model).__init__).parameters:
-        height = largest // patch * patch
+    takes = inspect.signature(type(model).__init__).parameters
+    if known and (height > largest or height != width) and "img_size" in takes:
+        height = width = largest // patch * patch
         model = _created(name, depth=4, img_size=height)
+    assert height == width, name
     random, palettes = _images(height, patch, channels)
     return ZooModel(model.eval(), (random,), palettes)
 
@@ -192,7 +193,8 @@ def _mel_and_text(settings: Any) -> Any:
 
 
 def _text(settings: Any) -> Any:
-    return (torch.randint(3, 90, (BATCH, 64)),), ((torch.arange(64).div(8, rounding_mode='floor').remainder(4).add(5).expand(BATCH, -1),),), {}
+    runs = torch.arange(4).add(5).repeat_interleave(8).repeat(2).expand(BATCH, -1)
+    return (torch.randint(3, 90, (BATCH, 64)),), ((runs,),), {}
 
 
 def _siglip2(settings: Any) -> Any:
@@ -350,7 +352,10 @@ class NotOffered(Exception):
 
 
 def build(name: str, sweep: bool = False) -> ZooModel:
-    """The model of a name; in a sweep, on small images. Raises NotOffered where the library says that an attention implementation is missing."""
+    """The model of a name; in a sweep, on small images.
+
+    Raises NotOffered where the library says that an attention implementation is missing.
+    """
     torch.manual_seed(0)
     library, _, rest = name.partition("/")
     if library == "timm":

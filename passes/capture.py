@@ -237,7 +237,8 @@ def _fill_from_nothing(graph: fx.Graph) -> None:
         val = node.meta["val"]
         with graph.inserting_before(node):
             value = _NEW[node.target] if val.dtype.is_floating_point else int(_NEW[node.target])
-            filled = graph.call_function(aten.full.default, (node.args[1], value), {"dtype": val.dtype, "device": val.device})
+            options = {"dtype": val.dtype, "device": val.device}
+            filled = graph.call_function(aten.full.default, (node.args[1], value), options)
         filled.meta = dict(node.meta)
         node.replace_all_uses_with(filled)
         graph.erase_node(node)

@@ -442,7 +442,9 @@ def _open_site(node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Cal
         return None
     keys, key_dim = holders[outs.index(max(outs))]
     other = next(i for i in operands if i != keys)
-    spots = [d for d, dim in enumerate(facts.dims(inner_call.nodes[other])) if leaves(dim) == axis]
+    # The queries' tokens are what the product keeps of the other operand alone.
+    shared = {*sig.ins[keys], None}
+    spots = [d for d, x in enumerate(sig.ins[other]) if x not in shared and x in sig.outs[0]]
     inner = tuple(d for d, x in enumerate(sig.ins[keys]) if x is not None and sig.role(x) is Role.SUM)
     return AttentionSite(
         place(node) or f"attention {index}",

@@ -29,7 +29,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import networkx as nx
 import torch
 from torch import fx
 
@@ -37,7 +36,9 @@ from tome_fx.report import SkipReason
 
 from .axes import Dim, leaves, locate, size_of
 from .find_attention import AttentionSite
+from .find_mlps import find_mlps
 from .masks import key_masks, parted, score_terms, token_dims
+from .reach import Reach
 from .rules import Call, Facts, find
 from .rules.contraction import Contraction
 
@@ -54,9 +55,10 @@ class Block:
     tokens: the leaves of the token axis. sample: the leaves along which each entry is merged on its own.
     merge: the node whose value is merged. stream: the residual operand of that add. prefix, suffix: protected tokens.
     length: tokens before any merge. branch: the merge ends where its values meet the stream; merge and stream are then
-    one node. crossed: the tokens are the queries of cross attention. operands: `merge` is the attention, what merges
-    are its queries, keys and values (crossed: its queries), and `stream` is the operand they are compared by.
-    masks: the masks of keys, which give a token no weight. parts: the mask of pairs within whose parts tokens merge, and
+    one node. crossed: the tokens are the queries of cross attention. operands: where not the value of `merge` is merged
+    but operands of it (an attention's queries, keys and values), (operand, dim) of each; `stream` is the one they are
+    compared by. mlp: what merges is the MLP that reads the stream of the site.
+    masks: the masks of keys, which give a token no weight. parts: the mask of pairs within whose parts tokens merge.
     most: how many of them may.
     """
 
@@ -70,10 +72,16 @@ class Block:
     length: Any
     branch: bool = False
     crossed: bool = False
-    operands: bool = False
+    operands: tuple[tuple[int, int], ...] = ()
+    mlp: bool = False
     masks: tuple[fx.Node, ...] = ()
     parts: fx.Node | None = None
     most: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The place in the model."""
+        return f"{self.site.name} (MLP)" if self.mlp else self.site.name
 
 
 def find_blocks(
@@ -85,7 +93,7 @@ def find_blocks(
     placement: str,
 ) -> tuple[list[Block], list[SkipReason]]:
     """The mergeable attention blocks in graph order, and why the other sites are none."""
-    reach = _Reach(gm.graph, facts)
+    reach = Reach(gm.graph, facts)
     blocks: list[Block] = []
     skipped: list[SkipReason] = []
     for site in sites:
@@ -96,56 +104,55 @@ def find_blocks(
             blocks.append(found)
         else:
             skipped.append(found)
+    if placement != "stream":
+        blocks += _mlps(facts, calls, sites, blocks, reach, protect)
     return blocks, skipped
 
 
-class _Reach:
-    """Ancestors of every node as bit sets over graph order, dominators and post-dominators on demand.
+def _mlps(
+    facts: Facts,
+    calls: dict[fx.Node, Call],
+    sites: list[AttentionSite],
+    blocks: list[Block],
+    reach: Reach,
+    protect: str | int,
+) -> list[Block]:
+    """Blocks for the MLPs whose stream does not merge, unless a mask of the attention keeps tokens apart."""
+    found = []
+    held = {block.site: block for block in blocks}
+    for mlp in find_mlps(facts, calls, sites, reach):
+        block, tokens, value = held.get(mlp.site), mlp.tokens, mlp.value
+        same = [site for site in sites if leaves(facts.dims(site.q)[site.query_dim]) == tokens]
+        masks = block.masks if block is not None and block.tokens == tokens else ()
+        if any(other.merge is mlp.merge for other in blocks) or (block is not None and not block.branch):
+            continue
+        if not masks and any(_keeps_apart(s, held.get(s), facts, calls, tokens) for s in (mlp.site, *same)):
+            continue
+        prefix, suffix = protected(facts, tokens) if protect == "auto" else (int(protect), 0)
+        length = size_of(tokens)
+        if isinstance(length, int) and length - prefix - suffix < SHORTEST_AXIS:
+            continue
+        whole = leaves(facts.dims(value)[mlp.dim]) == tokens
+        size = value.meta["val"].shape[mlp.dim] if whole else length
+        features = {leaf for node in calls[mlp.merge].nodes[1:] for dim in facts.dims(node) for leaf in leaves(dim)}
+        features |= reach.features | set(tokens)
+        sample = tuple(leaf for dim in facts.dims(value) for leaf in leaves(dim) if leaf not in features)
+        operands = () if mlp.entry is None else ((mlp.entry, mlp.dim),)
+        found.append(Block(mlp.site, tokens, sample, mlp.merge, value, prefix, suffix, size, True, False, operands,
+                           True, masks))  # fmt: skip
+    return found
 
-    features: the leaves of all axes that come from a weight.
-    """
 
-    def __init__(self, graph: fx.Graph, facts: Facts) -> None:
-        self.facts = facts
-        self.features = {leaf for dim in facts.channels for leaf in leaves(dim)}
-        self.nodes = list(graph.nodes)
-        self.index = {node: i for i, node in enumerate(self.nodes)}
-        self.above: list[int] = []
-        for i, node in enumerate(self.nodes):
-            bits = 1 << i
-            for source in node.all_input_nodes:
-                bits |= self.above[self.index[source]]
-            self.above.append(bits)
-        self._after: dict[fx.Node, fx.Node] | None = None
-        self._before: dict[fx.Node, fx.Node] | None = None
-
-    def leads(self, a: fx.Node, b: fx.Node) -> bool:
-        """Whether b is computed from a (or is a)."""
-        return bool(self.above[self.index[b]] >> self.index[a] & 1)
-
-    def after(self, node: fx.Node) -> fx.Node | None:
-        """The immediate post-dominator: the first later node that every path to the output passes."""
-        if self._after is None:
-            graph = nx.DiGraph((user, n) for n in self.nodes for user in n.users)
-            self._after = dict(nx.immediate_dominators(graph, self.nodes[-1])) if self.nodes[-1] in graph else {}
-        return self._after.get(node)
-
-    def dominators(self, node: fx.Node) -> list[fx.Node]:
-        """The nodes that every path from the model's inputs to `node` passes, the nearest (itself) first."""
-        if self._before is None:
-            # `self.nodes[-1]`, the output, stands in for the one root that all inputs hang from.
-            root, constant = self.nodes[-1], self.facts.constant
-            graph: Any = nx.DiGraph()
-            for n in self.nodes[:-1]:
-                if n not in constant:
-                    sources = [source for source in n.all_input_nodes if source not in constant]
-                    graph.add_edges_from((source, n) for source in sources or [root])
-            self._before = dict(nx.immediate_dominators(graph, root)) if root in graph else {}
-        found = []
-        while node in self._before and node is not self.nodes[-1]:
-            found.append(node)
-            node = self._before[node]
-        return found
+def _keeps_apart(
+    site: AttentionSite, block: Block | None, facts: Facts, calls: dict[fx.Node, Call], tokens: Dim
+) -> bool:
+    """Whether a mask of this attention may keep tokens of the axis apart that an MLP would merge."""
+    if block is not None and block.parts is not None:
+        return block.tokens == tokens
+    if site.causal is not None:
+        return True
+    own = leaves(facts.dims(site.q)[site.query_dim]) == leaves(facts.dims(site.k)[site.key_dim])
+    return own and any(term in facts.given or term in facts.decided for term in score_terms(site, facts, calls))
 
 
 def _block(
@@ -153,7 +160,7 @@ def _block(
     facts: Facts,
     calls: dict[fx.Node, Call],
     sites: list[AttentionSite],
-    reach: _Reach,
+    reach: Reach,
     protect: str | int,
     placement: str,
 ) -> Block | SkipReason:
@@ -163,25 +170,16 @@ def _block(
     tokens = queries if crossed else keys
     if not tokens or (crossed and (placement == "stream" or not site.fused)):
         return SkipReason("cross attention", site.name, "queries and keys are different tokens")
-    features = reach.features
-    if features & {*keys, *queries}:
+    if reach.features & {*keys, *queries}:
         return SkipReason("attention over channels", site.name, "its keys are features, which a weight made")
-    if site.causal is not None and (not site.masked or crossed or placement == "stream"):
-        return SkipReason("causal or windowed mask", site.name, site.causal)
-    if crossed and (why := _only_causal(sites, facts, tokens)):
+    why = site.causal if not site.masked or crossed or placement == "stream" else None
+    if why := why or (_only_causal(sites, facts, tokens) if crossed else None):
         return SkipReason("causal or windowed mask", site.name, why)
-    merge = None if placement == "branch" or crossed else _merge_point(site, facts, reach, tokens)
-    branch = merge is None or (isinstance(merge, SkipReason) and placement != "stream")
-    if branch:
-        merge = _branch_point(site, facts, calls, reach, sites, tokens, crossed)
-    operands = branch and isinstance(merge, SkipReason) and site.fused
-    if operands:
-        merge = site.out, site.q if crossed else site.k
-    if isinstance(merge, SkipReason):
-        return merge
-    assert merge is not None
-    node, stream = merge if branch else _past_parallel_branch(merge, facts, reach, sites, tokens)
-    sample = _sample(site, facts, stream if operands else node, tokens, crossed, features)
+    place = _place(site, facts, calls, sites, reach, tokens, placement)
+    if isinstance(place, SkipReason):
+        return place
+    node, stream, branch, operands = place
+    sample = _sample(site, facts, stream if operands else node, tokens, crossed, reach.features)
     prefix, suffix = protected(facts, tokens) if protect == "auto" else (int(protect), 0)
     length = size_of(tokens)
     if isinstance(length, int) and length - prefix - suffix < SHORTEST_AXIS:
@@ -191,20 +189,46 @@ def _block(
             f"{length} tokens, {prefix + suffix} of them protected: fewer than {SHORTEST_AXIS} to merge",
         )
     pairs = _pair_mask(site, facts, calls, tokens, sample, (prefix, suffix), reach)
+    if pairs is not None and not isinstance(pairs, str) and not branch:
+        pairs = f"{pairs[0].name} parts the stream, which merges for good"
     if isinstance(pairs, str):
         kind = "windowed mask" if site.causal is None else "causal or windowed mask"
         return SkipReason(kind, site.name, site.causal or pairs)
-    if pairs is not None and not branch:
-        return SkipReason("windowed mask", site.name, f"{pairs[0].name} parts the stream, which merges for good")
     if pairs is not None:
         facts.parted |= set(score_terms(site, facts, calls))
     masks = () if crossed else key_masks(site, facts, calls, tokens, sample)
     masks = tuple(mask for mask in masks if not reach.leads(node, mask))
     value, at = (site.q, site.query_dim) if crossed else (site.k, site.key_dim)
     length = value.meta["val"].shape[at]
-    return Block(
-        site, tokens, sample, node, stream, prefix, suffix, length, branch, crossed, operands, masks, *(pairs or ())
-    )
+    parts, most = pairs or (None, None)
+    return Block(site, tokens, sample, node, stream, prefix, suffix, length, branch, crossed, operands, False, masks,
+                 parts, most)  # fmt: skip
+
+
+def _place(
+    site: AttentionSite,
+    facts: Facts,
+    calls: dict[fx.Node, Call],
+    sites: list[AttentionSite],
+    reach: Reach,
+    tokens: Dim,
+    placement: str,
+) -> tuple[fx.Node, fx.Node, bool, tuple[tuple[int, int], ...]] | SkipReason:
+    """Where to merge: `Block`'s merge, stream, branch and operands."""
+    crossed = leaves(facts.dims(site.k)[site.key_dim]) != tokens
+    merge = None if placement == "branch" or crossed else _merge_point(site, facts, reach, tokens)
+    if merge is not None and not isinstance(merge, SkipReason):
+        return *_past_parallel_branch(merge, facts, reach, sites, tokens), False, ()
+    if merge is not None and placement == "stream":
+        return merge
+    found = _branch_point(site, facts, calls, reach, sites, tokens, crossed)
+    if not isinstance(found, SkipReason):
+        return *found, True, ()
+    if not site.fused:
+        return found
+    if crossed:
+        return site.out, site.q, True, ((0, site.query_dim),)
+    return site.out, site.k, True, tuple((i, calls[site.out].vals[i].dim() - 2) for i in range(3))
 
 
 def _only_causal(sites: list[AttentionSite], facts: Facts, tokens: Dim) -> str | None:
@@ -216,7 +240,7 @@ def _only_causal(sites: list[AttentionSite], facts: Facts, tokens: Dim) -> str |
     return None
 
 
-def _residual(node: fx.Node, site: AttentionSite, facts: Facts, reach: _Reach, tokens: Dim) -> fx.Node | None:
+def _residual(node: fx.Node, site: AttentionSite, facts: Facts, reach: Reach, tokens: Dim) -> fx.Node | None:
     """The operand of an add that the attention was computed from, where the other one is the attention's output."""
     if node.target not in _ADDS or len(node.all_input_nodes) != 2:
         return None
@@ -234,7 +258,7 @@ def _holds(facts: Facts, node: fx.Node, tokens: Dim) -> bool:
     return len(locate(tokens, facts.dims(node))) == 1
 
 
-def _merge_point(site: AttentionSite, facts: Facts, reach: _Reach, tokens: Dim) -> tuple[fx.Node, fx.Node] | SkipReason:
+def _merge_point(site: AttentionSite, facts: Facts, reach: Reach, tokens: Dim) -> tuple[fx.Node, fx.Node] | SkipReason:
     start = reach.index[site.out]
     nearest = "its output is never added to a value that it was computed from"
     for node in reach.nodes[start + 1 :]:
@@ -253,7 +277,7 @@ def _branch_point(
     site: AttentionSite,
     facts: Facts,
     calls: dict[fx.Node, Call],
-    reach: _Reach,
+    reach: Reach,
     sites: list[AttentionSite],
     tokens: Dim,
     crossed: bool,
@@ -307,7 +331,7 @@ def _pair_mask(
     tokens: Dim,
     sample: Dim,
     ends: tuple[int, int],
-    reach: _Reach,
+    reach: Reach,
 ) -> tuple[fx.Node, int] | str | None:
     """A mask of pairs among the terms of the scores: one group could hold tokens that it keeps apart.
 
@@ -331,7 +355,7 @@ def _pair_mask(
 
 
 def _past_parallel_branch(
-    merge: tuple[fx.Node, fx.Node], facts: Facts, reach: _Reach, sites: list[AttentionSite], tokens: Dim
+    merge: tuple[fx.Node, fx.Node], facts: Facts, reach: Reach, sites: list[AttentionSite], tokens: Dim
 ) -> tuple[fx.Node, fx.Node]:
     """attention and MLP side by side: x + attention(x) + mlp(x) merges after both."""
     node, stream = merge

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field, replace
 
 from .axes import Dim, Size
 
+# A token axis with fewer to merge (a window, frames, the last stage of a pyramid) keeps half of them, whatever r is.
+SHORT_AXIS = 32
+
 
 @dataclass(eq=False)
 class Step:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .axes import Dim, leaves
 from .find_attention import AttentionSite
 from .rules import Call, Facts, find
-from .rules.views import ExpandRule, PermuteRule, ViewRule
+from .rules.views import ExpandRule, PermuteRule, RepeatRule, ViewRule
 
 aten = torch.ops.aten
 _SUMS = {aten.add.Tensor, aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default}
-_VIEWS = ViewRule, PermuteRule, ExpandRule
+_VIEWS = ViewRule, PermuteRule, ExpandRule, RepeatRule
 # Scores this low against 0 leave a pair out: Swin writes -100.
 _PARTED = -50.0
 _LARGEST = 2**22
@@ -117,7 +117,7 @@ def _value(root: fx.Node, facts: Facts) -> Tensor | None:
             continue
         seen.add(node)
         order.append(node)
-        val, target = node.meta.get("val"), node.target
+        val, target = node.meta.get("val"), cast(Any, node.target)
         if node in facts.buffers:
             continue
         pure = isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable

@@ -27,15 +27,13 @@ from tome_fx.schedule import merged_away, tokens_per_block
 from .axes import leaves, locate
 from .find_attention import AttentionSite, place
 from .find_blocks import Block
-from .layout import Layout, Run, Step, plain
+from .layout import SHORT_AXIS, Layout, Run, Step, plain
 from .rules import Call, Decision, Facts, find, op_name
 from .rules.base import result_read
 
 aten = torch.ops.aten
 # What moving one element in a merge or unmerge costs, in FLOPs that a matrix product could have done meanwhile.
 FLOPS_PER_MOVE = 4.0
-# A token axis with fewer to merge (a window, frames, the last stage of a pyramid) keeps half of them, whatever r is.
-SHORT_AXIS = 32
 
 
 @dataclass(frozen=True)
@@ -72,20 +70,24 @@ def make_plan(
     gm: fx.GraphModule, facts: Facts, calls: dict[fx.Node, Call], blocks: list[Block], config: ToMeConfig
 ) -> Plan:
     """The plan for a config. Raises ScheduleError where a list of r is longer than the model has blocks."""
+    sites = len(sites_of(blocks))
     if config.flops is not None:
-        r = _r_for(
-            config.flops, lambda r: _profitable(gm, facts, calls, blocks, [r] * len(blocks), config).share, blocks
-        )
-        plan = _profitable(gm, facts, calls, blocks, [r] * len(blocks), config)
+        r = _r_for(config.flops, lambda r: _profitable(gm, facts, calls, blocks, [r] * sites, config).share, blocks)
+        plan = _profitable(gm, facts, calls, blocks, [r] * sites, config)
         plan.r = r
         if plan.share > config.flops:
             plan.skipped.append(
                 SkipReason("flops target", "", f"{config.flops} is out of reach; r={r} gives {plan.share:.2f}")
             )
         return plan
-    plan = _profitable(gm, facts, calls, blocks, tokens_per_block(config.schedule, len(blocks)), config)
+    plan = _profitable(gm, facts, calls, blocks, tokens_per_block(config.schedule, sites), config)
     plan.r = config.schedule
     return plan
+
+
+def sites_of(blocks: list[Block]) -> list[AttentionSite]:
+    """The sites that merge, at their attention or its MLP, in graph order."""
+    return sorted({block.site for block in blocks}, key=lambda site: site.out)
 
 
 def _r_for(target: float, share: Any, blocks: list[Block]) -> int:
@@ -109,6 +111,9 @@ def _profitable(
 ) -> Plan:
     """Plan all blocks, drop those that do not pay, and plan again until all pay (placement "auto" only)."""
     active = list(range(len(blocks)))
+    # An MLP has the share of its attention.
+    at = {site: wanted[i] for i, site in enumerate(sites_of(blocks))}
+    wanted = [at[block.site] for block in blocks]
     dropped: list[SkipReason] = []
     while True:
         plan = _Walk(gm, facts, calls, blocks, active, wanted).run()
@@ -120,10 +125,11 @@ def _profitable(
             return plan
         # The cheapest first: with it gone the others may pay.
         worst = min(losing, key=lambda s: plan.saved.get(s, 0.0) - plan.spent[s])
+        kind = "MLP does not pay" if blocks[worst].mlp else "does not pay"
         dropped.append(
             SkipReason(
-                "does not pay",
-                blocks[worst].site.name,
+                kind,
+                blocks[worst].name,
                 f"matching would cost {plan.spent[worst]:.2g} FLOPs and save {plan.saved.get(worst, 0.0):.2g}",
             )
         )
@@ -248,6 +254,8 @@ class _Walk:
     def _merge(self, node: fx.Node, index: int) -> None:
         block = self.blocks[index]
         layout = self.plan.layouts[node][0]
+        if block.mlp and any(layout):
+            return
         (dim, start), *_ = locate(block.tokens, self.facts.dims(node))
         key = (start, len(block.tokens))
         runs = layout[dim]
@@ -260,10 +268,13 @@ class _Walk:
         self.plan.merges[node] = Merge(block, dim, key, step, r)
 
     def _merge_operands(self, node: fx.Node, call: Call, ins: list[Layout], index: int) -> list[Layout]:
-        """Queries, keys and values of one attention (crossed: the queries) as they are once its merge has been done."""
-        block = self.blocks[index]
-        site, key = block.site, (0, len(block.tokens))
-        dims = {0: site.query_dim} if block.crossed else {i: call.vals[i].dim() - 2 for i in range(3)}
+        """The operands of one op (queries, keys and values of an attention) as they are once merged."""
+        block, dims = self.blocks[index], dict(self.blocks[index].operands)
+        if block.mlp and any(any(layout) for layout in ins):
+            return ins
+        first = next(iter(dims))
+        (start, *_) = [at for d, at in locate(block.tokens, self.facts.dims(call.nodes[first])) if d == dims[first]]
+        key = (start, len(block.tokens))
         held = [ins[i][d] for i, d in dims.items()]
         if any(runs != held[0] for runs in held):
             self._skip(block, "apart", "its queries, keys and values were merged apart from each other")
@@ -305,7 +316,7 @@ class _Walk:
         return Step(index, prev, block.sample, before, before - r, prefix, suffix, block.branch), r
 
     def _skip(self, block: Block, kind: str, detail: str) -> None:
-        self.plan.skipped.append(SkipReason(kind, block.site.name, detail))
+        self.plan.skipped.append(SkipReason(kind, block.name, detail))
 
     def _cost(self, merge: Merge) -> None:
         """Matching compares half of the tokens with the other half; merging moves every element of the stream once, and
@@ -315,10 +326,12 @@ class _Walk:
         for atom in leaves(step.sample):
             samples *= size_hint(atom.size) if isinstance(atom.size, int) else 1
         before = size_hint(step.before)
-        elements = prod(size_hint(size) for size in block.merge.meta["val"].shape)
-        elements *= 1 + block.operands  # queries, keys, values and the result against one value and its result
+        value = block.stream if block.mlp else block.merge
+        elements = prod(size_hint(size) for size in value.meta["val"].shape)
+        if block.operands and not block.mlp:  # queries, keys, values and the result against one value and its result
+            elements *= 2
         elements = elements * before // max(size_hint(step.full), 1)
-        if block.branch and not block.operands:
+        if block.branch and (block.mlp or not block.operands):
             inner = elements // max(samples * before, 1)
         else:
             inner = prod(size_hint(block.site.k.meta["val"].shape[d]) for d in block.site.inner_dims)
@@ -326,24 +339,32 @@ class _Walk:
         self.plan.spent[step.site] = 2.0 * samples * (before / 2) ** 2 * inner + moves
 
 
+def _pair(step: Step) -> tuple[int, int]:
+    return size_hint(step.before), size_hint(step.after)
+
+
 def site_reports(
     plan: Plan, blocks: list[Block], sites: list[AttentionSite], skipped: list[SkipReason]
 ) -> list[SiteReport]:
     """One row per attention site, merged or not."""
-    by_site = {m.block.site: m for m in plan.merges.values()}
+    by_site = {m.block.site: m for m in plan.merges.values() if not m.block.mlp}
+    mlps = {m.block.site: m for m in plan.merges.values() if m.block.mlp}
     why = {s.where: f"{s.kind}: {s.detail}" for s in (*skipped, *plan.skipped)}
     rows = []
     for site in sites:
         tokens = size_hint(site.q.meta["val"].shape[site.query_dim])
-        merge = by_site.get(site)
+        merge, mlp = by_site.get(site), mlps.get(site)
+        flops = [plan.site_flops.get(m.step.site, [0.0, 0.0]) for m in (merge, mlp) if m is not None]
+        total = (sum(f[0] for f in flops), sum(f[1] for f in flops))
+        pair = _pair(mlp.step) if mlp is not None else None
         if merge is None:
-            rows.append(SiteReport(site.name, (tokens, tokens), 0, False, skipped=why.get(site.name, "")))
+            placement = "mlp" if mlp is not None else "stream"
+            rows.append(SiteReport(site.name, (tokens, tokens), 0, mlp is not None, total, why.get(site.name, ""),
+                                   placement, pair))  # fmt: skip
             continue
         step = merge.step
-        flops = tuple(plan.site_flops.get(step.site, [0.0, 0.0]))
-        pair = (size_hint(step.before), size_hint(step.after))
         kept, placement = step.prefix + step.suffix, "branch" if step.branch else "stream"
-        rows.append(SiteReport(site.name, pair, kept, True, flops, placement=placement))  # type: ignore[arg-type]
+        rows.append(SiteReport(site.name, _pair(step), kept, True, total, placement=placement, mlp=pair))
     return rows
 
 

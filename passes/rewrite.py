@@ -263,13 +263,14 @@ class Emitter:
         if kinds:
             first = self.config.padding_first and weight is not None
             metric, heads = call(tome.apart.default, metric, _joined(kinds), heads, first), False
-        assign, keep, moved, _ = call(tome.match.default, metric, merge.r, step.prefix, step.suffix, heads)
+        assign, keep, moved, similarity = call(tome.match.default, metric, merge.r, step.prefix, step.suffix, heads)
+        similarity.node.args[0].meta["tome_merge"] = block.name
         size = call(tome.merge_size.default, before, assign, keep, moved)
         after = None if weight is None else call(tome.merge_size.default, weight, assign, keep, moved)
         self.steps[step] = StepTensors(assign, keep, moved, size, weight, after)
 
     def _weight(self, block: Block, step: Step | None) -> Traced | None:
-        """float32 [*sample, N]: original tokens that the block's masks of keys do not leave out, in the state `step`."""
+        """float32 [*sample, N]: original tokens that the block's masks of keys leave in, in the state `step`."""
         if not block.masks:
             return None
         key = (block.masks, leaves(block.sample), step)
@@ -316,12 +317,13 @@ class Emitter:
         """
         block, prev = merge.block, merge.step.prev
         site = block.site
-        by_heads = block.operands or (self.config.metric == "key" and not block.branch)
+        attention = bool(block.operands) and not block.mlp
+        by_heads = attention or (self.config.metric == "key" and not block.branch)
         source = block.stream if block.operands or not by_heads else site.k
-        inner_dims = (source.meta["val"].dim() - 1,) if block.operands else site.inner_dims
+        inner_dims = (source.meta["val"].dim() - 1,) if attention else site.inner_dims
         dims = self.facts.dims(source)
         where = [(d, i) for d, dim in enumerate(dims) for i in _find(leaves(dim), block.tokens)]
-        at = source.meta["val"].dim() - 2 if block.operands else site.key_dim
+        at = source.meta["val"].dim() - 2 if attention else site.key_dim
         (dim, start), *_ = [w for w in where if w[0] == at] if by_heads else where
         key = (start, len(block.tokens))
         run = (Run(*key, prev),) if prev else ()

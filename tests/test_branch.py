@@ -202,16 +202,6 @@ def test_grids(name: str) -> None:
     assert {site.placement for site in report.sites} == {"branch"}
 
 
-def test_shifted_windows_are_left_alone() -> None:
-    """Their mask keeps tokens of one window apart that merging could put in one group."""
-    model = Net(Windowed(), Shifted()).eval()
-    image = torch.randn(2, 3, 48, 48)
-    got, report = run(model, (image,), None, 3, placement="branch")
-    assert report.merged_sites == 1
-    assert [s.kind for s in report.skipped] == ["windowed mask"]
-    assert got.shape == (2, 12, 12, 32)
-
-
 class Bare(nn.Module):
     """Separate projections of the stream itself: no other value has both queries and keys."""
 

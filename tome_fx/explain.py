@@ -192,17 +192,16 @@ def trace_tokens(
     recorder = _MatchRecorder(gm)
     with torch.no_grad():
         recorder.run(*_flat_inputs(gm, args, kwargs), enable_io_processing=False)
-    names = [site.name for site in report.sites if site.merged]
     merges: list[MergeStep] = []
     groups: Tensor | None = None
-    for name, (node, (assign, _, moved, similarity, *_)) in zip(names, recorder.found, strict=True):
+    for node, (assign, _, moved, similarity, *_) in recorder.found:
         continues = groups is not None and int(groups.max()) + 1 == assign.shape[-1]
         assign = assign[None] if assign.dim() == 1 else assign  # a batch of one has no axis in the graph
         groups = assign.gather(-1, groups) if continues and groups is not None else assign
         before = assign.shape[-1]
         similarity = similarity[None] if similarity.dim() == 1 else similarity
         prefix = int(node.args[_MATCHES[node.target]])  # type: ignore[arg-type, index]
-        merges.append(MergeStep(name, before, before - moved.shape[-1], groups, similarity, prefix))
+        merges.append(MergeStep(node.meta["tome_merge"], before, before - moved.shape[-1], groups, similarity, prefix))
     return TokenTrace(merges, report)
 
 

@@ -36,7 +36,8 @@ class Unmerge:
 class SiteReport:
     """One attention site. tokens: (before, after) its merge, equal where nothing merged. flops: of the part of the
     graph between this merge and the next, per forward pass, as traced and as rewritten. placement: "stream" (merged for
-    good) or "branch" (merged around this attention alone)."""
+    good), "branch" (merged around this attention alone) or "mlp" (merged in its MLP alone). mlp: (before, after) of the
+    MLP after it, where it merges on its own because the stream keeps its length."""
 
     name: str
     tokens: tuple[int, int]
@@ -45,6 +46,7 @@ class SiteReport:
     flops: tuple[float, float] = (0.0, 0.0)
     skipped: str = ""
     placement: str = "stream"
+    mlp: tuple[int, int] | None = None
 
 
 @dataclass
@@ -52,9 +54,9 @@ class ToMeReport:
     """What was rewritten, what was not, and why.
 
     graphs: how many graphs the model was traced into. attention_sites, merged_sites: counts. tokens: (before, after)
-    of each merge, in order. unmerges: places where full length was restored. skipped: sites and graphs left as they
-    were. flops_before, flops_after: estimated floating-point operations of one forward pass. seconds: time spent in
-    each pass.
+    of each merge at an attention, in order. unmerges: places where full length was restored. skipped: sites and graphs
+    left as they were. flops_before, flops_after: estimated floating-point operations of one forward pass. seconds: time
+    spent in each pass.
     """
 
     graphs: int = 0
@@ -78,7 +80,7 @@ class ToMeReport:
 
     @property
     def tokens(self) -> list[tuple[int, int]]:
-        return [site.tokens for site in self.sites if site.merged]
+        return [site.tokens for site in self.sites if site.merged and site.placement != "mlp"]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts and numbers, ready for JSON."""
@@ -125,8 +127,9 @@ class ToMeReport:
             return f"nothing merged in {graphs} with {self.attention_sites} attention sites: {why}"
         stream = [site.tokens for site in self.sites if site.merged and site.placement == "stream"]
         tokens = f"{stream[0][0]} -> {stream[-1][1]} tokens, " if stream else ""
-        branches = self.merged_sites - len(stream)
+        branches, mlps = (sum(s.merged and s.placement == name for s in self.sites) for name in ("branch", "mlp"))
         alone = f", {branches} of them around the attention alone" if branches else ""
+        alone += f", {mlps} in the MLP alone" if mlps else ""
         share = self.flops_after / self.flops_before if self.flops_before else 1.0
         return (
             f"{self.merged_sites} of {self.attention_sites} attention sites merged in {graphs}{alone}: "
@@ -157,10 +160,13 @@ class ToMeReport:
         ):
             table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
         for site in self.sites:
-            tokens = f"{site.tokens[0]} -> {site.tokens[1]}" if site.merged else str(site.tokens[0] or "")
+            merged = site.tokens[0] != site.tokens[1]
+            tokens = f"{site.tokens[0]} -> {site.tokens[1]}" if merged else str(site.tokens[0] or "")
             flops = f"{_flops(site.flops[0])} -> {_flops(site.flops[1])}" if site.flops[0] else ""
             note = "around this attention alone" if site.merged and site.placement == "branch" else site.skipped
-            table.add_row(site.name, tokens, str(site.protected) if site.merged else "", flops, note)
+            if site.mlp is not None:
+                note = "; ".join(filter(None, [note, f"MLP: {site.mlp[0]} -> {site.mlp[1]}"]))
+            table.add_row(site.name, tokens, str(site.protected) if merged else "", flops, note)
         return table
 
     def _unmerge_table(self) -> Table:

@@ -88,8 +88,8 @@ class Facts:
     on the way to a softmax. uniform: dims along which a value is the same everywhere. decided: values that a bool
     tensor went into. given: inputs of the model, and what was made of them without a product. segments: sizes of the
     pieces a token axis was concatenated from, with whether each depends on no input. channels: axes that come from a
-    weight. cuts: reads of an axis at a fixed position, (leaves, from the front, from the back). buffers: the values that
-    the model's buffers have while it is compiled. parted: masks of pairs within whose parts alone tokens merge.
+    weight. cuts: reads of an axis at a fixed position, (leaves, from the front, from the back). buffers: the values
+    of the model's buffers at compile time. parted: masks of pairs within whose parts alone tokens merge.
     """
 
     axes: dict[fx.Node, tuple[Dims, ...]] = field(default_factory=dict)

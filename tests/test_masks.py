@@ -1,0 +1,231 @@
+"""Masks and merging: what a mask leaves out never reaches what it leaves in; shifted windows stay in their parts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import tome_fx
+from tests.models import redraw
+from tests.palette import assert_lossless, equalize, palette_grid, palette_tokens, run
+from tests.test_branch import Net, Shifted, Windowed, unwindow, windows
+from tome_fx import ops
+
+tome = torch.ops.tome
+N, D = 40, 32
+
+
+class Masked(nn.Module):
+    """Three pre-norm blocks under a mask of keys [B, N] (True: seen), put to the scores in one of several ways."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.norm1, self.norm2 = (nn.ModuleList(nn.LayerNorm(D) for _ in range(3)) for _ in range(2))
+        self.qkv, self.proj = (nn.ModuleList(nn.Linear(D, k * D) for _ in range(3)) for k in (3, 1))
+        self.mlp = nn.ModuleList(nn.Sequential(nn.Linear(D, 64), nn.GELU(), nn.Linear(64, D)) for _ in range(3))
+
+    def attend(self, i: int, x: Tensor, seen: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv[i](x).view(b, n, 3, 2, D // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        mask = seen[:, None, None, :]
+        if self.form == "expanded":
+            mask = mask.expand(b, 1, n, n)
+        elif self.form == "heads":
+            mask = mask.expand(b, 2, n, n).reshape(b * 2, n, n).view(b, 2, n, n)
+        elif self.form == "min":
+            mask = (1.0 - mask.to(x.dtype)) * torch.finfo(x.dtype).min
+        elif self.form == "bias":  # beside a table over pairs
+            mask = torch.where(mask, 0.0, -math.inf) + self.proj[i].weight[0, 0] * torch.ones(2, n, n)
+        if self.form == "matmul":
+            scores = (q @ k.mT * (D // 2) ** -0.5).masked_fill(~mask, -math.inf)
+            out = scores.softmax(-1) @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj[i](out.transpose(1, 2).reshape(b, n, D))
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        for i in range(3):
+            x = x + self.attend(i, self.norm1[i](x), seen)
+            x = x + self.mlp[i](self.norm2[i](x))
+        return x
+
+
+FORMS = ("bool", "expanded", "heads", "min", "bias", "matmul")
+
+
+def seen_of(*counts: int) -> Tensor:
+    return torch.arange(N) < torch.tensor(counts)[:, None]
+
+
+@pytest.mark.parametrize("placement", ["stream", "branch"])
+@pytest.mark.parametrize("form", FORMS)
+def test_padding_first_hides_the_padding(form: str, placement: str) -> None:
+    """What stands in padded places changes nothing elsewhere, not by one bit, and not which tokens merge."""
+    torch.manual_seed(0)
+    model, seen = redraw(Masked(form)).eval(), seen_of(17, 33)
+    x, noise = torch.randn(2, N, D), 5 * torch.randn(2, N, D)
+    other = torch.where(seen[..., None], x, noise)
+    a, report = run(model, (x, seen), None, 8, placement=placement, padding_first=True)
+    b, _ = run(model, (other, seen), None, 8, placement=placement, padding_first=True)
+    assert report.merged_sites == 3
+    assert not torch.equal(x, other)
+    assert torch.equal(a[seen], b[seen])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_padding_that_merges_costs_nothing(form: str) -> None:
+    """Where only padding merges, valid tokens come out as from the whole model."""
+    torch.manual_seed(1)
+    model, seen = redraw(Masked(form)).eval(), seen_of(16, 16)
+    x = torch.randn(2, N, D)
+    with torch.no_grad():
+        want = model(x, seen)
+    got, report = run(model, (x, seen), None, [10, 0, 0], placement="stream", padding_first=True)
+    assert report.tokens == [(N, N - 10)]
+    torch.testing.assert_close(got[seen], want[seen], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_forced_into_padding(form: str, first: bool) -> None:
+    """Every destination is padding: valid tokens must merge into it, and still nothing of it reaches them."""
+    torch.manual_seed(2)
+    model = redraw(Masked(form)).eval()
+    seen = (torch.arange(N) % 2 == 0).expand(2, N)
+    x = torch.where(seen[..., None], palette_tokens(2, 1, D).expand(2, N, D), 5 * torch.randn(2, N, D))
+    with torch.no_grad():
+        want = model(x, seen)
+    got, report = run(model, (x, seen), None, [N // 2], placement="stream", padding_first=first)
+    assert report.tokens == [(N, N // 2)]
+    torch.testing.assert_close(got[seen], want[seen], rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=10)
+@given(st.lists(st.integers(4, N), min_size=2, max_size=2), st.integers(1, 12), st.booleans())
+def test_valid_tokens_keep_to_themselves(counts: list[int], r: int, first: bool) -> None:
+    """With as many equal tokens on either side as need be, merging is exact everywhere that the mask lets through."""
+    torch.manual_seed(3)
+    model, seen = redraw(Masked("bool")).eval(), seen_of(*counts)
+    x = torch.where(seen[..., None], palette_tokens(2, N, D, k=1), 5 * torch.randn(2, 1, D))
+    with torch.no_grad():
+        want = model(x, seen)
+    got, _ = run(model, (x, seen), None, r, placement="stream", padding_first=first)
+    torch.testing.assert_close(got[seen], want[seen], rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_pass_by_the_padding() -> None:
+    torch.manual_seed(4)
+    model, seen = redraw(Masked("bool")), seen_of(17, 33)
+    x = torch.randn(2, N, D, requires_grad=True)
+    out, _ = run(model, (x, seen), None, 8, grad=True, placement="stream", padding_first=True)
+    out[seen].square().sum().backward()
+    assert x.grad is not None
+    assert bool(x.grad.isfinite().all()) and float(x.grad[seen].abs().min(-1).values.max()) > 0
+    assert float(x.grad[~seen].abs().max()) < 1e-6
+
+
+# -- shifted windows ---------------------------------------------------------------------------------------------------
+
+
+class Computed(Shifted):
+    """The mask comes from numbers in each forward pass (torchvision), and joins scores of their own."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        b, h, _, c = x.shape
+        w = self.w
+        part = x.new_zeros((h, h))
+        for i, rows in enumerate((slice(0, -w), slice(-w, -w // 2), slice(-w // 2, None))):
+            for j, columns in enumerate((slice(0, -w), slice(-w, -w // 2), slice(-w // 2, None))):
+                part[rows, columns] = 3 * i + j
+        part = windows(part[None, :, :, None], w)[..., 0]
+        mask = (part[:, None] - part[:, :, None]).masked_fill(part[:, None] != part[:, :, None], -100.0)
+        y = windows(x.roll((-3, -3), (1, 2)), w)
+        q, k, v = self.attn.qkv(y).view(len(y), w * w, 3, 2, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = (q * (c // 2) ** -0.5) @ k.mT + self.rel_pos
+        scores = scores.view(b, -1, 2, w * w, w * w) + mask[:, None].masked_fill(mask[:, None] > -50, 0.0)
+        out = scores.view(len(y), 2, w * w, w * w).softmax(-1) @ v
+        return unwindow(self.attn.proj(out.transpose(1, 2).reshape(len(y), w * w, c)), w, b, h).roll((3, 3), (1, 2))
+
+
+@pytest.mark.parametrize("kind", [Shifted, Computed])
+def test_shifted_windows_merge_within_their_parts(kind: Any) -> None:
+    """Exactly, on palettes; and on any input no group holds tokens of two parts."""
+    torch.manual_seed(0)
+    model = equalize(redraw(Net(Windowed(), kind())).eval())
+    image = palette_grid(2, (12, 12), (4, 4), k=2)
+    report = assert_lossless(model, (image,), 3, sites=2, placement="branch", control=True)
+    assert report.tokens == [(36, 33)] * 2
+
+
+def test_groups_stay_in_their_parts() -> None:
+    """By the groups themselves: the mask of the shifted windows sees every token of a group from each of them."""
+    torch.manual_seed(0)
+    block = Shifted()
+    mask = block.mask  # [4, 36, 36]
+    x = torch.randn(2, 4, 36, 16)
+    found = ops.match(tome.apart(x, tome.part_kinds(mask).expand(2, -1, -1, -1), False, False), 12, 0, 0)
+    assign = found[0]
+    together = assign[..., :, None] == assign[..., None, :]
+    assert bool((together & (mask < -50)).any()) is False
+    plain = ops.match(x, 12, 0, 0)[0]
+    assert bool(((plain[..., :, None] == plain[..., None, :]) & (mask < -50)).any()), "the test cannot fail"
+
+
+@pytest.mark.filterwarnings("ignore::tome_fx.ToMeWarning")
+@pytest.mark.parametrize("change", ["overlap", "scores", "direction"])
+def test_masks_that_part_nothing_are_left_alone(change: str) -> None:
+    """Windows that slide, scores beside the mask, order: no parts that see only themselves."""
+    model = Net(Windowed(), block := Shifted()).eval()
+    near = (torch.arange(36)[:, None] - torch.arange(36)).abs()
+    if change == "overlap":
+        block.mask[1] = (near > 5).float() * -100.0
+    elif change == "scores":
+        block.mask[1] = block.mask[1] - near * 0.1
+    else:
+        block.mask[1] = torch.full((36, 36), -100.0).triu(1)
+    report = run(model, (torch.randn(2, 3, 48, 48),), None, 3, placement="branch")[1]
+    assert [s.kind for s in report.skipped] == ["windowed mask"]
+    assert [site.tokens[0] != site.tokens[1] for site in report.sites] == [True, False]
+
+
+def test_no_more_than_have_a_partner() -> None:
+    """A part of one column in every window leaves its tokens no partner at odd places: fewer than asked for merge."""
+    model = Net(Shifted()).eval()
+    part = torch.zeros(36, dtype=torch.long)
+    part[2:] = torch.arange(34)  # tokens 0 and 1 see each other, all others only themselves
+    model.blocks[0].mask.copy_((part[:, None] != part[None]).float() * -100.0)  # type: ignore[operator, union-attr]
+    report = run(model, (torch.randn(2, 3, 48, 48),), None, 8, placement="branch")[1]
+    assert report.tokens == [(36, 34)] or report.tokens == [(36, 35)]
+
+
+# -- ops ---------------------------------------------------------------------------------------------------------------
+
+
+def test_apart_keeps_the_order_within_a_kind() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 20, 2, 8)
+    kinds = torch.ones(3, 20, 1)
+    want = ops.match(x, 6, 1, 0, True)
+    got = ops.match(tome.apart(x, kinds, True, False), 6, 1, 0)
+    assert torch.equal(want[0], got[0])
+
+
+def test_weights_of_keys() -> None:
+    seen = torch.tensor([[True, False, True]])
+    assert tome.key_weight(seen).tolist() == [[1.0, 2.0**-40, 1.0]]
+    assert tome.key_weight(torch.where(seen, 0.0, torch.finfo(torch.float32).min)).tolist() == [[1.0, 2.0**-40, 1.0]]
+    assert tome.key_kinds(torch.tensor([[2.0, 2.0**-39]])).tolist() == [[[1.0, 0.0], [0.0, 1.0]]]
+
+
+def test_reports_name_the_option() -> None:
+    assert "padding_first" in tome_fx.tome_backend(padding_first=True).config.to_dict()
+    with pytest.raises(TypeError, match="padding_first"):
+        tome_fx.tome_backend(padding_first=1)  # type: ignore[arg-type]
