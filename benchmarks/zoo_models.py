@@ -47,6 +47,10 @@ def _images(size: int, patch: int = 16, channels: int = 3) -> tuple[Tensor, tupl
     return torch.randn(BATCH, channels, size, size), palettes
 
 
+class NotOffered(Exception):
+    """The library has no such combination, or none small enough."""
+
+
 # -- timm --------------------------------------------------------------------------------------------------------------
 
 _SMALL_WORDS = ("atto", "femto", "pico", "nano", "xxtiny", "xxsmall", "xxs", "xtiny", "xsmall", "xs", "extra_small",
@@ -67,6 +71,8 @@ _LARGE_WORDS = (
     "so400m",
     "enormous",
 )
+LARGEST = 1.5e9
+"""Weights of the largest model that is built whole."""
 _ATTENTION = re.compile(r"softmax|scaled_dot_product_attention|Attention|Attn|import .*Block|vision_transformer")
 
 
@@ -114,11 +120,18 @@ def _timm(name: str, largest: int = 256) -> ZooModel:
 
 
 def _created(name: str, **settings: Any) -> nn.Module:
-    """The model with random weights, without `depth` where it takes none or one for each stage."""
+    """The model with random weights, without `depth` where it takes none or one for each stage.
+
+    Raises NotOffered where it is then too large for a small machine.
+    """
     try:
         return timm.create_model(name, pretrained=False, **settings)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, AssertionError):
         del settings["depth"]
+        with torch.device("meta"):
+            count = sum(p.numel() for p in timm.create_model(name, pretrained=False, **settings).parameters())
+        if count > LARGEST:
+            raise NotOffered(f"{count / 1e9:.1f} billion weights, and no fewer blocks can be asked for") from None
         return timm.create_model(name, pretrained=False, **settings)
 
 
@@ -345,10 +358,6 @@ def names(sweep: bool = False) -> list[str]:
     found += [f"torchvision/{name}" for name in TORCHVISION]
     found += [f"transformers/{name}:{attention}" for name in HUGGING for attention in ATTENTION]
     return [*found, "diffusers/dit", "diffusers/unet"]
-
-
-class NotOffered(Exception):
-    """The library has no such combination."""
 
 
 def build(name: str, sweep: bool = False) -> ZooModel:

@@ -120,11 +120,12 @@ def _mlps(
     """Blocks for the MLPs whose stream does not merge, unless a mask of the attention keeps tokens apart."""
     found = []
     held = {block.site: block for block in blocks}
-    for mlp in find_mlps(facts, calls, sites, reach):
+    whole = {site for site in sites if site not in held or held[site].branch}
+    for mlp in find_mlps(facts, calls, sites, whole, reach):
         block, tokens, value = held.get(mlp.site), mlp.tokens, mlp.value
         same = [site for site in sites if leaves(facts.dims(site.q)[site.query_dim]) == tokens]
         masks = block.masks if block is not None and block.tokens == tokens else ()
-        if any(other.merge is mlp.merge for other in blocks) or (block is not None and not block.branch):
+        if any(other.merge is mlp.merge for other in blocks):
             continue
         if not masks and any(_keeps_apart(s, held.get(s), facts, calls, tokens) for s in (mlp.site, *same)):
             continue

@@ -48,15 +48,19 @@ class Mlp:
         return self.merge if self.entry is None else self.stream
 
 
-def find_mlps(facts: Facts, calls: dict[fx.Node, Call], sites: list[AttentionSite], reach: Reach) -> list[Mlp]:
-    """All MLPs in graph order."""
+def find_mlps(
+    facts: Facts, calls: dict[fx.Node, Call], sites: list[AttentionSite], whole: set[AttentionSite], reach: Reach
+) -> list[Mlp]:
+    """The MLPs after the sites `whole`, whose stream keeps its length, in graph order."""
     found: list[Mlp] = []
+    if not whole:
+        return found
     for node in reach.nodes:
         if node.target is not aten.add.Tensor or len(node.all_input_nodes) != 2:
             continue
         for branch, stream in (node.args[:2], node.args[1::-1]):
             if isinstance(branch, fx.Node) and isinstance(stream, fx.Node) and reach.leads(stream, branch):
-                mlp = _mlp(branch, stream, facts, calls, sites, reach)
+                mlp = _mlp(branch, stream, facts, calls, sites, whole, reach)
                 if mlp is not None:
                     found.append(mlp)
     return found
@@ -68,16 +72,18 @@ def _mlp(
     facts: Facts,
     calls: dict[fx.Node, Call],
     sites: list[AttentionSite],
+    whole: set[AttentionSite],
     reach: Reach,
 ) -> Mlp | None:
-    before = [site for site in sites if reach.leads(site.out, stream)]
+    site = max((s for s in sites if reach.leads(s.out, stream)), key=lambda s: reach.index[s.out], default=None)
+    if site is None or site not in whole:
+        return None
     inner = reach.between(stream, branch)[1:]
-    if not before or any(site.out in inner for site in sites):
+    if any(other.out in inner for other in sites):
         return None
     products = [n for n in inner if n in calls and _by_weights(calls[n], facts)]
     if not products:
         return None
-    site = max(before, key=lambda s: reach.index[s.out])
     above = [n for n in reach.dominators(branch) if n in inner]
     free = [n for n in above if not any(reach.leads(product, n) for product in products)]
     if free:

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, note, reject, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 import tome_fx
 from tests import palette, strategies
@@ -28,6 +30,7 @@ from tests.models import (
     build,
     expected_tokens,
     inputs,
+    redraw,
 )
 from tests.palette import LossyMatch, assert_lossless, equalize, palette_input
 
@@ -318,3 +321,33 @@ def test_a_mask_of_keys_spelled_over_pairs() -> None:
     report = assert_lossless(Masked().eval(), (x, keep), 4, placement="stream")
     assert report.tokens == [(37, 33)]
     assert report.sites[0].protected <= 1
+
+
+@pytest.mark.parametrize("spelling", ["repeat_interleave", "expand", "repeat"])
+def test_grouped_queries_in_every_spelling(spelling: str) -> None:
+    """Keys and values that several heads share are repeated along the heads: the tokens merge all the same."""
+
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.q, self.kv = nn.LayerNorm(32), nn.Linear(32, 32), nn.Linear(32, 16)
+            self.proj = nn.Linear(32, 32)
+
+        def heads(self, x: Tensor) -> Tensor:
+            x = x.unflatten(-1, (-1, 8)).transpose(1, 2)
+            if x.shape[1] == 4:
+                return x
+            if spelling == "repeat_interleave":
+                return x.repeat_interleave(4, dim=1)
+            return x.repeat(1, 4, 1, 1) if spelling == "repeat" else x.expand(-1, 4, -1, -1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            q, k, v = self.heads(self.q(y)), *map(self.heads, self.kv(y).chunk(2, -1))
+            return x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    model = redraw(nn.Sequential(Grouped(), Grouped())).eval()
+    x = palette.palette_tokens(2, 40, 32, k=3)
+    report = palette.assert_lossless(model, (x,), 6, tokens=[(40, 34), (34, 28)], placement="stream")
+    assert {u.op for u in report.unmerges} <= {"output"}

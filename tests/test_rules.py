@@ -141,6 +141,8 @@ VIEWS: dict[str, Fn] = {
     "repeat": lambda x, *_: x.repeat(1, 1, 2),
     "repeat_tokens": lambda x, *_: x.repeat(1, 2, 1),
     "repeat_batch": lambda x, *_: x.repeat(2, 1, 1),
+    "repeat_interleave_features": lambda x, *_: x.repeat_interleave(2, dim=2),
+    "repeat_interleave_flat": lambda x, *_: x.repeat_interleave(2),
     "repeat_interleave": lambda x, *_: x.repeat_interleave(2, dim=1),
     "tile": lambda x, *_: x.tile(2, 1, 1),
     "split_channels": lambda x, *_: x.split(4, -1),
@@ -397,10 +399,7 @@ FAMILIES = {
 RARE = (
     "as_strided aminmax bilinear bucketize cdist cosine_similarity count_nonzero cumprod diagonal fft_fft kron kthvalue"
 )
-RARER = (
-    "diff index_fill index_put repeat_interleave zero linalg_cross logcumsumexp median quantile rot90 std_mean "
-    "tensordot unfold"
-)
+RARER = "diff index_fill index_put zero linalg_cross logcumsumexp median quantile rot90 std_mean tensordot unfold"
 NO_RULE = {f"aten.{name}" for name in f"{RARE} {RARER}".split()}
 """Ops of the tables that may lack a rule, as no model of the zoo has them behind a merge: they are unmerged as unknown.
 What is not listed must have one, if only "needs every token"."""

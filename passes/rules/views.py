@@ -132,9 +132,14 @@ def _size(call: Call, d: int) -> Any:
 
 
 class RepeatRule(Rule):
-    """repeat: a dim repeated k times is [k, dim]."""
+    """repeat: a dim repeated k times is [k, dim]; repeat_interleave by a number: [dim, k]."""
+
+    def __init__(self, *, within: bool = False) -> None:
+        self.within = within
 
     def axes(self, call: Call, facts: Facts) -> tuple[Dims, ...]:
+        if self.within and call.args["dim"] is None:  # of the flattened tensor
+            return super().axes(call, facts)
         lead = call.out.dim() - call.vals[0].dim()
         old = (*([()] * lead), *facts.dims(call.nodes[0]))
         out = []
@@ -146,10 +151,13 @@ class RepeatRule(Rule):
                 out.append(fresh(size_expr(size)))
             else:
                 times = quotient(size_expr(size), before)
-                out.append((*fresh(times), *old[d]) if times is not None else fresh(size_expr(size)))
+                parts = (fresh(times), old[d]) if times is not None else (fresh(size_expr(size)), ())
+                out.append((*parts[1], *parts[0]) if self.within else (*parts[0], *parts[1]))
         return (tuple(out),)
 
     def plan(self, call: Call, ins: Sequence[Layout], facts: Facts) -> Decision:
+        if self.within and call.args["dim"] is None:
+            return super().plan(call, ins, facts)
         lead = call.out.dim() - call.vals[0].dim()
         grown = {d - lead for d, s in enumerate(call.out.shape) if size_expr(s) != _size(call, d - lead)}
         kept = tuple(() if d in grown else runs for d, runs in enumerate(ins[0]))
@@ -176,4 +184,5 @@ register(PermuteRule(), aten.permute, aten.transpose.int, aten.t, aten.movedim, 
          aten.swapdims, aten.numpy_T, aten.mT, aten.adjoint, aten.matrix_H)  # fmt: skip
 register(ExpandRule(), aten.expand, aten.broadcast_to)
 register(RepeatRule(), aten.repeat, aten.tile)
+register(RepeatRule(within=True), aten.repeat_interleave.self_int)
 register(ComplexRule(), aten.view_as_complex, aten.view_as_real)
