@@ -35,6 +35,7 @@ from rich.progress import Progress
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "zoo.json"
+SWEEP, FUZZ = RESULTS.with_name("zoo-sweep.json"), RESULTS.with_name("fuzz.json")
 TABLE = ROOT / "docs" / "zoo.md"
 LIMIT = 600
 """Seconds that one model may take."""
@@ -61,7 +62,7 @@ def one(name: str, r: int, sweep: bool = False) -> Row:
     with torch.no_grad():
         torch.manual_seed(1)
         want = zoo.model(*zoo.args, **zoo.kwargs)
-        row = _merged(zoo, r, want)
+        row = {"module": zoo_models.module_of(name), **_merged(zoo, r, want)}
         if row["graphs"]:
             torch.manual_seed(1)
             plain = torch.compile(zoo.model, backend="eager")(*zoo.args, **zoo.kwargs)
@@ -187,7 +188,7 @@ def main() -> int:
     import zoo_models
 
     console = Console()
-    path = RESULTS.with_name("zoo-sweep.json") if args.sweep else RESULTS
+    path = SWEEP if args.sweep else RESULTS
     names = zoo_models.names(args.sweep)
     wanted = [n for n in names if not args.filter or any(f in n for f in args.filter)]
     rows: dict[str, Row] = {}
@@ -201,8 +202,8 @@ def main() -> int:
             bar.update(task, advance=1, description=row["name"])
             _save(path, [rows[n] for n in names if n in rows], args.r)
     held = [rows[n] for n in names if n in rows]
-    if not args.sweep:
-        TABLE.write_text(table(held, args.r))
+    if RESULTS.exists():
+        TABLE.write_text(table(json.loads(RESULTS.read_text())["rows"], args.r))
     for row in held:
         if bad(row):
             console.print(f"[red]{row['name']}[/]: {row.get('failed', '')[-300:] or verdict(row)}", highlight=False)
@@ -250,6 +251,26 @@ def verdict(row: Row) -> str:
     return found
 
 
+def _beside() -> list[str]:
+    """What the sweep over all variants and the random graphs found."""
+    lines = []
+    if SWEEP.exists():
+        rows = [row for row in json.loads(SWEEP.read_text())["rows"] if "absent" not in row]
+        exact = sum(row.get("lossless") == "exact" for row in rows)
+        merged = sum(bool(row.get("merged")) for row in rows)
+        lines.append(
+            f"- all variants of ViT, DeiT, EVA and BEiT in timm, four blocks each (`--sweep`): {len(rows)} built, "
+            f"{merged} merge, {exact} with the law exact, {sum(map(bad, rows))} failures"
+        )
+    if FUZZ.exists():
+        held = json.loads(FUZZ.read_text())
+        lines.append(
+            f"- random transformers (benchmarks/fuzz.py): {held['graphs']} graphs, {held['merged']} of them merged, "
+            f"{len(held['failures'])} failures"
+        )
+    return lines
+
+
 def table(rows: list[Row], r: int) -> str:
     """docs/zoo.md."""
     shown = [row for row in rows if "absent" not in row and (row.get("sites") or "failed" in row or row["reasons"])]
@@ -257,6 +278,7 @@ def table(rows: list[Row], r: int) -> str:
     merging = [row for row in attention if row.get("merged")]
     timm_rows = [row for row in attention if row["name"].startswith("timm/")]
     timm_merging = [row for row in timm_rows if row.get("merged")]
+    files, merging_files = ({row.get("module") for row in some} for some in (timm_rows, timm_merging))
     slowest = max(attention, key=lambda row: row.get("seconds", 0.0))
     law = Counter(row.get("lossless") for row in rows)
     head = "| model | graphs | sites | merged | placement | tokens | FLOPs | shapes | r=0 | lossless | unmerged at |"
@@ -268,9 +290,11 @@ def table(rows: list[Row], r: int) -> str:
         "",
         f"- models with attention: {len(attention)}; with merged sites: {len(merging)}",
         f"- of these in timm: {len(timm_rows)}; with merged sites: {len(timm_merging)}",
+        f"- model files of timm with attention: {len(files)}; with merged sites: {len(merging_files)}",
         f"- failures: {sum(map(bad, rows))}",
         f"- lossless law: {law['exact']} exact, {law['not equal']} where the input gives no equal tokens",
         f"- passes: at most {slowest.get('seconds', 0):.1f} s ({slowest['name']})",
+        *_beside(),
         "",
         head + " passes, s |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -291,8 +315,10 @@ def table(rows: list[Row], r: int) -> str:
     lines += ["", "## Models with attention in which nothing merges, and why", ""]
     lines += [f"- {row['name']}: {'; '.join(row['reasons'])}" for row in attention
               if "failed" not in row and not row["merged"]]  # fmt: skip
-    rest = [(row["name"], next(iter(row["reasons"]), "")) for row in shown if not row.get("sites", 1)]
-    plain = [name for name, why in rest if why.endswith("no softmax attention")]
+    none = "no softmax attention"
+    rest = [(row["name"], next((why for why in row["reasons"] if not why.endswith(none)), none)) for row in shown
+            if not row.get("sites", 1)]  # fmt: skip
+    plain = [name for name, why in rest if why == none]
     lines += ["", "## Models in which no softmax attention was found", ""]
     lines += [f"- {name}: {why}" for name, why in rest if name not in plain]
     lines += [f"- no softmax at all that could be one: {', '.join(name.partition('/')[2] for name in plain)}"]

@@ -103,6 +103,12 @@ def timm_modules() -> dict[str, list[str]]:
     return found
 
 
+def module_of(name: str) -> str:
+    """The module of timm.models that a model comes from; of other libraries, nothing."""
+    library, _, model = name.partition("/")
+    return timm.models.model_entrypoint(model).__module__.rpartition(".")[2] if library == "timm" else ""
+
+
 def _timm(name: str, largest: int = 256) -> ZooModel:
     """Four blocks of a timm model at its own input size, or at about `largest` pixels where that is less and the model
     can be built for it."""
@@ -343,6 +349,34 @@ def _unet() -> ZooModel:
     return ZooModel(model.eval(), (torch.randn_like(latents[0]), 3, text), palettes, {"return_dict": False})
 
 
+def _mmdit() -> ZooModel:
+    """Image and text in streams of their own, joined in each attention (Stable Diffusion 3)."""
+    from diffusers import SD3Transformer2DModel
+
+    model = SD3Transformer2DModel(sample_size=16, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=64,
+                                  num_attention_heads=4, joint_attention_dim=32, caption_projection_dim=256,
+                                  pooled_projection_dim=24, out_channels=4, pos_embed_max_size=32)  # fmt: skip
+    latent = palette_grid(BATCH, (8, 8), (2, 2), 4, k=4)
+    rest = torch.randn(BATCH, 20, 32), torch.randn(BATCH, 24), torch.tensor([3, 3])
+    return ZooModel(model.eval(), (torch.randn_like(latent), *rest), ((latent, *rest),), {"return_dict": False})
+
+
+def _flux() -> ZooModel:
+    """Joined attention, then blocks on the joined tokens, with rotary positions given from outside (FLUX.1)."""
+    from diffusers import FluxTransformer2DModel
+
+    model = FluxTransformer2DModel(patch_size=1, in_channels=16, num_layers=2, num_single_layers=2,
+                                   attention_head_dim=64, num_attention_heads=4, joint_attention_dim=32,
+                                   pooled_projection_dim=24, axes_dims_rope=(16, 24, 24))  # fmt: skip
+    rest = torch.randn(BATCH, 20, 32), torch.randn(BATCH, 24), torch.tensor([0.5, 0.5])
+    places = torch.stack([torch.zeros(256), torch.arange(256) // 16, torch.arange(256) % 16], -1)
+    image, text = palette_tokens(BATCH, 256, 16, k=4), torch.zeros(20, 3)
+    palette = (image, *rest, torch.zeros(256, 3), text)
+    return ZooModel(model.eval(), (torch.randn_like(image), *rest, places, text), (palette,), {"return_dict": False})
+
+
+DIFFUSERS = {"dit": _dit, "unet": _unet, "sd3": _mmdit, "flux": _flux}
+
 # -- all ---------------------------------------------------------------------------------------------------------------
 
 SWEEP = ("vision_transformer", "deit", "eva", "beit")
@@ -357,7 +391,7 @@ def names(sweep: bool = False) -> list[str]:
     found = [f"timm/{name}" for names in timm_modules().values() for name in names]
     found += [f"torchvision/{name}" for name in TORCHVISION]
     found += [f"transformers/{name}:{attention}" for name in HUGGING for attention in ATTENTION]
-    return [*found, "diffusers/dit", "diffusers/unet"]
+    return [*found, *(f"diffusers/{name}" for name in DIFFUSERS)]
 
 
 def build(name: str, sweep: bool = False) -> ZooModel:
@@ -372,7 +406,7 @@ def build(name: str, sweep: bool = False) -> ZooModel:
     if library == "torchvision":
         return _torchvision(rest)
     if library == "diffusers":
-        return {"dit": _dit, "unet": _unet}[rest]()
+        return DIFFUSERS[rest]()
     key, _, attention = rest.partition(":")
     model, kind, settings = HUGGING[key]
     make = partial(_hugging, model, attention, kind, _CONFIGS.get(model), **settings)

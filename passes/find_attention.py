@@ -403,7 +403,7 @@ def place(node: fx.Node) -> str:
 
 def _clean(path: str) -> str:
     """`L['self']._modules['blocks']._modules['0'].attn` -> `blocks.0.attn`."""
-    for junk in ("L['self']", "L['fn']", "L['mod']", "._modules", "['", "']", "self."):
+    for junk in ("L['self']", "L['fn']", "L['mod']", ".__dict__", "._modules", "['", "']", "self."):
         path = path.replace(junk, "." if junk in ("['",) else "")
     parts = [p for p in path.split(".") if p and p not in ("_orig_mod",)]
     return ".".join(parts)

@@ -133,8 +133,8 @@ def _mlps(
         length = size_of(tokens)
         if isinstance(length, int) and length - prefix - suffix < SHORTEST_AXIS:
             continue
-        whole = leaves(facts.dims(value)[mlp.dim]) == tokens
-        size = value.meta["val"].shape[mlp.dim] if whole else length
+        alone = leaves(facts.dims(value)[mlp.dim]) == tokens
+        size = value.meta["val"].shape[mlp.dim] if alone else length
         features = {leaf for node in calls[mlp.merge].nodes[1:] for dim in facts.dims(node) for leaf in leaves(dim)}
         features |= reach.features | set(tokens)
         sample = tuple(leaf for dim in facts.dims(value) for leaf in leaves(dim) if leaf not in features)

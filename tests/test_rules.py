@@ -293,6 +293,7 @@ CONTRACT: dict[str, Fn] = {
     "einsum_cov": lambda x, *_: torch.einsum("bnd,bne->bde", x, x),
     "einsum_gram": lambda x, *_: torch.einsum("bnd,bmd->bnm", x, x),
     "einsum_sum": lambda x, *_: torch.einsum("bnd->bd", x),
+    "outer": lambda x, *_: torch.outer(x[0, :, 0], x[0, 0, :4]),
     "einsum_three": lambda x, *_: torch.einsum("bnd,bne,bnf->bdef", x, x, x),
     "einsum_outer": lambda x, *_: torch.einsum("bnd,bne->bnde", x, x),
     "einsum_batch": lambda x, *_: torch.einsum("bnd,cnd->bc", x, x),

@@ -84,6 +84,10 @@ def _added(call: Call, facts: Facts) -> Signature:
     return Signature(ins, (frame,), {"k": Role.SUM}, frame=frame, fills={0: fill})
 
 
+def _outer(call: Call, facts: Facts) -> Signature:
+    return Signature((("m",), ("n",)), (("m", "n"),), linear=frozenset({0, 1}))
+
+
 def parse_einsum(equation: str, ranks: list[int]) -> tuple[list[str], str]:
     """The letters of each operand and of the result; an ellipsis becomes capitals from the end of the alphabet."""
     equation = equation.replace(" ", "")
@@ -241,6 +245,7 @@ register(Contraction(_linear), aten.linear)
 register(Contraction(_matmul), aten.matmul, aten.mm, aten.bmm, aten.mv, aten.dot)
 register(Contraction(_added), aten.addmm, aten.baddbmm)
 register(Contraction(_einsum), aten.einsum)
+register(SignatureRule(_outer), aten.outer.default, aten.ger.default)
 register(Convolution(1), aten.conv1d)
 register(Convolution(2), aten.conv2d)
 register(Convolution(3), aten.conv3d)
