@@ -114,6 +114,9 @@ def _lossless(zoo: Any, r: int) -> Row:
     from tests import palette
 
     model = palette.wrap_convolutions(palette.equalize(zoo.model, seed=1))
+    other = model(*zoo.args, **zoo.kwargs)
+    if palette.distance(model(*zoo.palettes[0], **zoo.kwargs), other) < EXACT:
+        return {"lossless": "broken: its output says nothing of its input"}
     found: list[Row] = []
     for args in zoo.palettes:
         found.append(_law(model, args, dict(zoo.kwargs), r))

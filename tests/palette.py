@@ -26,6 +26,7 @@ POSITION = re.compile(
 )
 """Names of position embeddings and bias tables in timm, transformers, torchvision, open_clip and our models."""
 ROTARY = re.compile(r"rope|rotary", re.IGNORECASE)
+CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 LAYER_SCALE = re.compile(r"(^|\.)(ls\d?|layer_?scale\w*)(\.\w+)*$|(^|\.)(gamma|lambda)_\d$")
 
 
@@ -101,6 +102,8 @@ def equalize(model: nn.Module, seed: int | None = None, layer_scale: float = 0.5
         redraw(model, seed)
     with torch.no_grad():
         for path, module in model.named_modules():
+            if isinstance(module, CONVOLUTIONS):  # a patch embedding may stand inside what is called pos_embed
+                continue
             rotary = ROTARY.search(type(module).__name__) or ROTARY.search(path.rpartition(".")[2])
             plain = {k: v for k, v in vars(module).items() if isinstance(v, Tensor)}
             own = {**plain, **dict(module.named_buffers(recurse=False)), **dict(module.named_parameters(recurse=False))}
@@ -125,7 +128,7 @@ def wrap_convolutions(model: nn.Module) -> nn.Module:
     """Convolutions that pad by wrapping around, in place: along an axis on which the input does not vary, neither does
     what they make of it. Returns the model."""
     for module in model.modules():
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.padding_mode == "zeros":
+        if isinstance(module, CONVOLUTIONS) and module.padding_mode == "zeros":
             module.padding_mode = "circular"
     return model
 
