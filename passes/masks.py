@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
+from tome_fx.ops import LEFT_OUT
+
 from .axes import Dim, leaves
 from .find_attention import AttentionSite
 from .rules import Call, Facts, find
@@ -26,8 +28,6 @@ from .rules.views import ExpandRule, PermuteRule, RepeatRule, ViewRule
 aten = torch.ops.aten
 _SUMS = {aten.add.Tensor, aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default}
 _VIEWS = ViewRule, PermuteRule, ExpandRule, RepeatRule
-# Scores this low against 0 leave a pair out: Swin writes -100.
-_PARTED = -50.0
 _LARGEST = 2**22
 """Elements of a mask whose value is looked into."""
 
@@ -142,7 +142,7 @@ def _value(root: fx.Node, facts: Facts) -> Tensor | None:
 def _allowed(value: Tensor, pair: Sequence[int], prefix: int, suffix: int) -> int | None:
     """How many tokens of every window have a partner in their own part; None where there are no such parts."""
     value = value.movedim(tuple(pair), (-2, -1))
-    seen = value if value.dtype is torch.bool else value > _PARTED
+    seen = value if value.dtype is torch.bool else value > LEFT_OUT
     if value.dtype is not torch.bool and not bool((value.masked_fill(~seen, 0.0) == 0).all()):
         return None  # scores of its own
     n = seen.shape[-1]

@@ -229,3 +229,18 @@ def test_reports_name_the_option() -> None:
     assert "padding_first" in tome_fx.tome_backend(padding_first=True).config.to_dict()
     with pytest.raises(TypeError, match="padding_first"):
         tome_fx.tome_backend(padding_first=1)  # type: ignore[arg-type]
+
+
+def test_dynamic_shapes() -> None:
+    """One graph for every batch and length."""
+    torch.manual_seed(5)
+    model = redraw(Masked("bool")).eval()
+    torch._dynamo.reset()
+    backend = tome_fx.tome_backend(8, inner="eager", placement="stream", padding_first=True)
+    fast, before = torch.compile(model, backend=backend, dynamic=True), len(tome_fx.reports())
+    for batch, n in ((2, 40), (3, 52), (5, 64)):
+        x, seen = torch.randn(batch, n, D), torch.arange(n) < torch.randint(10, n, (batch, 1))
+        other = torch.where(seen[..., None], x, torch.randn_like(x))
+        with torch.no_grad():
+            assert torch.equal(fast(x, seen)[seen], fast(other, seen)[seen])
+    assert len(tome_fx.reports()) == before + 1

@@ -89,8 +89,8 @@ def tome_backend(
         prop_attn: proportional attention, equation 1 of the paper.
         metric: what tokens are compared by, "key" or "input" (the residual stream).
         protect: leading tokens that never merge; "auto" finds class, distillation and register tokens.
-        placement: "stream" merges for good, "branch" around each attention alone; "auto" takes the stream where there
-            is one, a branch elsewhere, and either only where it pays.
+        placement: "stream" merges for good, "branch" around each attention and MLP alone; "auto" takes the stream where
+            there is one, a branch elsewhere, and either only where it pays.
         padding_first: merge the tokens that a mask of keys leaves out before all others. Their outputs are then those
             of other padding; valid tokens do not notice.
         inner: "inductor", "aot_eager" or "eager".

@@ -31,8 +31,8 @@ class ToMeConfig:
     protect: str | int = "auto"
     """Leading tokens that never merge: "auto" finds class, distillation and register tokens, or a number."""
     placement: str = "auto"
-    """"stream" merges on the residual stream for good, "branch" around each attention alone (the stream keeps its
-    length); "auto" takes the stream where there is one and a branch elsewhere, and either only where it pays."""
+    """"stream" merges on the residual stream for good, "branch" around each attention and MLP alone (the stream keeps
+    its length); "auto" takes the stream where there is one and a branch elsewhere, and either only where it pays."""
     padding_first: bool = False
     """Merge the tokens that a mask of keys leaves out before all others, however alike they are. They never mix into
     the others in any case."""

@@ -317,13 +317,15 @@ def merge_bias(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor)
 
 
 _APART = 2.0
+LEFT_OUT = -50.0
+"""A float mask this low leaves a token out: exp(-50) is nothing beside 1."""
 # A masked token weighs this much: nothing beside any other, and a group of masked tokens still has a mean.
 _NOTHING = 2.0**-40
 
 
 def key_weight(mask: Tensor) -> Tensor:
-    """What a token counts for in a merge, by a mask of keys (bool, True: seen; or float, 0 or very low): 1 or 2^-40."""
-    seen = mask if mask.dtype is torch.bool else mask > -1e4
+    """What a token counts for in a merge, by a mask of keys (bool, True: seen; or float, 0 or below -50): 1 or 2^-40."""
+    seen = mask if mask.dtype is torch.bool else mask > LEFT_OUT
     return torch.where(seen, 1.0, _NOTHING).to(torch.float32)
 
 
