@@ -324,7 +324,7 @@ _NOTHING = 2.0**-40
 
 
 def key_weight(mask: Tensor) -> Tensor:
-    """What a token counts for in a merge, by a mask of keys (bool, True: seen; or float, 0 or below -50): 1 or 2^-40."""
+    """A token's weight in a merge, 1 or 2^-40, by a mask of keys: bool (True: seen), or float (0 or below -50)."""
     seen = mask if mask.dtype is torch.bool else mask > LEFT_OUT
     return torch.where(seen, 1.0, _NOTHING).to(torch.float32)
 
