@@ -64,8 +64,7 @@ def run_pipeline(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig) 
     with _timed(seconds, "find_attention"):
         fuse_attention(captured.gm, captured.fake_mode)
     with _timed(seconds, "infer_axes"):
-        facts, calls = infer_axes(captured.gm, captured.model_input)
-    facts.buffers = captured.buffers
+        facts, calls = infer_axes(captured.gm, captured.model_input, captured.buffers)
     report.unknown_ops = facts.unknown
     with _timed(seconds, "find_attention"):
         sites = find_attention(captured.gm, facts, calls)

@@ -176,10 +176,13 @@ def _block(
     why = site.causal if not site.masked or crossed or placement == "stream" else None
     if why := why or (_only_causal(sites, facts, tokens) if crossed else None):
         return SkipReason("causal or windowed mask", site.name, why)
-    place = _place(site, facts, calls, sites, reach, tokens, placement)
-    if isinstance(place, SkipReason):
-        return place
-    node, stream, branch, operands = place
+    joined = None if crossed or placement == "branch" else _joined(site, facts, calls, reach, tokens)
+    if joined is not None:
+        return _stream_of_its_own(site, facts, *joined, protect)
+    placed = _place(site, facts, calls, sites, reach, tokens, placement)
+    if isinstance(placed, SkipReason):
+        return placed
+    node, stream, branch, operands = placed
     sample = _sample(site, facts, stream if operands else node, tokens, crossed, reach.features)
     prefix, suffix = protected(facts, tokens) if protect == "auto" else (int(protect), 0)
     length = size_of(tokens)
@@ -230,6 +233,42 @@ def _place(
     if crossed:
         return site.out, site.q, True, ((0, site.query_dim),)
     return site.out, site.k, True, tuple((i, calls[site.out].vals[i].dim() - 2) for i in range(3))
+
+
+def _joined(
+    site: AttentionSite, facts: Facts, calls: dict[fx.Node, Call], reach: Reach, tokens: Dim
+) -> tuple[fx.Node, fx.Node, Dim] | None:
+    """Where an attention joins the tokens of several streams (image and text): the longest stream's merge point.
+
+    That is the add of a part of its output to a stream that was joined. Not under a mask: it would have to be cut.
+    """
+    if site.causal is not None or site.masked or score_terms(site, facts, calls):
+        return None
+    pieces = {leaves(part) for parts, axis in facts.joins if leaves(axis) == tokens for part in parts} - {()}
+    if not pieces or not isinstance(_merge_point(site, facts, reach, tokens), SkipReason):
+        return None
+    found: list[tuple[fx.Node, fx.Node, Dim]] = []
+    for node in reach.nodes[reach.index[site.out] + 1 :]:
+        for piece in pieces if node.target in _ADDS and reach.leads(site.out, node) else ():
+            stream = _residual(node, site, facts, reach, piece)
+            if stream is not None and not any(piece == other for *_, other in found):
+                found.append((node, stream, piece))
+    # The merged piece is put between whole ones of known length.
+    sized = [place for place in found if isinstance(size_of(place[2]), int)]
+    return max(sized, key=lambda place: size_of(place[2]), default=None)
+
+
+def _stream_of_its_own(
+    site: AttentionSite, facts: Facts, node: fx.Node, stream: fx.Node, tokens: Dim, protect: str | int
+) -> Block | SkipReason:
+    """The block of one of the streams that an attention joins."""
+    prefix, suffix = protected(facts, tokens) if protect == "auto" else (int(protect), 0)
+    length = size_of(tokens)
+    if length - prefix - suffix < SHORTEST_AXIS:
+        return SkipReason("short axis", site.name, f"{length} tokens in the longest of its streams")
+    keys = {leaf for dim in facts.dims(site.k) for leaf in leaves(dim)}
+    sample = tuple(leaf for dim in facts.dims(node) for leaf in leaves(dim) if leaf in keys)
+    return Block(site, tokens, sample, node, stream, prefix, suffix, length)
 
 
 def _only_causal(sites: list[AttentionSite], facts: Facts, tokens: Dim) -> str | None:

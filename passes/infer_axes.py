@@ -10,7 +10,7 @@ axis are read on their own. It only annotates.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -31,9 +31,15 @@ from .rules.views import ExpandRule, PermuteRule, ViewRule
 aten = torch.ops.aten
 
 
-def infer_axes(gm: fx.GraphModule, model_input: Sequence[bool]) -> tuple[Facts, dict[fx.Node, Call]]:
-    """Facts about every value, and the bound call of every node that runs an op on tensors."""
-    facts, calls = Facts(), {}
+def infer_axes(
+    gm: fx.GraphModule, model_input: Sequence[bool], buffers: Mapping[fx.Node, Tensor]
+) -> tuple[Facts, dict[fx.Node, Call]]:
+    """Facts about every value, and the bound call of every node that runs an op on tensors.
+
+    model_input: for each placeholder, whether it varies from call to call. buffers: the values of some that do not.
+    """
+    facts, calls = Facts(buffers=dict(buffers)), {}
+    angles = _Angles(facts)
     varies = iter(model_input)
     known = _KnownValues()
     for node in gm.graph.nodes:
@@ -47,6 +53,8 @@ def infer_axes(gm: fx.GraphModule, model_input: Sequence[bool]) -> tuple[Facts, 
         if node.op == "call_function" and node.target is operator.getitem:
             at = result_read(node)
             facts.axes[node] = () if at is None else (facts.axes[node.args[0]][at],)
+            if node.args[0] in facts.angles:
+                facts.angles.add(node)
             continue
         results = tensors_of(node.meta.get("val"))
         if node.op != "call_function" or not results:
@@ -67,6 +75,7 @@ def infer_axes(gm: fx.GraphModule, model_input: Sequence[bool]) -> tuple[Facts, 
             facts.decided.add(node)
         if _given(call, rule, facts):
             facts.given.add(node)
+        angles.note(call, rule)
         if rule is UNKNOWN and call.operands:
             facts.unknown[call.op] = facts.unknown.get(call.op, 0) + 1
     facts.scores = _scores(calls)
@@ -114,6 +123,29 @@ def _given(call: Call, rule: Rule, facts: Facts) -> bool:
     if not _elementwise(rule) or all(n in facts.given or n in facts.constant for n in call.nodes):
         return True
     return any(n.meta["val"].dim() > 1 and facts.varies(n, -1) and facts.varies(n, -2) for n in given)
+
+
+class _Angles:
+    """Rotary tables: sines and cosines of positions that the caller gives, and what is put together from them.
+
+    `plain` holds what is made of inputs, buffers and numbers alone: positions times frequencies, but no features.
+    """
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        self.plain: set[fx.Node] = set(facts.buffers)
+
+    def note(self, call: Call, rule: Rule) -> None:
+        facts, node = self.facts, call.node
+        if isinstance(rule, (Convolution, Attention)):
+            return
+        if all(n in self.plain or (n.op == "placeholder" and n in facts.given) for n in call.nodes):
+            self.plain.add(node)
+            if call.target in _ANGULAR and node not in facts.constant:
+                facts.angles.add(node)
+        turned = any(n in facts.angles for n in call.nodes) and not isinstance(rule, Contraction)
+        if turned and all(n in facts.angles or n in facts.constant for n in call.nodes):
+            facts.angles.add(node)
 
 
 def _elementwise(rule: Rule) -> bool:
@@ -196,6 +228,7 @@ def _same_place(call: Call, dims: frozenset[int]) -> set[int]:
     }
 
 
+_ANGULAR = {aten.sin.default, aten.cos.default, aten.polar.default}
 _EXP = {aten.exp.default, aten.exp2.default}
 _FILLED = {aten.full.default, aten.ones.default, aten.zeros.default, aten.new_full.default, aten.new_ones.default,
            aten.new_zeros.default, aten.full_like.default, aten.ones_like.default, aten.zeros_like.default,

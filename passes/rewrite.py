@@ -27,7 +27,7 @@ from torch import Tensor, fx
 from tome_fx import ops  # noqa: F401 - defines the operators
 from tome_fx.config import ToMeConfig
 
-from .axes import Atom, Dims, leaves, size_of
+from .axes import Atom, Dims, leaves, locate, size_of
 from .capture import Captured, is_impure
 from .find_blocks import Block
 from .layout import DimLayout, Layout, Run, Step, is_plain, plain
@@ -318,7 +318,8 @@ class Emitter:
         block, prev = merge.block, merge.step.prev
         site = block.site
         attention = bool(block.operands) and not block.mlp
-        by_heads = attention or (self.config.metric == "key" and not block.branch)
+        held = locate(block.tokens, self.facts.dims(site.k))
+        by_heads = attention or (self.config.metric == "key" and not block.branch and bool(held))
         source = block.stream if block.operands or not by_heads else site.k
         inner_dims = (source.meta["val"].dim() - 1,) if attention else site.inner_dims
         dims = self.facts.dims(source)

@@ -84,12 +84,13 @@ class Decision:
 class Facts:
     """What the analyses know of the graph.
 
-    axes: dims of every tensor result of every node. constant: nodes that depend on no model input. scores: nodes
-    on the way to a softmax. uniform: dims along which a value is the same everywhere. decided: values that a bool
-    tensor went into. given: inputs of the model, and what was made of them without a product. segments: sizes of the
-    pieces a token axis was concatenated from, with whether each depends on no input. channels: axes that come from a
-    weight. cuts: reads of an axis at a fixed position, (leaves, from the front, from the back). buffers: the values
-    of the model's buffers at compile time. parted: masks of pairs within whose parts alone tokens merge.
+    axes: dims of every tensor result of every node. constant: nodes that depend on no model input. scores: nodes on
+    the way to a softmax. uniform: dims along which a value is the same everywhere. decided: values that a bool tensor
+    went into. given: inputs of the model, and what was made of them without a product. segments: sizes of the pieces
+    a token axis was concatenated from, with whether each depends on no input. joins: axes that were concatenated, and
+    the axis it made. channels: axes that come from a weight. cuts: reads of an axis at a fixed position, (leaves,
+    from the front, from the back). buffers: the values of the model's buffers at compile time. parted: masks of pairs
+    within whose parts alone tokens merge. angles: sines and cosines of positions, and what is put together from them.
     """
 
     axes: dict[fx.Node, tuple[Dims, ...]] = field(default_factory=dict)
@@ -100,10 +101,12 @@ class Facts:
     given: set[fx.Node] = field(default_factory=set)
     slices: dict[tuple, Any] = field(default_factory=dict)
     segments: list[tuple[tuple, list[tuple[Any, bool]]]] = field(default_factory=list)
+    joins: list[tuple[list[Dim], Dim]] = field(default_factory=list)
     channels: list[Dim] = field(default_factory=list)
     cuts: list[tuple[tuple, int, int]] = field(default_factory=list)
     buffers: dict[fx.Node, Tensor] = field(default_factory=dict)
     parted: set[fx.Node] = field(default_factory=set)
+    angles: set[fx.Node] = field(default_factory=set)
     unknown: dict[str, int] = field(default_factory=dict)
 
     def dims(self, node: fx.Node, result: int = 0) -> Dims:

@@ -74,7 +74,12 @@ class CatRule(Rule):
         whole = next((o for o in origins if o is not None), None)
         if whole is not None and self._restores(call, facts, d, pieces, whole):
             return whole[0]
-        joined = fresh(total)
+        # The same axes in the same order make the same axis: joined queries and joined keys are the same tokens.
+        found = [leaves(dim) for dim in dims]
+        known = next((axis for parts, axis in facts.joins if [leaves(part) for part in parts] == found), None)
+        joined = fresh(total) if known is None else known
+        if known is None:
+            facts.joins.append((dims, joined))
         sizes: list[tuple[Any, bool]] = []
         for i, dim in zip(pieces, dims, strict=True):
             nested = next((s for key, s in facts.segments if leaves(key) == leaves(dim)), None)

@@ -73,7 +73,8 @@ def _fill(call: Call, facts: Facts, i: int, additive: bool) -> Fill:
         if call.node not in facts.scores:
             return Fill.MEAN
         return Fill.NONE if _pairs(call.nodes[i], facts) else Fill.BIAS
-    if call.nodes[i] in facts.constant:
+    # The mean of two rotations is none: a group turns as its representative does.
+    if call.nodes[i] in facts.constant or call.nodes[i] in facts.angles:
         return Fill.ROW
     return Fill.MEAN if floating else Fill.NONE
 
