@@ -172,7 +172,7 @@ def _block(
     queries = leaves(facts.dims(site.q)[site.query_dim])
     crossed = keys != queries
     tokens = queries if crossed else keys
-    if not tokens or (crossed and (placement == "stream" or not site.fused)):
+    if not tokens or (crossed and placement == "stream"):
         return SkipReason("cross attention", site.name, "queries and keys are different tokens")
     if reach.features & {*keys, *queries}:
         return SkipReason("attention over channels", site.name, "its keys are features, which a weight made")

@@ -96,13 +96,13 @@ def _mlp(
     dims = [leaves(facts.dims(site.k)[d]) for d in site.inner_dims]
     queries = leaves(facts.dims(site.q)[site.query_dim])
     own = {*queries, *(leaf for dim in dims for leaf in dim)} - reach.features
-    spots = [d for d, dim in enumerate(facts.dims(value)) if own & set(leaves(dim)) and not reach.features & set(dim)]
+    axes = [set(leaves(dim)) for dim in facts.dims(value)]
+    spots = [d for d, axis in enumerate(axes) if own & axis and not reach.features & axis]
     least = 1 if reach.features & set(queries) else size_of(queries)
     if not spots:  # the attention joins this stream's tokens with another's
         known = reach.features | {leaf for dim in facts.dims(site.q) for leaf in leaves(dim)}
-        spots = [d for d, dim in enumerate(facts.dims(value)) if dim and not known & set(leaves(dim))]
-        least = 1
-    if len(spots) == 0:
+        spots, least = [d for d, axis in enumerate(axes) if axis and not known & axis], 1
+    if not spots:
         return None
     tokens: Dim = ()
     for leaf in reversed(leaves(facts.dims(value)[spots[-1]])):
