@@ -18,8 +18,8 @@ Diffusion, arXiv 2303.17604, merges there).
 Where no value holds the tokens of queries and keys in one dim (projections by convolution), or nothing stands between
 it and the attention, the operands of the attention itself are merged, compared by the keys.
 
-Where an attention joins the tokens of several streams (image and text), the longest of them merges for good, at the add of
-its part of the output.
+Where an attention joins the tokens of several streams (image and text), the longest of them merges for good, at the add
+of its part of the output.
 
 In cross attention (keys pooled from the tokens, or other tokens altogether) the queries alone merge, in a branch.
 Not so a decoder's, whose tokens see each other in causal order: a group would show the past what comes after.
