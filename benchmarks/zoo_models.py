@@ -198,7 +198,8 @@ def _spectrogram(settings: Any) -> Any:
 
 def _wave(settings: Any) -> Any:
     wave = palette_tokens(BATCH, 16000, 1, k=4, run=2000)[..., 0]
-    return (torch.randn_like(wave),), ((wave,),), {}
+    hum = torch.randn(BATCH, 80).repeat(1, 200)  # every token alike: the stem's strides make 80
+    return (torch.randn_like(wave),), ((wave,), (hum,)), {}
 
 
 def _mel(settings: Any) -> Any:

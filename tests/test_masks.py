@@ -244,3 +244,18 @@ def test_dynamic_shapes() -> None:
         with torch.no_grad():
             assert torch.equal(fast(x, seen)[seen], fast(other, seen)[seen])
     assert len(tome_fx.reports()) == before + 1
+
+
+@pytest.mark.parametrize("kind", ["keys", "parts"])
+def test_the_whole_way(kind: str) -> None:
+    """Through Inductor: as eager."""
+    torch.manual_seed(6)
+    if kind == "keys":
+        model, args = redraw(Masked("bool")).eval(), (torch.randn(2, N, D), seen_of(17, 33))
+    else:
+        model, args = redraw(Net(Shifted())).eval(), (torch.randn(2, 3, 48, 48),)
+    placement = "stream" if kind == "keys" else "branch"
+    want, _ = run(model, args, None, 6, placement=placement)
+    got, report = run(model, args, None, 6, placement=placement, inner="inductor")
+    assert report.merged_sites > 0
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
