@@ -22,7 +22,7 @@ from tests.models import Spec, complete, redraw
 
 POSITION = re.compile(
     r"(^|\.|_)(pos_emb\w*|position_emb\w*|positional_emb\w*|pos_embedding\w*|embed_positions|rel_pos\w*|"
-    r"relative_position_bias_table|rel_attn_embed|linear_pos|wpe)(\.|$)"
+    r"relative_position_bias_table|cpb_mlp|continuous_position_bias_mlp|rel_attn_embed|linear_pos|wpe)(\.|$)"
 )
 """Names of position embeddings and bias tables in timm, transformers, torchvision, open_clip and our models."""
 ROTARY = re.compile(r"rope|rotary", re.IGNORECASE)
