@@ -40,7 +40,7 @@ from tome_fx.report import SkipReason
 from .axes import Dim, leaves, locate, size_of
 from .find_attention import AttentionSite
 from .find_mlps import find_mlps
-from .masks import key_masks, parted, score_terms, token_dims
+from .masks import key_masks, parted, same_mask, score_terms, token_dims
 from .reach import Reach
 from .rules import Call, Facts, find
 from .rules.contraction import Contraction
@@ -392,8 +392,10 @@ def _pair_mask(
         )
         if not windows and not facts.per_pair(term, *pair[-2:]):
             continue
-        if found is not None or (found := parted(term, facts, calls, tokens, sample, *ends)) is None:
+        mask = parted(term, facts, calls, tokens, sample, *ends)
+        if mask is None or (found is not None and not same_mask(mask[0], found[0], facts)):
             return f"{term.name} tells each query apart which keys it sees"
+        found = mask
     return found
 
 

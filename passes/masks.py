@@ -37,7 +37,7 @@ def score_terms(site: AttentionSite, facts: Facts, calls: dict[fx.Node, Call]) -
     if site.fused:
         return list(calls[site.out].nodes[3:]) if site.masked else []
     fixed = facts.constant | facts.given
-    return [n for n in facts.scores & fixed if any(user in facts.scores - fixed for user in n.users)]
+    return [n for n in sorted(facts.scores & fixed) if any(user in facts.scores - fixed for user in n.users)]
 
 
 def key_masks(
@@ -108,6 +108,12 @@ def parted(
     return None if allowed is None else (masks[0], allowed)
 
 
+def same_mask(a: fx.Node, b: fx.Node, facts: Facts) -> bool:
+    """Whether two known masks of pairs say the same: some models add theirs twice."""
+    x, y = _value(a, facts), _value(b, facts)
+    return x is not None and y is not None and torch.equal(x.flatten(), y.flatten())
+
+
 def _value(root: fx.Node, facts: Facts) -> Tensor | None:
     """A constant of the graph computed from numbers and buffers; None where a weight or an input goes into it."""
     order, todo, seen = [], [root], set()
@@ -157,4 +163,4 @@ def _allowed(value: Tensor, pair: Sequence[int], prefix: int, suffix: int) -> in
     return int(body[:, odd::2, 1 - odd :: 2].any(-1).sum(-1).min())
 
 
-__all__ = ["key_masks", "parted", "score_terms", "token_dims"]
+__all__ = ["key_masks", "parted", "same_mask", "score_terms", "token_dims"]

@@ -155,7 +155,21 @@ class Computed(Shifted):
         return unwindow(self.attn.proj(out.transpose(1, 2).reshape(len(y), w * w, c)), w, b, h).roll((3, 3), (1, 2))
 
 
-@pytest.mark.parametrize("kind", [Shifted, Computed])
+class Twice(Shifted):
+    """The same mask is added two times to open scores (Swin v2)."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        b, h, _, c = x.shape
+        y = windows(x.roll((-3, -3), (1, 2)), self.w)
+        q, k, v = self.attn.qkv(y).view(len(y), 36, 3, 2, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * 3 + self.rel_pos).view(b, -1, 2, 36, 36)
+        scores = scores + self.mask.unsqueeze(1).unsqueeze(0)
+        scores = scores + self.mask.unsqueeze(1).unsqueeze(0)
+        out = scores.view(len(y), 2, 36, 36).softmax(-1) @ v
+        return unwindow(self.attn.proj(out.transpose(1, 2).reshape(len(y), 36, c)), self.w, b, h).roll((3, 3), (1, 2))
+
+
+@pytest.mark.parametrize("kind", [Shifted, Computed, Twice])
 def test_shifted_windows_merge_within_their_parts(kind: Any) -> None:
     """Exactly, on palettes; and on any input no group holds tokens of two parts."""
     torch.manual_seed(0)
