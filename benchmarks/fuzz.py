@@ -1,8 +1,8 @@
 """Random small transformers: no crash, no changed shape, r=0 the identity, through any schedule and placement.
 
 Models are drawn by hypothesis from tests/strategies.py: spellings of attention, layouts, masks, norms, readouts,
-branches, dead code, reused modules. `--seed` draws others. Writes benchmarks/results/fuzz.json: how many ran, and every
-failure.
+branches, dead code, reused modules. `--seed` draws others. Writes benchmarks/results/fuzz.json: for each seed how many
+ran, and every failure; a seed that is there already is replaced.
 
     python benchmarks/fuzz.py --graphs 2000
 """
@@ -91,8 +91,10 @@ def main() -> int:
     failures = [row for row in rows if row["problem"]]
     merged = sum(row["merged"] > 0 for row in rows)
     machine = timing.machine_info("cpu")
-    held = {"machine": machine, "graphs": len(rows), "merged": merged, "seed": args.seed, "failures": failures}
-    args.out.write_text(json.dumps(held, indent=1) + "\n")
+    run = {"machine": machine, "graphs": len(rows), "merged": merged, "seed": args.seed, "failures": failures}
+    held = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
+    runs = [*(other for other in held if other["seed"] != args.seed), run]
+    args.out.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
     print(f"{len(rows)} graphs, {merged} of them merged, {len(failures)} failures")
     return int(bool(failures))
 

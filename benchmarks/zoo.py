@@ -271,10 +271,11 @@ def _beside() -> list[str]:
             f"{merged} merge, {exact} with the law exact, {sum(map(bad, rows))} failures"
         )
     if FUZZ.exists():
-        held = json.loads(FUZZ.read_text())
+        runs = json.loads(FUZZ.read_text())["runs"]
+        graphs, merged = (sum(run[name] for run in runs) for name in ("graphs", "merged"))
+        failures = sum(len(run["failures"]) for run in runs)
         lines.append(
-            f"- random transformers (benchmarks/fuzz.py): {held['graphs']} graphs, {held['merged']} of them merged, "
-            f"{len(held['failures'])} failures"
+            f"- random transformers (benchmarks/fuzz.py): {graphs} graphs, {merged} of them merged, {failures} failures"
         )
     return lines
 
