@@ -19,7 +19,6 @@ import zoo_models  # noqa: E402
 
 NO_RULE = {
     "aten.meshgrid": "makes coordinates out of sizes, before anything is merged",
-    "aten.repeat_interleave": "repeats a query over windows (GCViT): samples change, so tokens must be whole",
     "aten.unfold": "overlapping windows of a grid (HaloNet): positions",
     "aten.one_hot": "position indices",
     "aten.conv_transpose2d": "neighbours on a grid",
