@@ -41,7 +41,7 @@ _PASS = {aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguo
 _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
           aten.unflatten.int, aten.unsqueeze.default, aten.squeeze.dim}  # fmt: skip
 # A mask value this low leaves a key out; a milder one is an ordinary score and stays as it is written.
-MASKED_OUT = -1e4
+_MASKED_OUT = -1e4
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class _Fuser:
         if parts is None:
             raise _NoMatch
         x, mask, value, fills = parts
-        if (not isinstance(value, float) and not isinstance(value, int)) or not value <= MASKED_OUT:
+        if (not isinstance(value, float) and not isinstance(value, int)) or not value <= _MASKED_OUT:
             raise _NoMatch
         match = self._back(call.nodes[x])
         picked = call.nodes[mask]
@@ -490,4 +490,4 @@ def _product_below(node: fx.Node, axis: Dim, facts: Facts, calls: dict[fx.Node, 
     return None
 
 
-__all__ = ["MASKED_OUT", "AttentionSite", "find_attention", "fuse_attention", "place"]
+__all__ = ["AttentionSite", "find_attention", "fuse_attention", "place"]

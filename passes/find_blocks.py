@@ -198,6 +198,8 @@ def _block(
     pairs = _pair_mask(site, facts, calls, tokens, sample, (prefix, suffix), reach)
     if pairs is not None and not isinstance(pairs, str) and not branch:
         pairs = f"{pairs[0].name} parts the stream, which merges for good"
+    if pairs is None:  # told apart in a way that names no axis of tokens
+        pairs = site.causal
     if isinstance(pairs, str):
         kind = "windowed mask" if site.causal is None else "causal or windowed mask"
         return SkipReason(kind, site.name, site.causal or pairs)

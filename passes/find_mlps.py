@@ -17,6 +17,7 @@ Used by `find_blocks`; it only annotates.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,15 +33,17 @@ from .rules.contraction import Contraction, Convolution
 aten = torch.ops.aten
 
 
+@dataclass(frozen=True)
 class Mlp:
     """One MLP: the site whose stream it reads, what merges and along which tokens. entry: the operand of `merge` that
     merges, where it is not the value of `merge` itself."""
 
-    def __init__(
-        self, site: AttentionSite, merge: fx.Node, stream: fx.Node, dim: int, tokens: Dim, entry: int | None
-    ) -> None:
-        self.site, self.merge, self.stream, self.dim = site, merge, stream, dim
-        self.tokens, self.entry = tokens, entry
+    site: AttentionSite
+    merge: fx.Node
+    stream: fx.Node
+    dim: int
+    tokens: Dim
+    entry: int | None
 
     @property
     def value(self) -> fx.Node:

@@ -94,17 +94,22 @@ def parted(
     def told(node: fx.Node) -> bool:
         return bool(_varies_with(node, facts) & set(sample)) or node in facts.decided or node in facts.given
 
+    values: dict[fx.Node, Tensor] = {}
+
     def is_mask(node: fx.Node) -> bool:
         pair = len(token_dims(node, facts, tokens)) == 2 and told(node)
-        return pair and _varies_with(node, facts) <= {*tokens, *sample} and _value(node, facts) is not None
+        if not pair or not _varies_with(node, facts) <= {*tokens, *sample}:
+            return False
+        value = _value(node, facts)
+        if value is not None:
+            values[node] = value
+        return value is not None
 
     masks, others = _summands(term, is_mask, calls)
     # Parts of two masks at once are not counted out.
     if len(masks) != 1 or any(len(token_dims(node, facts, tokens)) == 2 and told(node) for node in others):
         return None
-    value = _value(masks[0], facts)
-    assert value is not None
-    allowed = _allowed(value, token_dims(masks[0], facts, tokens), prefix, suffix)
+    allowed = _allowed(values[masks[0]], token_dims(masks[0], facts, tokens), prefix, suffix)
     return None if allowed is None else (masks[0], allowed)
 
 

@@ -262,7 +262,8 @@ class Emitter:
             kinds.append(call(tome.part_kinds.default, self._by_sample(block, block.parts)))
         if kinds:
             first = self.config.padding_first and weight is not None
-            metric, heads = call(tome.apart.default, metric, _joined(kinds), heads, first), False
+            kind = cat(kinds, -1) if len(kinds) > 1 else kinds[0]
+            metric, heads = call(tome.apart.default, metric, kind, heads, first), False
         assign, keep, moved, similarity = call(tome.match.default, metric, merge.r, step.prefix, step.suffix, heads)
         similarity.node.args[0].meta["tome_merge"] = block.name
         size = call(tome.merge_size.default, before, assign, keep, moved)
@@ -516,10 +517,6 @@ class Emitter:
         if len(grown) == len(final):
             return size
         return size.expand(expand).reshape(final)
-
-
-def _joined(parts: Sequence[Traced]) -> Traced:
-    return cat(parts, -1) if len(parts) > 1 else parts[0]
 
 
 def _find(have: Sequence[Atom], want: Sequence[Atom]) -> list[int]:
