@@ -40,7 +40,7 @@ from tome_fx.report import SkipReason
 from .axes import Dim, leaves, locate, size_of
 from .find_attention import AttentionSite
 from .find_mlps import find_mlps
-from .masks import key_masks, parted, same_mask, score_terms, token_dims
+from .masks import KeyMask, key_masks, parted, same_mask, score_terms, token_dims, told
 from .reach import Reach
 from .rules import Call, Facts, find
 from .rules.contraction import Contraction
@@ -77,7 +77,7 @@ class Block:
     crossed: bool = False
     operands: tuple[tuple[int, int], ...] = ()
     mlp: bool = False
-    masks: tuple[fx.Node, ...] = ()
+    masks: tuple[KeyMask, ...] = ()
     parts: fx.Node | None = None
     most: int | None = None
 
@@ -130,7 +130,7 @@ def _mlps(
         masks = block.masks if block is not None and block.tokens == tokens else ()
         if any(other.merge is mlp.merge for other in blocks):
             continue
-        if not masks and any(_keeps_apart(s, held.get(s), facts, calls, tokens) for s in (mlp.site, *same)):
+        if not masks and any(_keeps_apart(s, held.get(s), facts, calls, reach, tokens) for s in (mlp.site, *same)):
             continue
         prefix, suffix = protected(facts, tokens) if protect == "auto" else (int(protect), 0)
         length = size_of(tokens)
@@ -148,7 +148,7 @@ def _mlps(
 
 
 def _keeps_apart(
-    site: AttentionSite, block: Block | None, facts: Facts, calls: dict[fx.Node, Call], tokens: Dim
+    site: AttentionSite, block: Block | None, facts: Facts, calls: dict[fx.Node, Call], reach: Reach, tokens: Dim
 ) -> bool:
     """Whether a mask of this attention may keep tokens of the axis apart that an MLP would merge."""
     if block is not None and block.parts is not None:
@@ -156,7 +156,7 @@ def _keeps_apart(
     if site.causal is not None:
         return True
     own = leaves(facts.dims(site.q)[site.query_dim]) == leaves(facts.dims(site.k)[site.key_dim])
-    return own and any(term in facts.given or term in facts.decided for term in score_terms(site, facts, calls))
+    return own and any(told(term, facts) for term in score_terms(site, facts, calls, reach))
 
 
 def _block(
@@ -204,9 +204,10 @@ def _block(
         kind = "windowed mask" if site.causal is None else "causal or windowed mask"
         return SkipReason(kind, site.name, site.causal or pairs)
     if pairs is not None:
-        facts.parted |= set(score_terms(site, facts, calls))
-    masks = () if crossed else key_masks(site, facts, calls, tokens, sample)
-    masks = tuple(mask for mask in masks if not reach.leads(node, mask))
+        facts.parted |= set(score_terms(site, facts, calls, reach))
+    masks = () if crossed else _key_masks(site, facts, calls, reach, tokens, sample, node)
+    if isinstance(masks, str):
+        return SkipReason("unclear mask", site.name, masks)
     value, at = (site.q, site.query_dim) if crossed else (site.k, site.key_dim)
     length = value.meta["val"].shape[at]
     parts, most = pairs or (None, None)
@@ -247,7 +248,7 @@ def _joined(
 
     That is the add of a part of its output to a stream that was joined. Not under a mask: it would have to be cut.
     """
-    if site.causal is not None or site.masked or score_terms(site, facts, calls):
+    if site.causal is not None or site.masked or score_terms(site, facts, calls, reach):
         return None
     pieces = {leaves(part) for parts, axis in facts.joins if leaves(axis) == tokens for part in parts} - {()}
     if not pieces or not isinstance(_merge_point(site, facts, reach, tokens), SkipReason):
@@ -385,7 +386,7 @@ def _pair_mask(
     nothing may.
     """
     found: tuple[fx.Node, int] | None = None
-    for term in score_terms(site, facts, calls):
+    for term in score_terms(site, facts, calls, reach):
         pair = token_dims(term, facts, tokens)
         if len(pair) < 2 or not reach.leads(term, site.out):
             continue
@@ -399,6 +400,21 @@ def _pair_mask(
             return f"{term.name} tells each query apart which keys it sees"
         found = mask
     return found
+
+
+def _key_masks(
+    site: AttentionSite,
+    facts: Facts,
+    calls: dict[fx.Node, Call],
+    reach: Reach,
+    tokens: Dim,
+    sample: Dim,
+    merge: fx.Node,
+) -> tuple[KeyMask, ...] | str:
+    """The masks of keys that give tokens no weight at a merge, or why they cannot."""
+    masks = key_masks(site, facts, calls, reach, tokens, sample)
+    late = next((m.node.name for m in masks if not isinstance(m, str) and reach.leads(merge, m.node)), None)
+    return masks if late is None else f"{late}, a mask of keys, is computed from the tokens that would merge"
 
 
 def _past_parallel_branch(

@@ -1,7 +1,13 @@
 """What the masks of an attention say about merging its tokens.
 
 A mask of keys gives the tokens that it leaves out no weight: in a merge they count for nothing, and a group of both
-kinds is a group of the valid ones (`key_masks`).
+kinds is a group of the valid ones (`key_masks`). Where the attention is fused, it is a summand of the SDPA's mask;
+where the softmax stands open, the way back from it to the product q k^T tells what each term does to the scores:
+
+    scores.masked_fill(mask, -inf)   where(mask, scores, -inf)   scores + m   scores * m - 1e4 * (1 - m)
+
+A mask that the way mixes (by a product over heads, by an op that nobody knows) says nothing that can be kept: such a
+site is left alone, with the reason.
 
 A mask of pairs lets each query see keys of its own (shifted windows, a window of several pictures). Merging is right
 where such a mask cuts every window into parts that see themselves and nobody else, and only tokens of one part merge:
@@ -10,7 +16,8 @@ where such a mask cuts every window into parts that see themselves and nobody el
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any, cast
 
@@ -22,39 +29,266 @@ from tome_fx.ops import LEFT_OUT
 
 from .axes import Dim, leaves
 from .find_attention import AttentionSite
+from .reach import Reach
 from .rules import Call, Facts, find
+from .rules.base import UNKNOWN
+from .rules.contraction import Contraction
+from .rules.pointwise import MaskRule, scalar
+from .rules.reduce import Softmax
 from .rules.views import ExpandRule, PermuteRule, RepeatRule, ViewRule
 
 aten = torch.ops.aten
 _SUMS = {aten.add.Tensor, aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default}
 _VIEWS = ViewRule, PermuteRule, ExpandRule, RepeatRule
+_PASS = (aten.to, aten._to_copy, aten.clone, aten.contiguous, aten.detach, aten.alias, aten.type_as, aten.dropout)
+_ADD, _SUBTRACT = (aten.add,), (aten.sub, aten.subtract)
+_SHAPED = (aten.expand_as, aten.view_as, aten.reshape_as, aten.type_as)
+"""Ops that read only shape and dtype of their second operand."""
+_MULTIPLY, _DIVIDE = (aten.mul, aten.multiply), (aten.div, aten.divide, aten.true_divide)
 _LARGEST = 2**22
 """Elements of a mask whose value is looked into."""
 
 
-def score_terms(site: AttentionSite, facts: Facts, calls: dict[fx.Node, Call]) -> list[fx.Node]:
-    """What is added to, or masks, the scores of a site."""
+@dataclass(frozen=True)
+class KeyMask:
+    """A mask of keys: a bool node (True: seen; left out where `scale` is negative), or a number for each key of which
+    `scale` times as much joins the scores."""
+
+    node: fx.Node
+    scale: float = 1.0
+
+
+def score_terms(site: AttentionSite, facts: Facts, calls: dict[fx.Node, Call], reach: Reach) -> list[fx.Node]:
+    """What is added to, multiplies or masks the scores of a site, or, of an open one, its probabilities.
+
+    Of an open site only what the model does not compute from activations, and says something of single tokens.
+    """
     if site.fused:
         return list(calls[site.out].nodes[3:]) if site.masked else []
     fixed = facts.constant | facts.given
-    return [n for n in sorted(facts.scores & fixed) if any(user in facts.scores - fixed for user in n.users)]
+    tokens = {*leaves(facts.dims(site.q)[site.query_dim]), *leaves(facts.dims(site.k)[site.key_dim])}
+    terms = [n for way, _ in _ways(site, calls, reach) for *_, n in _aside(way, calls)]
+    return [n for n in dict.fromkeys(terms) if (n in fixed or told(n, facts)) and _varies_with(n, facts) & tokens]
+
+
+def told(node: fx.Node, facts: Facts) -> bool:
+    """Whether a value says of single tokens what the caller or a comparison said: no model computed or learned it."""
+    return node in facts.given or node in facts.decided or node.meta["val"].dtype is torch.bool
+
+
+def _ways(site: AttentionSite, calls: dict[fx.Node, Call], reach: Reach) -> list[tuple[list[fx.Node], bool]]:
+    """Of an open site: the nodes from its product to each softmax, and those from there to its output (True), without
+    what only has the shape of one of them."""
+    ways = []
+    for softmax in reach.between(site.k, site.out):
+        if softmax not in calls or not isinstance(find(calls[softmax]), Softmax):
+            continue
+        above = (n for n in reach.between(site.k, softmax) if n in calls and isinstance(find(calls[n]), Contraction))
+        product = next((n for n in above if {site.q, site.k} <= set(calls[n].nodes)), None)
+        if product is not None:
+            ways += [(_by_value(reach.between(product, softmax), calls), False),
+                     (_by_value(reach.between(softmax, site.out), calls), True)]  # fmt: skip
+    return ways
+
+
+def _by_value(way: list[fx.Node], calls: dict[fx.Node, Call]) -> list[fx.Node]:
+    kept = {way[0]}
+    for node in way[1:]:
+        sources = calls[node].nodes if node in calls else node.all_input_nodes
+        if kept & set(sources[:1] if node in calls and _packet(calls[node]) in _SHAPED else sources):
+            kept.add(node)
+    return [node for node in way if node in kept]
+
+
+def _aside(way: list[fx.Node], calls: dict[fx.Node, Call]) -> Iterator[tuple[Call, int, fx.Node]]:
+    """Every operand that joins a way between its ends and is not computed on it: (call, position, node)."""
+    on_it, begin = set(way), calls[way[0]].nodes[-2:]
+    for node in way[:-1]:
+        for i, n in enumerate(calls[node].nodes if node in calls else ()):
+            if n in on_it or (node is way[0] and n in begin):
+                continue
+            while n in calls and _packet(calls[n]) in _SHAPED:
+                n = calls[n].nodes[0]
+            yield calls[node], i, n
 
 
 def key_masks(
-    site: AttentionSite, facts: Facts, calls: dict[fx.Node, Call], tokens: Dim, sample: Dim
-) -> tuple[fx.Node, ...]:
-    """The masks of keys among the terms of a fused site's scores: bool (True: seen) or float (0 / very low).
+    site: AttentionSite, facts: Facts, calls: dict[fx.Node, Call], reach: Reach, tokens: Dim, sample: Dim
+) -> tuple[KeyMask, ...] | str:
+    """The masks of keys among the terms of a site's scores, or why they cannot be told from the graph.
 
     Each holds the tokens in one dim along which it varies, and is the same for all queries and heads.
     """
-    if not site.masked:
-        return ()
+    reader = _Reader(facts, calls, tokens, sample)
+    if site.fused:
+        for term in score_terms(site, facts, calls, reach):
+            reader.term(term, -LEFT_OUT if term.meta["val"].dtype is torch.bool else 1.0)
+    else:
+        for way, after in _ways(site, calls, reach):
+            (reader.probabilities if after else reader.scores)(way)
+    unread = reader.unread()
+    if unread is not None:
+        return f"{unread.name} masks keys in a way that is not understood"
+    return tuple(KeyMask(*found) for found in reader.masks.items())
 
-    def is_mask(node: fx.Node) -> bool:
-        told = node in facts.given or node in facts.decided
-        return told and len(token_dims(node, facts, tokens)) == 1 and _varies_with(node, facts) <= {*tokens, *sample}
 
-    return tuple(_summands(calls[site.out].nodes[3], is_mask, calls)[0])
+class _Reader:
+    """Reads terms of the scores. masks: those that are masks of keys, with their factor."""
+
+    def __init__(self, facts: Facts, calls: dict[fx.Node, Call], tokens: Dim, sample: Dim) -> None:
+        self.facts, self.calls, self.tokens, self.sample = facts, calls, tokens, sample
+        self.masks: dict[fx.Node, float] = {}
+        self._factors: dict[fx.Node, None] = {}
+        self._others: dict[fx.Node, None] = {}
+
+    def unread(self) -> fx.Node | None:
+        """A term that may leave keys out and was not understood."""
+        known = {source for mask in self.masks for source in self._sources(mask)}
+        loose = [n for n in self._factors if not self._sources(n) <= known]
+        return next((n for n in (*self._others, *loose) if n not in self.masks), None)
+
+    def scores(self, way: list[fx.Node]) -> None:
+        """Read what joins the scores on the way from the product to the softmax."""
+        aside: dict[fx.Node, list[tuple[int, fx.Node]]] = {}
+        for call, i, node in _aside(way, self.calls):
+            aside.setdefault(call.node, []).append((i, node))
+        on_it, seen = set(way[:-1]), set()
+        todo: list[tuple[fx.Node, float | None]] = [(self.calls[way[-1]].nodes[0], 1.0)]
+        while todo:
+            at = node, scale = todo.pop()
+            if at in seen or node not in on_it or node not in self.calls:
+                continue
+            seen.add(at)
+            call = self.calls[node]
+            # What is scaled after it has joined would have to be merged as it is scaled.
+            scale = scale if scale == 1 else None
+            shares = _shares(call, scale)
+            for i, term in aside.get(node, ()):
+                self._joins(call, i, term, scale)
+            todo += zip(call.nodes, shares, strict=True)
+
+    def _joins(self, call: Call, i: int, term: fx.Node, scale: float | None) -> None:
+        """A term joins the scores as operand i of a call, whose result they hold `scale` times."""
+        parts = _mask_parts(call)
+        if find(call) is UNKNOWN:
+            self._unknown(term)
+        elif parts is not None and i == parts[1]:
+            low = scale is not None and parts[2] is not None and parts[2] * scale <= LEFT_OUT
+            self.term(term, (LEFT_OUT if parts[3] else -LEFT_OUT) if low else None)
+        elif _packet(call) in _MULTIPLY and self._is_mask(term):
+            self._factors[term] = None
+        else:
+            self.term(term, _shares(call, scale)[i])
+
+    def probabilities(self, way: list[fx.Node]) -> None:
+        """Read what joins the probabilities: a mask that has already masked the scores may zero them again."""
+        for call, i, term in _aside(way, self.calls):
+            parts = _mask_parts(call)
+            zeroes = parts is not None and i == parts[1] and parts[2] == 0
+            if (zeroes or _packet(call) in _MULTIPLY) and self._is_mask(term):
+                self._factors[term] = None
+            elif find(call) is UNKNOWN:
+                self._unknown(term)
+            else:
+                self.term(term, None)
+
+    def _unknown(self, term: fx.Node) -> None:
+        """A term of an op without a rule, which leaves its axes unknown."""
+        if told(term, self.facts) and term.meta["val"].dim():
+            self._others[term] = None
+
+    def term(self, root: fx.Node, scale: float | None) -> None:
+        """Read a term of which `scale` times as much joins the scores; None: what it does to them is not known."""
+        todo = [(root, scale)]
+        while todo:
+            node, scale = todo.pop()
+            if not _varies_with(node, self.facts) & set(self.tokens):
+                continue
+            if scale is not None and self._is_mask(node):
+                if node.meta["val"].dtype is not torch.bool or abs(scale) >= -LEFT_OUT:
+                    self.masks.setdefault(node, scale)
+                continue
+            summands = self._summands(node, scale)
+            todo += summands
+            if not summands and told(node, self.facts) and len(token_dims(node, self.facts, self.tokens)) < 2:
+                self._others[node] = None
+
+    def _summands(self, node: fx.Node, scale: float | None) -> list[tuple[fx.Node, float | None]]:
+        """The values whose sum a term is, with their factors; empty where it is none."""
+        if scale is None or node not in self.calls:
+            return []
+        call = self.calls[node]
+        if node.target is aten.where.Scalar:
+            seen = (float(call.args["self"]) - float(call.args["other"])) * scale
+            return [(call.nodes[0], -LEFT_OUT if seen > 0 else LEFT_OUT)] if abs(seen) >= -LEFT_OUT else []
+        if _mask_parts(call) is not None:  # what it fills in is a mask, too
+            return []
+        found = list(zip(call.nodes, _shares(call, scale), strict=True))
+        lost = [n for n, share in found if share is None and _varies_with(n, self.facts) & set(self.tokens)]
+        return [] if lost else [(n, share) for n, share in found if share is not None]
+
+    def _is_mask(self, node: fx.Node) -> bool:
+        one = len(token_dims(node, self.facts, self.tokens)) == 1
+        return one and told(node, self.facts) and _varies_with(node, self.facts) <= {*self.tokens, *self.sample}
+
+    def _sources(self, root: fx.Node) -> set[fx.Node]:
+        """What a mask was made of: the told values that no told value went into."""
+        todo, seen, found = [root], set(), set()
+        while todo:
+            node = todo.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            above = [n for n in self.calls[node].nodes if told(n, self.facts)] if node in self.calls else []
+            todo += above
+            found |= set() if above else {node}
+        return found
+
+
+def _packet(call: Call) -> Any:
+    return getattr(call.target, "overloadpacket", None)
+
+
+def _mask_parts(call: Call) -> tuple[int, int, Any, bool] | None:
+    return MaskRule.parts(call) if isinstance(find(call), MaskRule) else None
+
+
+def _shares(call: Call, scale: float | None) -> list[float | None]:
+    """For each operand how often it is in the result of a call, times `scale`; None where that is no number."""
+    shares: list[float | None] = [None for _ in call.nodes]
+    if scale is None:
+        return shares
+    parts = _mask_parts(call)
+    if parts is not None:
+        shares[parts[0]] = scale
+    elif _packet(call) in _PASS or isinstance(find(call), _VIEWS):
+        shares[0] = scale
+    else:
+        for name, factor in _named_factors(call).items():
+            at = call.index(name)
+            if at is not None:
+                shares[at] = scale * factor
+    return shares
+
+
+def _named_factors(call: Call) -> dict[str, float]:
+    a, packet = call.args, _packet(call)
+    alpha = a.get("alpha", 1)
+    if packet in _ADD:
+        return {"self": 1.0, "other": alpha}
+    if packet in _SUBTRACT:
+        return {"self": 1.0, "other": -alpha}
+    if packet is aten.rsub:
+        return {"self": -alpha, "other": 1.0}
+    if packet is aten.neg or (packet in (aten.logical_not, aten.bitwise_not) and call.out.dtype is torch.bool):
+        return {"self": -1.0}
+    if packet in (aten.baddbmm, aten.addmm):
+        return {"self": a["beta"]}
+    if packet in _MULTIPLY:
+        numbers = {own: scalar(a[other]) for own, other in (("self", "other"), ("other", "self"))}
+        return {own: number for own, number in numbers.items() if number is not None}
+    number = scalar(a["other"]) if packet in _DIVIDE else None
+    return {"self": 1 / number} if number else {}
 
 
 def _summands(
@@ -168,4 +402,4 @@ def _allowed(value: Tensor, pair: Sequence[int], prefix: int, suffix: int) -> in
     return int(body[:, odd::2, 1 - odd :: 2].any(-1).sum(-1).min())
 
 
-__all__ = ["key_masks", "parted", "same_mask", "score_terms", "token_dims"]
+__all__ = ["KeyMask", "key_masks", "parted", "same_mask", "score_terms", "token_dims", "told"]

@@ -132,6 +132,187 @@ def test_gradients_pass_by_the_padding() -> None:
     assert float(x.grad[~seen].abs().max()) < 1e-6
 
 
+# -- open scores -------------------------------------------------------------------------------------------------------
+
+
+class Open(Masked):
+    """Two blocks as `Masked`, with a softmax that cannot be fused. kind: why. form: how the mask joins the scores, from
+    what the caller gives: a bool or number for each key, [B, N], lengths [B] or what is added, [B, 1, 1, N]."""
+
+    def __init__(self, form: str, kind: str) -> None:
+        super().__init__(form)
+        self.kind = kind
+        self.mix_before = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+        self.mix_after = nn.ModuleList(nn.Conv2d(2, 2, 1, bias=False) for _ in range(3))
+
+    def mask_scores(self, s: Tensor, given: Tensor) -> Tensor:  # noqa: C901
+        """s: [B, H, N, N]."""
+        b, h, n, _ = s.shape
+        wide = given[:, None, None] if given.dim() == 2 else given
+        low = torch.finfo(s.dtype).min
+        match self.form:
+            case "fill":
+                return s.masked_fill(~wide, -math.inf)
+            case "fill low":
+                return s.masked_fill(wide == 0, -1e4)
+            case "fill expanded":
+                return s.masked_fill(wide.expand(b, h, n, n).logical_not(), low)
+            case "fill expand_as":
+                return s.masked_fill((~wide).expand_as(s), low)
+            case "where":
+                return torch.where(wide, s, -math.inf)
+            case "where other":
+                return torch.where(wide.logical_not(), low, s)
+            case "where full":
+                return torch.where(wide, s, torch.full_like(s, -math.inf))
+            case "float" | "given":
+                return s + (torch.zeros_like(wide, dtype=s.dtype).masked_fill(~wide, low) if wide.dtype is torch.bool
+                            else wide)  # fmt: skip
+            case "one minus":
+                return s + (1.0 - wide.to(s.dtype)) * -1e4
+            case "minus":
+                return s - 1e4 * (1 - wide.to(s.dtype))
+            case "raised":
+                return s + wide * 1e4
+            case "times":
+                return s * wide - 1e4 * (1 - wide)
+            case "folded":
+                return (s.reshape(b * h, n, n) + (wide[:, 0] * 1e4 - 1e4).repeat_interleave(h, 0)).view(b, h, n, n)
+            case "folded view":
+                return s.reshape(b * h, n, n).masked_fill(~wide.expand(b, h, 1, n).reshape(b * h, 1, n), low).view_as(s)
+            case "table":
+                return s + (self.proj[0].weight[0, 0] * torch.ones(h, n, n) + (1.0 - wide.to(s.dtype)) * low)
+            case "lengths":
+                return s.masked_fill((torch.arange(n) >= given[:, None])[:, None, None], -math.inf)
+            case "zeroed":
+                return s.masked_fill(~wide, -math.inf)
+        raise ValueError(self.form)
+
+    def attend(self, i: int, x: Tensor, seen: Tensor) -> Any:
+        b, n, _ = x.shape
+        q, k, v = self.qkv[i](x).view(b, n, 3, 2, D // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = q @ k.mT * (D // 2) ** -0.5
+        if self.kind == "before":
+            scores = self.mix_before[i](scores.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        p = self.mask_scores(scores, seen).softmax(-1)
+        if self.form == "zeroed":
+            p = p.masked_fill(~seen[:, None, None], 0.0)
+        if self.kind == "after":
+            p = self.mix_after[i](p)
+        out = p @ v
+        if self.kind == "twice":
+            out = out + p @ v.roll(1, -1)
+        return self.proj[i](out.transpose(1, 2).reshape(b, n, D)), p
+
+    def forward(self, x: Tensor, seen: Tensor) -> Any:
+        probabilities = []
+        for i in range(2):
+            y, p = self.attend(i, self.norm1[i](x), seen)
+            probabilities.append(p)
+            x = x + y
+            x = x + self.mlp[i](self.norm2[i](x))
+        return (x, *probabilities) if self.kind == "returned" else x
+
+
+KINDS = ("before", "after", "returned", "twice")
+OPEN = {  # the spelling -> what the caller gives
+    "fill": "bool", "fill low": "int", "fill expanded": "bool", "fill expand_as": "bool", "where": "bool",
+    "where other": "bool", "where full": "bool", "float": "bool", "given": "added", "one minus": "int", "minus": "bool",
+    "raised": "float", "times": "float", "folded": "int", "folded view": "bool",
+    "table": "int", "lengths": "lengths", "zeroed": "bool",
+}  # fmt: skip
+
+
+def opened(form: str, kind: str, seen: Tensor) -> tuple[nn.Module, Tensor]:
+    """The model of a spelling, and its mask as the caller gives it."""
+    model, given = redraw(Open(form, kind)).eval(), OPEN[form]
+    if given == "lengths":
+        return model, seen.sum(-1)
+    if given == "added":
+        return model, torch.where(seen, 0.0, -math.inf)[:, None, None]
+    return model, seen.to({"bool": torch.bool, "int": torch.int64, "float": torch.float32}[given])
+
+
+def tokens_of(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+SOME = [("fill", kind) for kind in KINDS] + [(form, "before") for form in OPEN if form != "fill"]
+
+
+@pytest.mark.parametrize(("form", "kind"), SOME)
+def test_open_padding_first_hides_the_padding(form: str, kind: str) -> None:
+    """As of fused attention: what stands in padded places changes nothing elsewhere."""
+    torch.manual_seed(0)
+    seen = seen_of(17, 33)
+    model, given = opened(form, kind, seen)
+    x, noise = torch.randn(2, N, D), 5 * torch.randn(2, N, D)
+    other = torch.where(seen[..., None], x, noise)
+    for placement in ("stream", "branch") if form == "fill" else ("stream",):
+        a, report = run(model, (x, given), None, 8, placement=placement, padding_first=True)
+        b, _ = run(model, (other, given), None, 8, placement=placement, padding_first=True)
+        assert report.merged_sites == 2
+        assert torch.equal(tokens_of(a)[seen], tokens_of(b)[seen])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", OPEN)
+def test_open_forced_into_padding(form: str, kind: str) -> None:
+    """Every destination is padding: valid tokens must merge into it, and still nothing of it reaches them, and they
+    count in later blocks for what they are: the log-mean-exp of the mask is exact."""
+    torch.manual_seed(2)
+    seen = (torch.arange(N) % 2 == 0).expand(2, N) if OPEN[form] != "lengths" else seen_of(11, 11)
+    model, given = opened(form, kind, seen)
+    x = torch.where(seen[..., None], palette_tokens(2, 1, D).expand(2, N, D), 5 * torch.randn(2, N, D))
+    with torch.no_grad():
+        want = model(x, given)
+    got, report = run(model, (x, given), None, N // 2, placement="stream")
+    assert report.tokens == [(N, N // 2), (N // 2, N // 4)]
+    torch.testing.assert_close(tokens_of(got)[seen], tokens_of(want)[seen], rtol=1e-4, atol=1e-4)
+
+
+class Unclear(Open):
+    """Masks in open scores that keep pairs apart, or of which nothing can be told."""
+
+    def mask_scores(self, s: Tensor, given: Tensor) -> Tensor:
+        n = s.shape[-1]
+        wide = given[:, None, None]
+        match self.form:
+            case "causal":
+                return s.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), -math.inf)
+            case "causal and keys":
+                return s.masked_fill(~(wide & torch.ones(n, n, dtype=torch.bool).tril()), -math.inf)
+            case "given pairs":
+                return s + torch.where(given, 0.0, -1e9)[:, None]
+            case "mixed":
+                s = s.masked_fill(~wide, -1e4)
+                return self.mix_before[0](s.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            case "scaled":
+                return (s * 8 + (1.0 - wide.to(s.dtype)) * -1e6) / 8
+            case "times only":
+                return s * wide.to(s.dtype)
+            case "clipped":
+                return (s.masked_fill(~wide, -math.inf) / 30).tanh() * 30
+            case "heads":
+                return s.masked_fill(~(wide & torch.tensor([True, False])[:, None, None]), -math.inf)
+        raise ValueError(self.form)
+
+
+UNCLEAR = ("causal", "causal and keys", "given pairs", "mixed", "scaled", "times only", "clipped", "heads")
+
+
+@pytest.mark.filterwarnings("ignore::tome_fx.ToMeWarning")
+@pytest.mark.parametrize("form", UNCLEAR)
+def test_open_masks_that_are_not_understood_leave_the_site_alone(form: str) -> None:
+    """With the reason: to merge by a plain mean would mix what is masked into what is not."""
+    model = redraw(Unclear(form, "returned")).eval()
+    seen = torch.ones(2, N, N, dtype=torch.bool).tril() if form == "given pairs" else seen_of(17, 33)
+    report = run(model, (torch.randn(2, N, D), seen), None, 8)[1]
+    pairs = form in ("causal", "causal and keys", "given pairs")
+    assert [s.kind for s in report.skipped] == ["windowed mask" if pairs else "unclear mask"] * 2
+    assert report.merged_sites == 0
+
+
 # -- shifted windows ---------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from torch import fx
 from ..axes import expr as size_expr
 from ..axes import leaves, same
 from ..layout import Layout
+from ..trace import Traced
 from .base import Call, Decision, Emitter, Facts, Fill, Letter, Role, Signature, SignatureRule, frame_dims, register
 
 aten = torch.ops.aten
@@ -81,6 +82,8 @@ def _fill(call: Call, facts: Facts, i: int, additive: bool) -> Fill:
 
 def _pairs(node: fx.Node, facts: Facts) -> bool:
     """Whether a term of the scores holds one axis of tokens twice, and no merge keeps what it says."""
+    while node.target is aten.expand_as.default:  # it says what it said before
+        node = node.args[0]  # type: ignore[assignment]
     dims = [leaves(dim) for dim in facts.dims(node)]
     twice = [(a, b) for a in range(len(dims)) for b in range(a + 1, len(dims)) if dims[a] and dims[a] == dims[b]]
     return any(facts.per_pair(node, a, b) for a, b in twice)
@@ -165,6 +168,9 @@ def scalar(value: Any) -> float | None:
     if value.target in (aten.scalar_tensor.default, aten.full.default):
         number = value.args[0] if value.target is aten.scalar_tensor.default else value.args[1]
         return float(number) if _number(number) else None  # type: ignore[arg-type]
+    if value.target in (aten.full_like.default, aten.new_full.default):
+        number = value.args[-1]
+        return float(number) if _number(number) else None  # type: ignore[arg-type]
     if value.target in (aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.to.dtype, aten._to_copy.default,
                         aten.detach.default, aten.clone.default, aten.expand.default):  # fmt: skip
         return scalar(value.args[0])
@@ -201,6 +207,26 @@ class PointwiseRule(SignatureRule):
         if not any(any(layout) for layout in ins):  # the common case, made cheap
             return Decision(tuple(ins), tuple(((),) * v.dim() for v in call.results))
         return super().plan(call, ins, facts)
+
+    def operand(self, call: Call, env: Emitter, decision: Decision, sig: Signature, i: int) -> Traced:
+        """A term of the scores merges as what it adds to them: one that is subtracted, negated."""
+        factor = _added_times(call, i) if sig.additive and sig.fills[i] is Fill.BIAS else 1
+        node = call.nodes[i]
+        have, want = env.layout(node), decision.ins[i]
+        if factor in (0, 1) or have == want:
+            return super().operand(call, env, decision, sig, i)
+        frame = frame_dims(sig, call, env.facts)
+        term = env.convert(env.tensor(node) / (1 / factor), env.facts.dims(node), have, want, Fill.BIAS, frame)
+        return term / factor
+
+
+def _added_times(call: Call, i: int) -> float:
+    """How often operand i is in the result of an add, sub or rsub of two tensors."""
+    alpha, packet = call.args.get("alpha", 1), _packet(call)
+    subtracted = "self" if packet is aten.rsub else "other"
+    if i != call.index(subtracted) or not _number(alpha):
+        return 1
+    return alpha if packet is aten.add else -alpha
 
 
 POINTWISE = PointwiseRule()
