@@ -3,7 +3,8 @@
 The IR is pre-dispatch ATen with fake tensors in `meta["val"]`: still differentiable, with `linear`, `layer_norm` and
 `scaled_dot_product_attention` whole. Two things are put straight on the way:
 
-- fused inference ops (`nn.TransformerEncoderLayer`, `nn.MultiheadAttention` in eval mode) are spelled out;
+- fused inference ops (`nn.TransformerEncoderLayer`, `nn.MultiheadAttention` in eval mode) and `flex_attention`
+  (`flex.py`) are spelled out, vmap becomes ops on whole tensors, regions that mean a call are inlined (`regions.py`);
 - in-place writes become values, a write through a view becomes a scatter into its base.
 
     add_(x, pos)                    ->  x_1 = add(x, pos), later reads of x read x_1
@@ -27,11 +28,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 
+from .flex import flex_attention
+from .regions import CaptureError, cut_out, enters_vmap, retrace, vmap_stretch
+
 aten = torch.ops.aten
-
-
-class CaptureError(Exception):
-    """The graph holds something that cannot be brought into the IR; the message is a reason for the user."""
 
 
 @dataclass
@@ -67,6 +67,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
         traced = make_fx(run, tracing_mode="real", pre_dispatch=True)(*fakes)
     # Left in place it makes AOTAutograd bypass its cache.
     traced.__dict__.pop("shape_env", None)
+    traced.graph.eliminate_dead_code(is_impure_node=is_impure)
     constants = _lift_constants(traced, mode)
     functionalise(traced, mode)
     _fill_from_nothing(traced.graph)
@@ -140,8 +141,9 @@ def _lift_constants(gm: fx.GraphModule, mode: FakeTensorMode) -> dict[str, Tenso
         if not isinstance(held, Tensor):
             continue
         real = held.constant if isinstance(held, FakeTensor) else held
-        if real is None:
-            raise CaptureError(f"the constant {node.target} is computed from data while tracing")
+        if real is None or torch._C._functorch.is_functorch_wrapped_tensor(held):
+            shape = list(held.shape)
+            raise CaptureError(f"a tensor {shape} is made outside of the graph's ops (by torch.func, or from .item())")
         with gm.graph.inserting_before(first):
             lifted = gm.graph.placeholder(f"constant_{len(found)}")
         lifted.meta["val"] = held if isinstance(held, FakeTensor) else mode.from_tensor(held, static_shapes=True)
@@ -162,6 +164,19 @@ class _Tracer(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, attributes: dict[str, Any]) -> None:
         super().__init__(gm)
         self.attributes = attributes
+
+    def run_node(self, n: fx.Node) -> Any:
+        return self._vmapped(n) if enters_vmap(n) else super().run_node(n)
+
+    def _vmapped(self, first: fx.Node) -> Any:
+        """The nodes from here to the end of vmap, as plain ops on whole tensors."""
+        stretch = vmap_stretch(first)
+        body, inputs, outputs = cut_out(self.module, stretch)
+        values = [self.env[n] if n in self.env else self.run_node(n) for n in inputs]
+        plain = retrace(lambda *args: fx.Interpreter(body).run(*args, enable_io_processing=False), values)
+        self.env.update(dict.fromkeys(stretch))
+        self.env.update(zip(outputs, fx.Interpreter(plain).run(*values), strict=True))
+        return self.env[first]
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.attributes[target] if target in self.attributes else super().get_attr(target, args, kwargs)
@@ -192,12 +207,22 @@ class _Tracer(fx.Interpreter):
             device_type, dtype, enabled, cache, body, *rest = args
             with torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache):
                 return self._inline(body, rest, kwargs)
+        if name in _REGIONS:
+            return self._inline(*_REGIONS[name](*args, **kwargs), {})
         raise CaptureError(f"the graph holds the higher-order op {name}, which is left as it is")
 
     def _inline(self, body: fx.GraphModule, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if kwargs:
             raise CaptureError("a region that is called with keyword arguments is left as it is")
         return _Tracer(body, {}).run(*args, enable_io_processing=False)
+
+
+# Regions that mean no more than a call of their body: what they are called with -> (body, operands).
+_REGIONS: dict[str, Callable[..., tuple[fx.GraphModule, Sequence[Any]]]] = {
+    "wrap": lambda body, *args: (body, args),
+    "invoke_subgraph": lambda body, identifier, *args: (body, args),
+    "hints_wrapper": lambda body, args, kwargs, hints: (body, args),
+}
 
 
 def _mark_recompute(body: fx.GraphModule) -> None:
@@ -349,6 +374,7 @@ _EXPANSIONS: dict[Any, Callable[..., Any]] = {
     aten._native_multi_head_attention.default: _multi_head_attention,
     torch._transformer_encoder_layer_fwd: _encoder_layer,
     aten._transformer_encoder_layer_fwd.default: _encoder_layer,
+    torch.ops.higher_order.flex_attention: flex_attention,
 }
 
 

@@ -109,3 +109,48 @@ def test_other_higher_order_ops_are_refused_with_a_reason() -> None:
 
     with pytest.raises(Exception, match=f"{CaptureError.__name__}|higher-order op cond"):
         captured(f, torch.randn(3))
+
+
+def vmapped(x: Tensor) -> Tensor:
+    """A map within a map, a table of positions, a write, and an operand that is not mapped over."""
+    weight = x[0, 0]
+
+    def row(r: Tensor) -> Tensor:
+        y = r.new_zeros(3)
+        y[1:] = r[1:] * weight[1:]
+        return y.cumsum(0) + torch.arange(3)
+
+    return torch.vmap(torch.vmap(row))(x) + torch.vmap(torch.sum)(x)[:, None, None]
+
+
+def nested_region(x: Tensor) -> Tensor:
+    for _ in range(2):
+        x = _region(x, x + 1)
+    return x
+
+
+@torch.compiler.nested_compile_region
+def _region(x: Tensor, y: Tensor) -> Tensor:
+    return torch.sin(x) @ y.transpose(1, 2) @ x
+
+
+@pytest.mark.parametrize("f", [vmapped, nested_region], ids=lambda f: f.__name__)
+def test_maps_and_regions_become_plain_ops(f: Fn) -> None:
+    """What stands inside is computed from the graph's inputs, in value and in gradient: nothing becomes a constant."""
+    x = torch.randn(2, 4, 3, requires_grad=True)
+    ir, inputs = captured(f, x)
+    assert not ir.graph.find_nodes(op="get_attr")
+    assert all(n.op != "call_function" or isinstance(n.target, torch._ops.OpOverload) for n in ir.graph.nodes)
+    other = torch.randn(2, 4, 3, requires_grad=True)
+    got, want = ir(*[other if i is x else i for i in inputs])[0], f(other)
+    torch.testing.assert_close(got, want)
+    grads = [torch.autograd.grad(out.square().sum(), other)[0] for out in (got, want)]
+    torch.testing.assert_close(*grads)
+
+
+def test_derivatives_inside_are_refused_with_a_reason() -> None:
+    def f(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda y: (y * y).sum())(x)
+
+    with pytest.raises(Exception, match=r"outside of the graph's ops \(by torch\.func"):
+        captured(f, torch.randn(3))
