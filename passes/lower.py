@@ -8,7 +8,7 @@ for each of them. Opaque calls are few and large, so neighbours become one:
 
 Elsewhere merging and sizes are spelled out in ATen, so that they fuse:
 
-    cuda:  merge, merge_size, log_size            ->  merge_aten, merge_size_aten, log
+    cuda:  merge, merge_bias, merge_size, log_size  ->  merge_aten, merge_bias_aten, merge_size_aten, log
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ tome = torch.ops.tome
 
 _SPELLED_OUT: dict[Any, Any] = {
     tome.merge.default: tome.merge_aten.default,
+    tome.merge_bias.default: tome.merge_bias_aten.default,
     tome.merge_size.default: tome.merge_size_aten.default,
     tome.log_size.default: aten.log.default,
 }

@@ -70,6 +70,25 @@ def test_merge(case: tuple[torch.Tensor, int, int, int], sized: bool) -> None:
         torch.testing.assert_close(got, want, rtol=1.6e-2 if x.dtype is torch.bfloat16 else 1e-5, atol=1e-5)
 
 
+@given(cases(), st.booleans(), st.sampled_from([1.0, 40.0, 300.0]), st.data())
+def test_merge_bias(case: tuple[torch.Tensor, int, int, int], sized: bool, spread: float, data: st.DataObject) -> None:
+    """Terms of two samples and several heads, in memory in any order, shared by the samples, some masked out."""
+    keys, r, prefix, suffix = case
+    size = torch.randint(1, 9, keys.shape[:2]).float() if sized else None
+    assign, keep, moved, _, size_out, _ = cpu.match_size(keys, size, r, prefix, suffix)
+    n = keys.shape[1]
+    order = data.draw(st.permutations(range(4)))
+    shape = [1 if data.draw(st.booleans()) else 2, n, 3, 5]
+    x = (torch.randn([shape[d] for d in order]) * spread).permute([order.index(d) for d in range(4)]).to(keys.dtype)
+    x = x.masked_fill(torch.rand(x.shape) < 0.2, -torch.inf).expand(2, -1, -1, -1)
+    got = cpu.merge_bias(x, size, size_out, assign, keep, moved)
+    want = ops.merge_bias_aten(x, size, size_out, assign, keep, moved)
+    assert got.dtype == x.dtype
+    lowest = torch.finfo(torch.float32).min / 2  # as good as -inf to a softmax
+    near = 1.6e-2 if x.dtype is torch.bfloat16 else 2e-6
+    torch.testing.assert_close(*(t.float().clamp_min(lowest) for t in (got, want)), rtol=near, atol=near)
+
+
 def test_equal_similarities_take_the_earlier_source() -> None:
     """Equal keys everywhere: which tokens go is settled, whatever the number of threads."""
     keys = torch.ones(1, 20, 1, 8)

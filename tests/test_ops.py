@@ -134,7 +134,7 @@ def test_merge_bias(spread: float) -> None:
     bias[1, 2] = torch.finfo(torch.float32).min
     size = torch.randint(1, 5, (2, 17)).float()
     assign, keep, moved = matched()
-    out = OPS.merge_bias(bias, size, OPS.merge_size(size, assign, keep, moved), assign)
+    out = OPS.merge_bias(bias, size, OPS.merge_size(size, assign, keep, moved), assign, keep, moved)
     want = bias_reference(bias, size, assign)
     lowest = torch.finfo(torch.float32).min / 2  # as good as -inf to a softmax
     torch.testing.assert_close(out.clamp_min(lowest), want.clamp_min(lowest), rtol=1e-5, atol=1e-5)
@@ -145,10 +145,23 @@ def test_merge_bias_gradient_is_finite_where_all_is_masked() -> None:
     learnt = torch.randn(2, 17, requires_grad=True)
     assign, keep, moved = matched()
     masked = learnt.masked_fill(assign == assign[:, :1] + 3, -math.inf)
-    merged = OPS.merge_bias(masked, None, OPS.merge_size(None, assign, keep, moved), assign)
+    merged = OPS.merge_bias(masked, None, OPS.merge_size(None, assign, keep, moved), assign, keep, moved)
     (merged.softmax(-1) * torch.arange(11.0)).sum().backward()
     assert learnt.grad is not None
     assert learnt.grad.isfinite().all()
+
+
+def test_merge_bias_gradient() -> None:
+    """The written derivative is that of the form spelled out."""
+    assign, keep, moved = matched()
+    size = torch.randint(1, 4, (2, 17)).float()
+    index = size, OPS.merge_size(size, assign, keep, moved), assign, keep, moved
+    found = []
+    for op in (OPS.merge_bias, OPS.merge_bias_aten):
+        x = torch.randn(2, 17, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        (op(x, *index) * torch.arange(66.0).reshape(2, 11, 3)).sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(*found)
 
 
 def test_unmerge_undoes_the_merge_of_equal_tokens() -> None:

@@ -9,9 +9,9 @@ All three share one index form. For a token axis of N tokens that a merge shorte
 `keep` and `moved` follow from `assign`, but carrying them lets a merge touch r rows instead of N.
 `*sample` are the leading axes along which each entry is merged on its own (batch, frame, window).
 
-Which form is fastest depends on the device, and the pass `lower` chooses. `match`, `merge`, `merge_size` and `log_size`
-are opaque to the compiler: on a CPU each length of the token axis would give Inductor another five kernels per layer to
-compile. `*_aten` are the same functions spelled out, for devices where fusing pays; `unmerge` and `merge_bias` are
+Which form is fastest depends on the device, and the pass `lower` chooses. `match`, `merge`, `merge_bias`, `merge_size`
+and `log_size` are opaque to the compiler: on a CPU each length of the token axis would give Inductor another five
+kernels per layer to compile. `*_aten` are the same functions spelled out, for devices where fusing pays; `unmerge` is
 always spelled out.
 """
 
@@ -232,6 +232,56 @@ def log_size(size: Tensor) -> Tensor:
     return size.log()
 
 
+# -- merge_bias --------------------------------------------------------------------------------------------------------
+
+
+def merge_bias_aten(
+    x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor
+) -> Tensor:
+    """`merge_bias`, spelled out."""
+    dim = assign.dim() - 1
+    wide, index = x.float(), _index(assign, x)
+    shape = (*size_out.shape, *x.shape[dim + 1 :])
+    lowest = torch.finfo(torch.float32).min
+    top = wide.detach().new_full(shape, lowest).scatter_reduce(dim, index, wide.detach(), "amax")
+    weight = (wide - top.gather(dim, index)).exp()
+    if size is not None:
+        weight = weight * _column(size, x)
+    total = weight.new_zeros(shape).scatter_add(dim, index, weight)
+    mean = (total / _column(size_out, x)).clamp(min=torch.finfo(torch.float32).tiny)
+    return (mean.log() + top).clamp(min=lowest).to(x.dtype)
+
+
+@_opaque(f"merge_bias(Tensor x, Tensor? size, Tensor size_out, {_INDEX}) -> Tensor", _merge_fake)
+def merge_bias(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
+    """Size-weighted log-mean-exp of an additive score term over each group; exact when the group's scores are equal.
+
+    Each group is taken relative to its own maximum. A group that is masked out whole gets the lowest float32 value
+    rather than -inf, so that its gradient is zero and not undefined.
+
+    Args: as in `merge`; `x` `[*sample, N, *rest]`, floating, may hold -inf.
+    Returns: `[*sample, N', *rest]`, the dtype of `x`; computed in float32.
+    """
+    form = cpu.merge_bias if _native(x) else merge_bias_aten
+    return form(x, size, size_out, assign, keep, moved)
+
+
+def _merge_bias_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """d log(sum(size * exp(x)) / size_out): each old term gets its share of its group's sum."""
+    x, out, size, size_out, assign = ctx.saved_tensors
+    share = (x.float() - unmerge(out.float(), assign)).exp() / _column(unmerge(size_out, assign), x)
+    share = share if size is None else share * _column(size, x)
+    return (unmerge(grad, assign) * share).to(x.dtype), None, None, None, None, None
+
+
+def _merge_bias_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, size, size_out, assign, _, _ = inputs
+    ctx.save_for_backward(x, output, size, size_out, assign)
+
+
+torch.library.register_autograd("tome::merge_bias", _merge_bias_backward, setup_context=_merge_bias_setup, lib=_LIB)
+
+
 # -- fused forms -------------------------------------------------------------------------------------------------------
 #
 # Where calls are opaque, each costs its dispatch and a pass over memory: `lower` puts these in the place of several.
@@ -295,27 +345,6 @@ torch.library.register_autograd("tome::merge_add", _merge_add_backward, setup_co
 # -- spelled out on every device ---------------------------------------------------------------------------------------
 
 
-def merge_bias(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor) -> Tensor:
-    """Size-weighted log-mean-exp of an additive score term over each group; exact when the group's scores are equal.
-
-    Each group is taken relative to its own maximum. A group that is masked out whole gets the lowest float32 value
-    rather than -inf, so that its gradient is zero and not undefined.
-
-    Args: `x` `[*sample, N, *rest]`, floating, may hold -inf. Returns `[*sample, N', *rest]`, the dtype of `x`.
-    """
-    dim = assign.dim() - 1
-    wide, index = x.float(), _index(assign, x)
-    shape = (*size_out.shape, *x.shape[dim + 1 :])
-    lowest = torch.finfo(torch.float32).min
-    top = wide.detach().new_full(shape, lowest).scatter_reduce(dim, index, wide.detach(), "amax")
-    weight = (wide - top.gather(dim, index)).exp()
-    if size is not None:
-        weight = weight * _column(size, x)
-    total = weight.new_zeros(shape).scatter_add(dim, index, weight)
-    mean = (total / _column(size_out, x)).clamp(min=torch.finfo(torch.float32).tiny)
-    return (mean.log() + top).clamp(min=lowest).to(x.dtype)
-
-
 _APART = 2.0
 LEFT_OUT = -50.0
 """A float mask this low leaves a token out: exp(-50) is nothing beside 1."""
@@ -366,7 +395,7 @@ def _spelled_out(schema: str, form: Callable[..., Tensor]) -> None:
 
 _spelled_out(f"merge_aten(Tensor x, Tensor? size, Tensor size_out, {_INDEX}) -> Tensor", merge_aten)
 _spelled_out(f"merge_size_aten(Tensor? size, {_INDEX}) -> Tensor", merge_size_aten)
-_spelled_out("merge_bias(Tensor x, Tensor? size, Tensor size_out, Tensor assign) -> Tensor", merge_bias)
+_spelled_out(f"merge_bias_aten(Tensor x, Tensor? size, Tensor size_out, {_INDEX}) -> Tensor", merge_bias_aten)
 _spelled_out("unmerge(Tensor x, Tensor index) -> Tensor", unmerge)
 _spelled_out("key_weight(Tensor mask) -> Tensor", key_weight)
 _spelled_out("key_kinds(Tensor weight) -> Tensor", key_kinds)

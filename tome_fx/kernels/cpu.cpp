@@ -79,7 +79,7 @@ void directions(const T* metric, int64_t batch, int64_t n, int64_t heads, int64_
             const int64_t rank = source ? (i - odd) / 2 : (i - 1 + odd) / 2;
             float* out = source ? src + (b * sources + rank) * d : dst + (b * destinations + rank) * d;
             const T* row = metric + b * step_b + (prefix + i) * step_n;
-            float square = 0;
+            float squares[kLanes] = {};
             for (int64_t c = 0; c < d; c += kLanes) {
                 const int64_t width = std::min(kLanes, d - c);
                 float sum[kLanes] = {};
@@ -91,11 +91,11 @@ void directions(const T* metric, int64_t batch, int64_t n, int64_t heads, int64_
                         for (int64_t l = 0; l < width; ++l) sum[l] += load(at[l]);
                     }
                 }
-                for (int64_t l = 0; l < width; ++l) {
-                    out[c + l] = sum[l];
-                    square += sum[l] * sum[l];
-                }
+                std::memcpy(out + c, sum, width * sizeof(float));
+                for (int64_t l = 0; l < kLanes; ++l) squares[l] += sum[l] * sum[l];
             }
+            float square = 0;
+            for (int64_t l = 0; l < kLanes; ++l) square += squares[l];
             const float scale = 1.0f / std::max(std::sqrt(square), kSmallestNorm);
             for (int64_t c = 0; c < d; ++c) out[c] *= scale;
         }
@@ -117,13 +117,12 @@ void add_row(const T* x, const T* y, int64_t from, int64_t width, float* out) {
     }
 }
 
-// y, where it is not null, is added to x first; the sum is rounded to T, as the add of its own would round it.
-template <class T>
-void merge_rows(const T* x, const T* y, const float* size, const float* size_out, const int64_t* assign, const int64_t* keep,
-                const int64_t* moved, T* out, int64_t batch, int64_t n, int64_t r, int64_t width, int threads) {
+// For every new token the list of tokens that join it, in the order of `moved`: `first`, then `next` of each.
+void joining(const int64_t* assign, const int64_t* moved, int64_t batch, int64_t n, int64_t r,
+             std::vector<int64_t>& first, std::vector<int64_t>& next) {
     const int64_t m = n - r;
-    // For every new token the list of tokens that join it, in the order of `moved`.
-    std::vector<int64_t> first(batch * m, -1), next(batch * r, -1);
+    first.assign(batch * m, -1);
+    next.assign(batch * r, -1);
     for (int64_t b = 0; b < batch; ++b) {
         for (int64_t j = r - 1; j >= 0; --j) {
             int64_t& head = first[b * m + assign[b * n + moved[b * r + j]]];
@@ -131,6 +130,15 @@ void merge_rows(const T* x, const T* y, const float* size, const float* size_out
             head = j;
         }
     }
+}
+
+// y, where it is not null, is added to x first; the sum is rounded to T, as the add of its own would round it.
+template <class T>
+void merge_rows(const T* x, const T* y, const float* size, const float* size_out, const int64_t* assign, const int64_t* keep,
+                const int64_t* moved, T* out, int64_t batch, int64_t n, int64_t r, int64_t width, int threads) {
+    const int64_t m = n - r;
+    std::vector<int64_t> first, next;
+    joining(assign, moved, batch, n, r, first, next);
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> sum(width), own(width);
@@ -161,6 +169,109 @@ void merge_rows(const T* x, const T* y, const float* size, const float* size_out
                     }
                 }
                 for (int64_t c = 0; c < width; ++c) store(to + c, sum[c]);
+            }
+        }
+    }
+}
+
+// exp and log to float32 precision for x <= 0 and normal x > 0, without branches or calls: loops over them vectorise,
+// which those over the library's do only where the compiler may assume that there are no infinities.
+inline float exp_of(float x) {
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+    const float held = std::max(x, -87.0f);
+    const float whole = (held * 1.44269504f + kRound) - kRound;
+    const float z = (held - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    float y = 1.9875691500e-4f;
+    y = y * z + 1.3981999507e-3f;
+    y = y * z + 8.3334519073e-3f;
+    y = y * z + 4.1665795894e-2f;
+    y = y * z + 1.6666665459e-1f;
+    y = y * z + 5.0000001201e-1f;
+    y = y * z * z + z + 1.0f;
+    const int32_t bits = (static_cast<int32_t>(whole) + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, sizeof power);
+    return x < -87.0f ? 0.0f : y * power;
+}
+
+inline float log_of(float x) {
+    int32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const int32_t power = (bits - 0x3f3504f3) >> 23;  // mantissas from sqrt(1/2) to sqrt(2)
+    const int32_t rest = bits - (power << 23);
+    float z;
+    std::memcpy(&z, &rest, sizeof z);
+    z -= 1.0f;
+    float y = 7.0376836292e-2f;
+    y = y * z - 1.1514610310e-1f;
+    y = y * z + 1.1676998740e-1f;
+    y = y * z - 1.2420140846e-1f;
+    y = y * z + 1.4249322787e-1f;
+    y = y * z - 1.6668057665e-1f;
+    y = y * z + 2.0000714765e-1f;
+    y = y * z - 2.4999993993e-1f;
+    y = y * z + 3.3333331174e-1f;
+    const float e = static_cast<float>(power);
+    return z + (y * z * z * z - 2.12194440e-4f * e - 0.5f * z * z) + 0.693359375f * e;
+}
+
+// One row of a score term as float, no lower than the lowest number: a row that is masked out whole must not be -inf.
+template <class T>
+void load_row(const T* x, int64_t outer, int64_t inner, int64_t step_outer, int64_t step_inner, float* out) {
+    for (int64_t a = 0; a < outer; ++a) {
+        const T* at = x + a * step_outer;
+        float* to = out + a * inner;
+        if (step_inner == 1) {
+            for (int64_t c = 0; c < inner; ++c) to[c] = std::max(load(at[c]), std::numeric_limits<float>::lowest());
+        } else {
+            for (int64_t c = 0; c < inner; ++c) {
+                to[c] = std::max(load(at[c * step_inner]), std::numeric_limits<float>::lowest());
+            }
+        }
+    }
+}
+
+template <class T>
+void merge_bias_rows(const T* x, const int64_t* steps, const float* size, const float* size_out, const int64_t* assign,
+                     const int64_t* keep, const int64_t* moved, T* out, int64_t batch, int64_t n, int64_t r,
+                     int64_t outer, int64_t inner, int threads) {
+    const int64_t m = n - r, width = outer * inner;
+    std::vector<int64_t> first, next;
+    joining(assign, moved, batch, n, r, first, next);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> own(width), top(width), sum(width), joins(width);
+        const auto row = [&](int64_t b, int64_t i, std::vector<float>& to) {
+            load_row(x + b * steps[0] + i * steps[1], outer, inner, steps[2], steps[3], to.data());
+        };
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t b = 0; b < batch; ++b) {
+            for (int64_t k = 0; k < m; ++k) {
+                T* to = out + (b * m + k) * width;
+                row(b, keep[b * m + k], own);
+                const int64_t head = first[b * m + k];
+                if (head < 0) {
+                    for (int64_t c = 0; c < width; ++c) store(to + c, own[c]);
+                    continue;
+                }
+                top = own;
+                for (int64_t j = head; j >= 0; j = next[b * r + j]) {
+                    row(b, moved[b * r + j], joins);
+                    for (int64_t c = 0; c < width; ++c) top[c] = std::max(top[c], joins[c]);
+                }
+                const float weight = size ? size[b * n + keep[b * m + k]] : 1.0f;
+                for (int64_t c = 0; c < width; ++c) sum[c] = weight * exp_of(own[c] - top[c]);
+                for (int64_t j = head; j >= 0; j = next[b * r + j]) {
+                    const float more = size ? size[b * n + moved[b * r + j]] : 1.0f;
+                    row(b, moved[b * r + j], joins);
+                    for (int64_t c = 0; c < width; ++c) sum[c] += more * exp_of(joins[c] - top[c]);
+                }
+                const float scale = 1.0f / size_out[b * m + k];
+                for (int64_t c = 0; c < width; ++c) {
+                    const float mean = std::max(sum[c] * scale, std::numeric_limits<float>::min());
+                    own[c] = std::max(log_of(mean) + top[c], std::numeric_limits<float>::lowest());
+                }
+                for (int64_t c = 0; c < width; ++c) store(to + c, own[c]);
             }
         }
     }
@@ -241,6 +352,19 @@ void tome_merge(const void* x, const void* y, int64_t bytes, const float* size, 
     } else {
         merge_rows(static_cast<const bfloat16*>(x), static_cast<const bfloat16*>(y), size, size_out, assign, keep,
                    moved, static_cast<bfloat16*>(out), batch, n, r, width, static_cast<int>(threads));
+    }
+}
+
+// x [batch, n, outer, inner] with the strides `steps` (elements) -> out [batch, n - r, outer, inner], contiguous.
+void tome_merge_bias(const void* x, const int64_t* steps, int64_t bytes, const float* size, const float* size_out,
+                     const int64_t* assign, const int64_t* keep, const int64_t* moved, void* out, int64_t batch,
+                     int64_t n, int64_t r, int64_t outer, int64_t inner, int64_t threads) {
+    if (bytes == 4) {
+        merge_bias_rows(static_cast<const float*>(x), steps, size, size_out, assign, keep, moved,
+                        static_cast<float*>(out), batch, n, r, outer, inner, static_cast<int>(threads));
+    } else {
+        merge_bias_rows(static_cast<const bfloat16*>(x), steps, size, size_out, assign, keep, moved,
+                        static_cast<bfloat16*>(out), batch, n, r, outer, inner, static_cast<int>(threads));
     }
 }
 

@@ -29,6 +29,7 @@ _SIGNATURES = {
     "tome_directions": "p" + 10 * "i" + "pp" + "i",
     "tome_select": "pp" + 5 * "i" + 6 * "p" + "i",
     "tome_merge": "ppi" + 6 * "p" + 5 * "i",
+    "tome_merge_bias": "ppi" + 6 * "p" + 6 * "i",
     "tome_merge_size": 5 * "p" + 3 * "i",
 }
 
@@ -90,6 +91,42 @@ def merge_add(
                     assign.data_ptr(), keep.data_ptr(), moved.data_ptr(), out.data_ptr(), batch, n, r,
                     x.numel() // assign.numel(), torch.get_num_threads())  # fmt: skip
     return out
+
+
+def merge_bias(
+    x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor
+) -> Tensor:
+    """`tome::merge_bias` of `x` `[*sample, N, *rest]` of a dtype in `DTYPES`, read through its strides."""
+    held = library()
+    assert held is not None
+    size_out, assign, keep, moved = (t.contiguous() for t in (size_out, assign, keep, moved))
+    size = None if size is None else size.contiguous()
+    n, r, lead = assign.shape[-1], moved.shape[-1], assign.dim() - 1
+    samples, rest = _strided(x, 0, lead), _strided(x, lead + 1, x.dim())
+    if len(samples) > 1 or len(rest) > 2:
+        x = x.contiguous()
+        samples, rest = _strided(x, 0, lead), _strided(x, lead + 1, x.dim())
+    (batch, step_b), *_ = samples or [(1, 0)]
+    (outer, step_o), (inner, step_i) = [*[(1, 0)] * (2 - len(rest)), *rest]
+    steps = (ctypes.c_int64 * 4)(step_b, x.stride(lead), step_o, step_i)
+    out = x.new_empty((*keep.shape, *x.shape[lead + 1 :]))
+    held.tome_merge_bias(x.data_ptr(), ctypes.addressof(steps), x.element_size(), _pointer(size), size_out.data_ptr(),
+                         assign.data_ptr(), keep.data_ptr(), moved.data_ptr(), out.data_ptr(), batch, n, r, outer,
+                         inner, torch.get_num_threads())  # fmt: skip
+    return out
+
+
+def _strided(x: Tensor, start: int, stop: int) -> list[tuple[int, int]]:
+    """(length, stride) of the dims from `start` to `stop`, as few as can address them; those of length 1 left out."""
+    found: list[tuple[int, int]] = []
+    for length, step in zip(x.shape[start:stop], x.stride()[start:stop], strict=True):
+        if length == 1:
+            continue
+        if found and found[-1][1] == length * step:
+            found[-1] = (found[-1][0] * length, step)
+        else:
+            found.append((length, step))
+    return found
 
 
 def merge_size(size: Tensor | None, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
