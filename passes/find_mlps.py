@@ -87,7 +87,7 @@ def _mlp(
     products = [n for n in inner if n in calls and _by_weights(calls[n], facts)]
     if not products:
         return None
-    above = [n for n in reach.dominators(branch) if n in inner]
+    above = reach.passages(stream, branch)
     free = [n for n in above if not any(reach.leads(product, n) for product in products)]
     if free:
         merge, entry, value = free[0], None, free[0]

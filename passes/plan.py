@@ -12,28 +12,60 @@ the walk is done again. It only annotates.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from tome_fx.config import ToMeConfig
 from tome_fx.report import SiteReport, SkipReason, Unmerge
 from tome_fx.schedule import merged_away, tokens_per_block
 
-from .axes import leaves, locate
+from .axes import Atom, leaves, locate
 from .find_attention import AttentionSite, place
 from .find_blocks import Block
 from .layout import SHORT_AXIS, Layout, Run, Step, plain
-from .rules import Call, Decision, Facts, find, op_name
-from .rules.base import result_read
+from .rules import Call, Decision, Facts, find, op_name, tensors_of
+from .rules.base import Fill, SignatureRule, fill_of, result_read
+from .rules.contraction import Attention
+from .rules.joins import SelectRule, SliceRule, SplitRule
+from .rules.views import ExpandRule, PermuteRule, ViewRule
 
 aten = torch.ops.aten
-# What moving one element in a merge or unmerge costs, in FLOPs that a matrix product could have done meanwhile.
-FLOPS_PER_MOVE = 4.0
+# Rules of ops that compute nothing.
+FREE = ViewRule, PermuteRule, ExpandRule, SliceRule, SelectRule, SplitRule
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What work on one element costs on a device, in FLOPs that a large matrix product does in the same time.
+
+    match: of the metric, to compare tokens by. merge: of a value, to be averaged. gather: of a value, to be given back
+    at full length, or to follow by its representative. bias: of a term of the scores, to be averaged. touch: of the
+    result of any op that is no product. masked: the share of an attention's FLOPs that it costs to add log(size).
+    """
+
+    match: float
+    merge: float
+    gather: float
+    bias: float
+    touch: float
+    masked: float
+
+
+# Measured by benchmarks/costs.py for "cpu"; for "", every other device, from the ratio of a GPU's arithmetic to its
+# memory, not measured.
+COSTS = {
+    "cpu": Costs(match=100.0, merge=50.0, gather=40.0, bias=400.0, touch=25.0, masked=0.05),
+    "": Costs(match=1500.0, merge=800.0, gather=400.0, bias=1600.0, touch=400.0, masked=0.25),
+}
+# Models with fewer channels are bound by calls, which no figure here counts: what is asked for is done where it saves
+# more FLOPs than it costs.
+NARROW = 64
+BY_FLOPS = Costs(match=0.0, merge=4.0, gather=4.0, bias=4.0, touch=0.0, masked=0.0)
 
 
 @dataclass(frozen=True)
@@ -56,10 +88,26 @@ class Plan:
     skipped: list[SkipReason] = field(default_factory=list)
     saved: dict[int, float] = field(default_factory=dict)
     spent: dict[int, float] = field(default_factory=dict)
+    compared: dict[int, float] = field(default_factory=dict)
     site_flops: dict[int, list[float]] = field(default_factory=dict)
     flops_before: float = 0.0
     flops_after: float = 0.0
     r: Any = None
+
+    def losing(self) -> list[int]:
+        """The sites that cost more than they save.
+
+        A branch stands for itself. On the stream the schedule is the user's: its merges must pay together, and each of
+        them save more FLOPs than comparing its tokens takes.
+        """
+        chains: dict[int, list[int]] = {}
+        for merge in self.merges.values():
+            chains.setdefault(merge.step.chain()[0].site, []).append(merge.step.site)
+        lost = []
+        for sites in chains.values():
+            saved, spent = (sum(held.get(site, 0.0) for site in sites) for held in (self.saved, self.spent))
+            lost += [site for site in sites if saved <= spent or self.saved.get(site, 0.0) <= self.compared[site]]
+        return lost
 
     @property
     def share(self) -> float:
@@ -115,25 +163,21 @@ def _profitable(
     at = {site: wanted[i] for i, site in enumerate(sites_of(blocks))}
     wanted = [at[block.site] for block in blocks]
     dropped: list[SkipReason] = []
+    device = blocks[0].merge.meta["val"].device.type if blocks else ""
+    costs = COSTS.get(device, COSTS[""])
     while True:
-        plan = _Walk(gm, facts, calls, blocks, active, wanted).run()
-        losing = [
-            m.step.site for m in plan.merges.values() if plan.saved.get(m.step.site, 0.0) <= plan.spent[m.step.site]
-        ]
+        plan = _Walk(gm, facts, calls, blocks, active, wanted, costs).run()
+        losing = plan.losing()
         if config.placement != "auto" or not losing:
             plan.skipped = dropped + plan.skipped
             return plan
-        # The cheapest first: with it gone the others may pay.
-        worst = min(losing, key=lambda s: plan.saved.get(s, 0.0) - plan.spent[s])
-        kind = "MLP does not pay" if blocks[worst].mlp else "does not pay"
-        dropped.append(
-            SkipReason(
-                kind,
-                blocks[worst].name,
-                f"matching would cost {plan.spent[worst]:.2g} FLOPs and save {plan.saved.get(worst, 0.0):.2g}",
-            )
-        )
-        active.remove(worst)
+        # Branches do not depend on each other. Of merges on the stream the worst first: the others may pay without it.
+        branches = [site for site in losing if blocks[site].branch]
+        for site in branches or [min(losing, key=lambda s: plan.saved.get(s, 0.0) - plan.spent[s])]:
+            kind = "MLP does not pay" if blocks[site].mlp else "does not pay"
+            why = f"matching would cost {plan.spent[site]:.2g} FLOPs and save {plan.saved.get(site, 0.0):.2g}"
+            dropped.append(SkipReason(kind, blocks[site].name, why))
+            active.remove(site)
 
 
 def size_hint(size: Any) -> int:
@@ -154,20 +198,20 @@ class _Walk:
         blocks: list[Block],
         active: list[int],
         wanted: list[int | float],
+        costs: Costs,
     ) -> None:
         self.gm, self.facts, self.calls, self.blocks = gm, facts, calls, blocks
         self.at = {blocks[i].merge: i for i in active if not blocks[i].operands}
         self.inside = {blocks[i].merge: i for i in active if blocks[i].operands}
         self.wanted = wanted
         self.plan = Plan()
+        self.costs = [costs if _width(block, facts) >= NARROW else BY_FLOPS for block in blocks]
 
     def run(self) -> Plan:
         for node in self.gm.graph.nodes:
             self._visit(node)
             if node in self.at:
                 self._merge(node, self.at[node])
-        for merge in self.plan.merges.values():
-            self._cost(merge)
         return self.plan
 
     def _visit(self, node: fx.Node) -> None:
@@ -199,12 +243,14 @@ class _Walk:
         plan.decisions[node] = decision
         plan.layouts[node] = decision.outs
         self._count(call, rule, decision)
+        self._count_moves(call, rule, ins, decision)
 
     def _whole(self, node: fx.Node, source: fx.Node, why: str) -> None:
-        if any(any(layout) for layout in self.plan.layouts.get(source, ())):
-            self.plan.unmerges.append(
-                Unmerge(op_name(node) if node.op != "output" else "output", node.name, place(source), why)
-            )
+        for val, layout in zip(tensors_of(source.meta.get("val")), self.plan.layouts.get(source, ()), strict=False):
+            if any(layout):
+                op = op_name(node) if node.op != "output" else "output"
+                self.plan.unmerges.append(Unmerge(op, node.name, place(source), why))
+                self._count_move(val, layout, plain(len(layout)), "gather", ())
 
     def _note_unmerges(self, node: fx.Node, call: Call, ins: list[Layout], decision: Decision) -> None:
         reasons = dict(decision.reasons)
@@ -218,24 +264,73 @@ class _Walk:
     # FLOPs.
 
     def _count(self, call: Call, rule: Any, decision: Decision) -> None:
-        full = rule.flops(call, lambda i, d: self._size(call, decision, i, d, -1))
+        """The FLOPs of an op before and after, and what each merge saves of its cost."""
+
+        def flops(site: int) -> float:
+            return rule.flops(call, lambda i, d: self._size(call, decision, i, d, site))
+
+        def cost(site: int, at: int) -> float:
+            return flops(site) + self.costs[at].touch * self._elements(call, decision, site)
+
+        plan, full = self.plan, flops(-1)
+        if not full and (isinstance(rule, FREE) or not decision.outs):
+            return
+        sites = _sites((*decision.ins, *decision.outs[:1]))
+        for before, site in zip((-1, *sites), sites, strict=False):
+            plan.saved[site] = plan.saved.get(site, 0.0) + cost(before, site) - cost(site, site)
         if not full:
             return
-        plan = self.plan
-        sites = sorted(
-            {step.site for layout in decision.ins for runs in layout for run in runs for step in run.step.chain()}
-        )
-        now = full
-        for site in sites:
-            less = rule.flops(call, lambda i, d, site=site: self._size(call, decision, i, d, site))
-            plan.saved[site] = plan.saved.get(site, 0.0) + now - less
-            now = less
+        now = flops(sites[-1]) if sites else full
         plan.flops_before += full
         plan.flops_after += now
         if sites:
             held = plan.site_flops.setdefault(sites[-1], [0.0, 0.0])
             held[0] += full
             held[1] += now
+        if isinstance(rule, Attention) and len(call.nodes) < 4:
+            keys = _sites([decision.ins[1]])
+            for site in keys:  # the one term is there for all of them
+                self._spend(site, self.costs[site].masked * now / len(keys))
+
+    def _elements(self, call: Call, decision: Decision, site: int) -> float:
+        """Elements of an op's first result with all merges up to a site carried out."""
+        return float(prod(self._size(call, decision, -1, d, site) for d in range(call.out.dim())))
+
+    def _spend(self, site: int, cost: float) -> None:
+        self.plan.spent[site] = self.plan.spent.get(site, 0.0) + cost
+
+    # What the merges themselves cost.
+
+    def _count_moves(self, call: Call, rule: Any, ins: list[Layout], decision: Decision) -> None:
+        """Operands that are merged to meet the others, or given back at full length."""
+        if all(have == want for have, want in zip(ins, decision.ins, strict=True)):
+            return
+        sig = rule.signature(call, self.facts) if isinstance(rule, SignatureRule) else None
+        for i, (have, want) in enumerate(zip(ins, decision.ins, strict=True)):
+            if have == want:
+                continue
+            fill = fill_of(sig, call, self.facts, i) if sig is not None else Fill.MEAN
+            each = {Fill.BIAS: "bias", Fill.ROW: "gather"}.get(fill, "merge")
+            own = {leaf for dim in self.facts.dims(call.nodes[i]) for leaf in leaves(dim)}
+            self._count_move(call.vals[i], have, want, each, own)
+
+    def _count_move(self, val: Tensor, have: Layout, want: Layout, each: str, own: Collection[Atom]) -> None:
+        """A value brought from one layout to another. each: which of `Costs` an element that is merged has. own: its
+        leaves; what lacks a sample axis of a merge is first repeated along it."""
+        elements = float(prod(size_hint(size) for size in val.shape))
+        for before, after in zip(have, want, strict=True):
+            for key in dict.fromkeys(run.key for run in (*before, *after)):
+                start, goal = (
+                    next((run.step.chain() for run in runs if run.key == key), ()) for runs in (before, after)
+                )
+                shared = sum(1 for a, b in zip(start, goal, strict=False) if a is b)
+                # One call carries a value through all steps: each of them has its share of it.
+                for step in start[shared:]:
+                    self._spend(step.site, self.costs[step.site].gather * elements / len(start[shared:]))
+                for step in goal[shared:]:
+                    grown = prod(_count_of(leaf) for leaf in leaves(step.sample) if own and leaf not in own)
+                    share = size_hint(goal[shared].before) / max(size_hint(step.full), 1) / len(goal[shared:])
+                    self._spend(step.site, getattr(self.costs[step.site], each) * elements * grown * share)
 
     def _size(self, call: Call, decision: Decision, i: int, d: int, site: int) -> int:
         """The size of a dim with all merges up to a site carried out (i = -1: of the result)."""
@@ -266,6 +361,7 @@ class _Walk:
         merged = (*(x for x in runs if x.key != key), run)
         self.plan.layouts[node] = ((*layout[:dim], merged, *layout[dim + 1 :]),)
         self.plan.merges[node] = Merge(block, dim, key, step, r)
+        self._cost(self.plan.merges[node])
 
     def _merge_operands(self, node: fx.Node, call: Call, ins: list[Layout], index: int) -> list[Layout]:
         """The operands of one op (queries, keys and values of an attention) as they are once merged."""
@@ -284,6 +380,7 @@ class _Walk:
             return ins
         run = Run(*key, step)
         self.plan.merges[node] = Merge(block, next(iter(dims.values())), key, step, r)
+        self._cost(self.plan.merges[node])
         return [
             (*layout[: dims[i]], (run,), *layout[dims[i] + 1 :]) if i in dims else layout
             for i, layout in enumerate(ins)
@@ -319,24 +416,46 @@ class _Walk:
         self.plan.skipped.append(SkipReason(kind, block.name, detail))
 
     def _cost(self, merge: Merge) -> None:
-        """Matching compares half of the tokens with the other half; merging moves every element of the stream once, and
-        a branch is unmerged again."""
+        """Matching compares half of the tokens with the other half; merging reads every element once."""
         block, step = merge.block, merge.step
-        samples = 1
-        for atom in leaves(step.sample):
-            samples *= size_hint(atom.size) if isinstance(atom.size, int) else 1
-        before = size_hint(step.before)
-        value = block.stream if block.mlp else block.merge
-        elements = prod(size_hint(size) for size in value.meta["val"].shape)
-        if block.operands and not block.mlp:  # queries, keys, values and the result against one value and its result
-            elements *= 2
-        elements = elements * before // max(size_hint(step.full), 1)
+        costs = self.costs[step.site]
+        before, full = size_hint(step.before), max(size_hint(step.full), 1)
+        value, k = block.stream if block.mlp else block.merge, block.site.k.meta["val"]
+        count, width = _elements_of(value), _width(block, self.facts)
+        tokens = max(count // width * before // full, 1)
+        samples = max(tokens // max(before, 1), 1)
+        if block.operands and not block.mlp:  # queries, keys and values
+            count = sum(_elements_of(self.calls[block.merge].nodes[i]) for i, _ in block.operands)
+        elements = count * before // full
         if block.branch and (block.mlp or not block.operands):
-            inner = elements // max(samples * before, 1)
+            inner = heads = width
         else:
-            inner = prod(size_hint(block.site.k.meta["val"].shape[d]) for d in block.site.inner_dims)
-        moves = FLOPS_PER_MOVE * elements * (1 + block.branch)
-        self.plan.spent[step.site] = 2.0 * samples * (before / 2) ** 2 * inner + moves
+            inner = prod(size_hint(k.shape[d]) for d in block.site.inner_dims)
+            heads = _elements_of(block.site.k) * before // full // tokens
+        compare = 2.0 * samples * (before / 2) ** 2 * inner
+        self._spend(step.site, compare + costs.match * tokens * heads + costs.merge * elements)
+        self.plan.compared[step.site] = compare + BY_FLOPS.merge * elements * (1 + step.branch)
+
+
+def _elements_of(node: fx.Node) -> int:
+    return prod(size_hint(size) for size in node.meta["val"].shape)
+
+
+def _width(block: Block, facts: Facts) -> int:
+    """Channels of what a block merges: its elements for each token."""
+    value = block.stream if block.mlp else block.merge
+    apart = {*leaves(block.sample), *leaves(block.tokens)}
+    return prod(_count_of(leaf) for dim in facts.dims(value) for leaf in leaves(dim) if leaf not in apart)
+
+
+def _sites(layouts: Sequence[Layout]) -> list[int]:
+    """The sites whose merges these layouts carry, in order."""
+    steps = [step for layout in layouts for runs in layout for run in runs for step in run.step.chain()]
+    return sorted({step.site for step in steps})
+
+
+def _count_of(leaf: Atom) -> int:
+    return size_hint(leaf.size) if isinstance(leaf.size, int) else 1
 
 
 def _pair(step: Step) -> tuple[int, int]:

@@ -56,5 +56,21 @@ class Reach:
             node = self._before[node]
         return found
 
+    def passages(self, a: fx.Node, b: fx.Node) -> list[fx.Node]:
+        """The nodes after a that every path from a to b passes, the nearest to b (itself) first.
+
+        What joins on the way from elsewhere (a condition's scale and gate) does not count.
+        """
+        inner = self.between(a, b)
+        held = set(inner)
+        graph: Any = nx.DiGraph()
+        graph.add_edges_from((source, n) for n in inner for source in n.all_input_nodes if source in held)
+        before = dict(nx.immediate_dominators(graph, a)) if a in graph else {}
+        found = []
+        while b is not a and b in before:
+            found.append(b)
+            b = before[b]
+        return found
+
 
 __all__ = ["Reach"]

@@ -31,7 +31,7 @@ from .axes import Atom, Dims, leaves, locate, size_of
 from .capture import Captured, is_impure
 from .find_blocks import Block
 from .layout import DimLayout, Layout, Run, Step, is_plain, plain
-from .masks import token_dims
+from .masks import KeyMask, token_dims
 from .plan import Merge, Plan
 from .rules import Call, Facts, find
 from .rules.base import Fill, tensors_of
@@ -82,6 +82,7 @@ class Emitter:
         self._converted: dict[Any, Traced] = {}
         self._log_sizes: dict[Step, Traced] = {}
         self._index: dict[Any, Traced] = {}
+        self._composed: dict[tuple[Step, Step], StepTensors] = {}
         self._weights: dict[Any, Traced] = {}
 
     # -- nodes -----------------------------------------------------------------------------------------------------
@@ -225,6 +226,20 @@ class Emitter:
             self.steps[step] = _shifted(self._step(step.base), *step.offset)
         return self.steps[step]
 
+    def _through(self, steps: Sequence[Step]) -> StepTensors:
+        """Consecutive steps as one: a value of full length goes through all of them in one call."""
+        first, last = self._step(steps[0]), self._step(steps[-1])
+        if len(steps) == 1:
+            return first
+        key = (steps[0], steps[-1])
+        if key not in self._composed:
+            before, dim = self._through(steps[:-1]), last.assign.dim() - 1
+            moved = cat([before.moved, before.keep.gather(dim, last.moved)], -1)
+            assign = self._gather_index(steps[-1], steps[0].prev)
+            keep = before.keep.gather(dim, last.keep)
+            self._composed[key] = StepTensors(assign, keep, moved, last.size, first.before, last.after)
+        return self._composed[key]
+
     def _gather_index(self, step: Step, down_to: Step | None) -> Traced:
         """int64 [*sample, N]: where each token of the state `down_to` (None: unmerged) went, through all steps."""
         key = (step, down_to)
@@ -278,7 +293,7 @@ class Emitter:
         if key not in self._weights:
             call = self.builder.call
             if step is None:
-                held = [call(tome.key_weight.default, self._by_sample(block, mask)) for mask in block.masks]
+                held = [call(tome.key_weight.default, self._seen(block, mask)) for mask in block.masks]
                 weight = held[0]
                 for other in held[1:]:
                     weight = call(aten.minimum.default, weight, other)
@@ -287,6 +302,14 @@ class Emitter:
                 weight = call(tome.merge_size.default, self._weight(block, step.prev), at.assign, at.keep, at.moved)
             self._weights[key] = weight
         return self._weights[key]
+
+    def _seen(self, block: Block, mask: KeyMask) -> Traced:
+        """A mask of keys as [*sample, N]: bool, or float with 0 for the most visible token."""
+        x = self._by_sample(block, mask.node)
+        if x.dtype is torch.bool:
+            return x if mask.scale > 0 else x.logical_not()
+        x = x if mask.scale == 1 else self.builder.call(aten.mul.Scalar, x, mask.scale)
+        return x - self.builder.call(aten.amax.default, x, [-1], True)
 
     def _by_sample(self, block: Block, node: fx.Node) -> Traced:
         """A mask as [*sample, N] or, a mask of pairs, [*sample, N, N]. It may stand further on in the old graph."""
@@ -400,15 +423,16 @@ class Emitter:
             x = self.builder.call(tome.unmerge.default, x, index)
             have = _with_run(have, d, key, Run(*key, start[shared - 1]) if shared else None)
             x = back(x, have)
-        for step in goal[shared:]:
-            held = self._step(step)
-            size = self._step(step.prev).size if step.prev else None
+        if len(goal) > shared:
+            step, base = goal[-1], goal[shared].prev
+            held = self._through(goal[shared:])
+            size = self._step(base).size if base else None
             x, back = self._canonical(x, dims, have, d, key, leaves(step.sample))
             weighed = (size, held.size) if held.after is None else (held.before, held.after)
             if fill is Fill.ROW:
                 x = self.builder.call(tome.unmerge.default, x, held.keep)
             elif fill is Fill.BIAS:
-                x = self.builder.call(tome.merge_bias.default, x, size, held.size, held.assign)
+                x = self.builder.call(tome.merge_bias.default, x, size, held.size, held.assign, held.keep, held.moved)
             else:
                 x = self.builder.call(tome.merge.default, x, *weighed, held.assign, held.keep, held.moved)
             have = _with_run(have, d, key, Run(*key, step))

@@ -54,19 +54,13 @@ class Builder:
         return self._held(new, val)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Any:
-        """A node of ours: shape and dtype come from running it on meta tensors; fake ones if sizes are symbolic."""
-        flat = _flat((args, kwargs))
-        tensors = [a for a in flat if isinstance(a, Traced)]
-        sizes = [size for t in tensors for size in t.shape] + flat
-        if any(isinstance(size, torch.SymInt) for size in sizes):
-            with self.mode, enable_python_dispatcher(), torch.no_grad():
-                val = target(*_parts(args, "val"), **_parts(kwargs, "val"))
-        else:
-            device = tensors[0].device if tensors else kwargs["device"]
-            on_meta = {k: torch.device("meta") if k == "device" else v for k, v in kwargs.items()}
-            with torch.no_grad():
-                found = target(*_parts(args, "meta"), **_parts(on_meta, "meta"))
-            val = map_aggregate(found, lambda m: self._fake(m, device))
+        """A node of ours: shape and dtype come from running it on meta tensors."""
+        tensors = [a for a in _flat((args, kwargs)) if isinstance(a, Traced)]
+        device = tensors[0].device if tensors else kwargs["device"]
+        on_meta = {k: torch.device("meta") if k == "device" else v for k, v in kwargs.items()}
+        with enable_python_dispatcher(), torch.no_grad():
+            found = target(*_parts(args, "meta"), **_parts(on_meta, "meta"))
+        val = map_aggregate(found, lambda m: self._fake(m, device))
         return self._held(self.graph.call_function(target, self.arguments(args), self.arguments(kwargs)), val)
 
     def like(self, val: Any, shapes: Sequence[Sequence[Any]]) -> Any:
@@ -76,11 +70,7 @@ class Builder:
         def changed(v: Any) -> Any:
             if not isinstance(v, Tensor):
                 return v
-            shape = tuple(next(left))
-            if any(isinstance(size, torch.SymInt) for size in shape):
-                with self.mode:
-                    return torch.empty(shape, dtype=v.dtype, device=v.device)
-            return self._fake(_empty(shape, v.dtype), v.device)
+            return self._fake(_empty(tuple(next(left)), v.dtype), v.device)
 
         return tuple(map(changed, val)) if isinstance(val, (tuple, list)) else changed(val)
 

@@ -132,7 +132,7 @@ def test_constant_over_twelve_layers() -> None:
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
 def test_share(share: float) -> None:
     """A float below 1 removes that share of the block's mergeable (unprotected) tokens, half of them at most."""
-    report = tome_fx.explain(vit(), (torch.randn(1, 3, 96, 96),), r=share)
+    report = tome_fx.explain(vit(), (torch.randn(1, 3, 96, 96),), r=share, placement="stream")
     assert len(report.tokens) == 4
     for before, after in report.tokens:
         assert abs((before - after) - share * (before - 1)) <= 1
