@@ -5,6 +5,7 @@ over). For each model, small and with random weights, the process compares the r
 
 - shapes and dtypes of all outputs at r, and the report: sites, placement, tokens, FLOPs, unmerges, reasons;
 - r=0: bit-equal to Dynamo's own graph;
+- where nothing pays at r: how many sites merge with `placement="branch"`, which asks no profit test;
 - the lossless law (docs/design.md): positions out, convolutions wrapped around, palette input. "exact", or
   "not equal" with the lowest cosine at
   which tokens were merged where the input could not give each token an equal (overlapping stems, pooled grids), or
@@ -27,6 +28,7 @@ import traceback
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,14 @@ def one(name: str, r: int, sweep: bool = False) -> Row:
     with torch.no_grad():
         torch.manual_seed(1)
         want = zoo.model(*zoo.args, **zoo.kwargs)
+        # Before anything is compiled: some libraries' models do not run eagerly any more once they have been.
+        law = _references(zoo_models.build(name, sweep))
         row = {"module": zoo_models.module_of(name), **_merged(zoo, r, want)}
+        placement = "auto"
+        if row["sites"] and not row["merged"]:
+            placement = "branch"
+            forced = _merged(zoo, r, want, placement)
+            row |= {"forced": forced["merged"], "shapes": row["shapes"] and forced["shapes"]}
         if row["graphs"]:
             torch.manual_seed(1)
             plain = torch.compile(zoo.model, backend="eager")(*zoo.args, **zoo.kwargs)
@@ -70,16 +79,16 @@ def one(name: str, r: int, sweep: bool = False) -> Row:
             zero = palette.compiled(zoo.model, 0)(*zoo.args, **zoo.kwargs)
             pairs = list(zip(palette.leaves(zero), palette.leaves(plain), strict=True))
             row["identity"] = all(torch.equal(a, b) for a, b in pairs)
-        if row["merged"]:
+        if row["merged"] or row.get("forced"):
             convolved = [op for op in row["unmerges"] if "conv" in op]
-            row.update(_lossless(zoo, r, bool(convolved)))
+            row.update(_lossless(law, r, bool(convolved), placement))
             if row["lossless"] == "broken" and convolved:
                 # Tokens equal when they merged, and no longer after their neighbours were mixed in.
                 row["lossless"] = f"n/a ({convolved[0].removeprefix('aten.')} between merges)"
     return row
 
 
-def _merged(zoo: Any, r: int, want: Any) -> Row:
+def _merged(zoo: Any, r: int, want: Any, placement: str = "auto") -> Row:
     import torch
 
     import tome_fx
@@ -87,7 +96,7 @@ def _merged(zoo: Any, r: int, want: Any) -> Row:
 
     before = len(tome_fx.reports())
     torch.manual_seed(1)
-    got = palette.compiled(zoo.model, r)(*zoo.args, **zoo.kwargs)
+    got = palette.compiled(zoo.model, r, placement=placement)(*zoo.args, **zoo.kwargs)
     reports = tome_fx.reports()[before:]
     unmerges: Counter[str] = Counter(u.op for report in reports for u in report.unmerges)
     reasons: Counter[str] = Counter(f"{s.kind}: {s.detail}" for report in reports for s in report.skipped)
@@ -109,20 +118,42 @@ def _merged(zoo: Any, r: int, want: Any) -> Row:
     }
 
 
-def _lossless(zoo: Any, r: int, convolved: bool) -> Row:
+@dataclass(frozen=True)
+class _Law:
+    """A model whose tokens can be equal, its palettes, and what it makes of each (None: of its ordinary input)."""
+
+    model: Any
+    kwargs: dict[str, Any]
+    palettes: Any
+    wants: list[Any]
+    other: Any
+
+
+def _references(zoo: Any) -> _Law:
+    import torch
+
+    from tests import palette
+
+    def run(args: Any) -> Any:
+        torch.manual_seed(1)
+        return model(*args, **zoo.kwargs)
+
+    model = palette.wrap_convolutions(palette.equalize(zoo.model, seed=1))
+    return _Law(model, dict(zoo.kwargs), zoo.palettes, [run(args) for args in zoo.palettes], run(zoo.args))
+
+
+def _lossless(law: _Law, r: int, convolved: bool, placement: str) -> Row:
     """The law on each palette; the first on which it says something, or else the one with the highest cosine.
 
     convolved: a convolution between merges may tell tokens apart that were equal, so other palettes are tried.
     """
     from tests import palette
 
-    model = palette.wrap_convolutions(palette.equalize(zoo.model, seed=1))
-    other = model(*zoo.args, **zoo.kwargs)
-    if palette.distance(model(*zoo.palettes[0], **zoo.kwargs), other) < EXACT:
+    if palette.distance(law.wants[0], law.other) < EXACT:
         return {"lossless": "broken: its output says nothing of its input"}
     found: list[Row] = []
-    for args in zoo.palettes:
-        found.append(_law(model, args, dict(zoo.kwargs), r))
+    for args, want in zip(law.palettes, law.wants, strict=True):
+        found.append(_held(law, args, want, r, placement))
         broken = found[-1]["lossless"].startswith("broken")
         if found[-1]["lossless"] == "exact" or (broken and not convolved):
             return found[-1]
@@ -130,7 +161,7 @@ def _lossless(zoo: Any, r: int, convolved: bool) -> Row:
     return others[0] if others else max(found, key=lambda row: row["cosine"])
 
 
-def _law(model: Any, args: Any, kwargs: Any, r: int) -> Row:
+def _held(law: _Law, args: Any, want: Any, r: int, placement: str) -> Row:
     import torch
 
     import tome_fx
@@ -138,18 +169,16 @@ def _law(model: Any, args: Any, kwargs: Any, r: int) -> Row:
 
     torch._dynamo.reset()
     torch.manual_seed(1)
-    want = model(*args, **kwargs)
-    torch.manual_seed(1)
-    got = palette.compiled(model, r)(*args, **kwargs)
+    got = palette.compiled(law.model, r, placement=placement)(*args, **law.kwargs)
     try:
         error = palette.distance(got, want)
     except AssertionError as problem:
         return {"lossless": f"broken: {problem}"}
     if error <= EXACT:
         return {"lossless": "exact", "error": error}
-    kwargs = {k: v for k, v in kwargs.items() if k != "return_dict"}
+    kwargs = {k: v for k, v in law.kwargs.items() if k != "return_dict"}
     try:
-        trace = tome_fx.trace_tokens(model, args, kwargs, r=r)
+        trace = tome_fx.trace_tokens(law.model, args, kwargs, r=r, placement=placement)
     except (RuntimeError, ValueError, TypeError, torch._dynamo.exc.TorchDynamoException) as problem:
         return {"lossless": "not traced", "error": error, "why": f"{type(problem).__name__}: {str(problem)[:200]}"}
     lowest = palette.lowest_similarity(trace)
@@ -285,11 +314,20 @@ def table(rows: list[Row], r: int) -> str:
     shown = [row for row in rows if "absent" not in row and (row.get("sites") or "failed" in row or row["reasons"])]
     attention = [row for row in shown if "failed" in row or row["sites"]]
     merging = [row for row in attention if row.get("merged")]
+    forced = [row for row in attention if row.get("forced")]
     timm_rows = [row for row in attention if row["name"].startswith("timm/")]
-    timm_merging = [row for row in timm_rows if row.get("merged")]
-    files, merging_files = ({row.get("module") for row in some} for some in (timm_rows, timm_merging))
+    timm_merging = [row for row in timm_rows if row.get("merged") or row.get("forced")]
+    timm_paying = [row for row in timm_rows if row.get("merged")]
+    files, merging_files, paying_files = (
+        {row.get("module") for row in some} for some in (timm_rows, timm_merging, timm_paying)
+    )
     slowest = max(attention, key=lambda row: row.get("seconds", 0.0))
     law = Counter(row.get("lossless") for row in rows)
+
+    def of(merged: Any, paying: Any) -> str:
+        asked = len(merged) - len(paying)
+        return f"{len(merged)} ({asked} only on request: by the estimate for a CPU they do not gain at this r)"
+
     head = "| model | graphs | sites | merged | placement | tokens | FLOPs | shapes | r=0 | lossless | unmerged at |"
     lines = [
         "# The zoo",
@@ -297,9 +335,9 @@ def table(rows: list[Row], r: int) -> str:
         "Made by `make zoo` (benchmarks/zoo.py says what each column means); no figure is typed by hand.",
         f"Random weights, batch of 2, float32, CPU, r={r}.",
         "",
-        f"- models with attention: {len(attention)}; with merged sites: {len(merging)}",
-        f"- of these in timm: {len(timm_rows)}; with merged sites: {len(timm_merging)}",
-        f"- model files of timm with attention: {len(files)}; with merged sites: {len(merging_files)}",
+        f"- models with attention: {len(attention)}; with merged sites: {of(merging + forced, merging)}",
+        f"- of these in timm: {len(timm_rows)}; with merged sites: {of(timm_merging, timm_paying)}",
+        f"- model files of timm with attention: {len(files)}; with merged sites: {of(merging_files, paying_files)}",
         f"- failures: {sum(map(bad, rows))}",
         f"- lossless law: {law['exact']} exact, {law['not equal']} where the input gives no equal tokens",
         f"- passes: at most {slowest.get('seconds', 0):.1f} s ({slowest['name']})",
@@ -316,8 +354,9 @@ def table(rows: list[Row], r: int) -> str:
         flops = f"{row['flops']:.2f}" if row["merged"] else ""
         ops = ", ".join(op.removeprefix("aten.") for op in list(row["unmerges"])[:5])
         yes = {True: "same", False: "CHANGED", None: ""}
+        count = f"0 (branch: {row['forced']})" if row.get("forced") else row["merged"]
         lines.append(
-            f"| {row['name']} | {row['graphs']} | {row['sites']} | {row['merged']} | {', '.join(row['placement'])} "
+            f"| {row['name']} | {row['graphs']} | {row['sites']} | {count} | {', '.join(row['placement'])} "
             f"| {tokens} | {flops} | {yes[row['shapes']]} | {yes[row.get('identity')]} | {verdict(row)} | {ops} "
             f"| {row['seconds']:.2f} |"
         )
