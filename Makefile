@@ -2,6 +2,7 @@
 #   make test PYTHON=python3.12        another interpreter for a new .venv
 #   make demo ARGS="--photo my.jpg"    arguments go through to the command
 #   make bench BENCH=NAME              another script of benchmarks/
+#   make bench-all ARGS=--fresh        measure again what has a result already
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -13,10 +14,10 @@ PIP    := $(PY) -m pip install --quiet --quiet --disable-pip-version-check
 .DEFAULT_GOAL := help
 # Two installs into one .venv at the same time would break it, so no -j.
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint bench zoo clean
+.PHONY: help demo test test-all lint bench bench-all bench-gpu zoo clean
 
 help:
-	@echo "make demo | test | test-all | lint | bench | zoo | clean"
+	@echo "make demo | test | test-all | lint | bench | bench-all | bench-gpu | zoo | clean"
 
 demo: $(VENV)/.stamp-demo
 	$(PY) -m tome_fx demo $(ARGS)
@@ -33,6 +34,17 @@ lint: $(VENV)/.stamp-lint
 
 bench: $(VENV)/.stamp-bench
 	$(PY) benchmarks/$(BENCH).py $(ARGS)
+
+# Hours on two cores. Stopped, it goes on where it was; a setting that fails does not keep the others from running.
+bench-all: $(VENV)/.stamp-bench
+	$(PY) benchmarks/speed.py --all $(ARGS); status=$$?; \
+	$(PY) benchmarks/growth.py $(ARGS) && $(PY) benchmarks/shares.py $(ARGS) && $(PY) benchmarks/report.py && exit $$status
+
+MODES := reduce-overhead max-autotune
+bench-gpu: $(VENV)/.stamp-bench
+	$(PY) benchmarks/speed.py vit_large_512 vit_huge_518 --device cuda --dtype bfloat16 --batch 32 --mode $(MODES) $(ARGS)
+	$(PY) benchmarks/speed.py deit_small_r13 --device cuda --dtype bfloat16 --batch 128 --mode $(MODES) $(ARGS)
+	$(PY) benchmarks/report.py
 
 zoo: $(VENV)/.stamp-zoo
 	$(PY) benchmarks/zoo.py $(ARGS)

@@ -3,8 +3,12 @@
 JSON: {"benchmark", "machine": `timing.machine_info`, "settings", "baseline",
        "variants": {name: {"label", "seconds": [per round], "min", "median", "images_per_second", "ratio",
                            "warm_compile", "cold": `timing.ColdCompile` or null}},
-       "claims": [{"text", "value", "limit", "at_least", "holds"}]}
-Times in seconds, memory in bytes, `ratio` in times the baseline's speed.
+       "claims": [{"text", "value", "limit", "at_least", "holds"}],
+       "left_out": {name: why}}
+Times in seconds, memory in bytes, `ratio` in times the baseline's speed, any kind of sample counts as an image.
+`settings` has "r", "batch" and "rounds"; results of speed.py also the fields of `cases.Setting`, "group", "tokens" and
+"placement". Results with several settings (growth.py) have "points": [{"settings", "variants"}] in the place of
+"variants", those of shares.py "cases": {name: {"settings", "seconds": {variant: {group: seconds}}}}.
 """
 
 from __future__ import annotations
@@ -14,8 +18,9 @@ import contextlib
 import dataclasses
 import json
 import os
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,16 @@ from tome_fx import timing
 RESULTS = Path(__file__).parent / "results"
 BUSY = 0.4
 """Load average for each core from which a machine counts as busy."""
+RATIOS = {
+    "inductor": "speed of tome_fx over Inductor's",
+    "oracle": "speed of tome_fx over the slice oracle's",
+    "patch": "speed of tome_fx over the compiled patch's",
+    "cold": "cold compile of tome_fx over Inductor's",
+    "memory": "peak memory of tome_fx over Inductor's",
+    "passes": "tome_fx passes over Inductor's cold compile",
+    "limit": "speed of the slice oracle over Inductor's",
+}
+"""What `ratios` can find in a result."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +66,24 @@ class Measured:
 
 
 @dataclasses.dataclass(frozen=True)
+class Limit:
+    """A claim to come: one of `RATIOS` is at least, or at most, `limit`, in settings that agree with what is given."""
+
+    ratio: str
+    limit: float
+    at_least: bool = True
+    device: str | None = None
+    dtype: str | None = None
+    batch: int | None = None
+    train: bool | None = False
+
+    def applies(self, setting: object) -> bool:
+        """Whether the claim is about this `cases.Setting`."""
+        named = ("device", "dtype", "batch", "train")
+        return all(getattr(self, name) in (None, getattr(setting, name)) for name in named)
+
+
+@dataclasses.dataclass(frozen=True)
 class Claim:
     """`value` must be at least, or at most, `limit`."""
 
@@ -64,56 +97,80 @@ class Claim:
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
 
-def arguments(description: str, r: int, batch: int) -> argparse.Namespace:
-    """The options that every benchmark takes."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--r", type=int, default=r, help="tokens merged in each block (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=batch, help="images (default %(default)s)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default %(default)s)")
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="leave the other variants out")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
-    parser.add_argument("--check", action="store_true", help="exit with status 1 when a claim does not hold")
-    return parser.parse_args()
+def parser(description: str, claims: bool = True) -> argparse.ArgumentParser:
+    """The options that every benchmark takes; those of one that makes claims about variants too."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
+    if claims:
+        options.add_argument("--only", nargs="+", metavar="VARIANT", help="leave the other variants out")
+        options.add_argument("--check", action="store_true", help="exit with status 1 when a claim does not hold")
+    return options
 
 
-def measure(variants: Mapping[str, Variant], rounds: int, device: str, console: Console) -> dict[str, Measured]:
-    """Cold compiles one after another, each in its own process; then all variants interleaved in this one."""
+def require(device: str) -> None:
+    """Leave with a sentence and status 2 where this process has no such device."""
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        print("This benchmark needs a CUDA device, and torch finds none here.", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def measure(
+    variants: Mapping[str, Variant], rounds: int, device: str, console: Console
+) -> tuple[dict[str, Measured], dict[str, str]]:
+    """Cold compiles one after another, each in its own process; then all variants interleaved in this one.
+
+    Returns what was measured, and why the other variants were not: they failed in their own process, or the device's
+    memory did not suffice.
+    """
+    failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="tome_fx_bench_") as root, Progress(console=console) as bar:
         caches = {name: Path(root) / name for name in variants}
-        cold = _cold_compiles(variants, caches, device, bar)
-        steps, warm = _first_calls(variants, caches, device, bar)
+        cold = _cold_compiles(variants, caches, device, bar, failed)
+        steps, warm = _first_calls({name: variants[name] for name in cold}, caches, device, bar, failed)
         task = bar.add_task("rounds, interleaved", total=len(steps) * (rounds + 1))
         seconds = timing.interleaved(steps, rounds, progress=lambda *_: bar.advance(task), device=device)
-    return {name: Measured(v.label, seconds[name], warm[name], cold[name]) for name, v in variants.items()}
+    return {n: Measured(variants[n].label, seconds[n], warm[n], cold[n]) for n in steps}, failed
 
 
 def _cold_compiles(
-    variants: Mapping[str, Variant], caches: Mapping[str, Path], device: str, bar: Progress
+    variants: Mapping[str, Variant], caches: Mapping[str, Path], device: str, bar: Progress, failed: dict[str, str]
 ) -> dict[str, timing.ColdCompile | None]:
-    """The cold compile of each compiled variant; its caches stay in the variant's directory."""
+    """The cold compile of each compiled variant; its caches stay in the variant's directory. Fills `failed`."""
     task = bar.add_task("cold compiles", total=len(variants))
     cold: dict[str, timing.ColdCompile | None] = {}
     for name, variant in variants.items():
         bar.update(task, description=f"cold compile: {variant.label}")
-        cold[name] = timing.cold_compile(variant.case, device, caches[name]) if variant.compiled else None
+        try:
+            cold[name] = timing.cold_compile(variant.case, device, caches[name]) if variant.compiled else None
+        except timing.ChildError as error:
+            failed[name] = str(error)
+            bar.console.print(f"[red]{variant.label} is left out:[/] {error}")
         bar.advance(task)
     return cold
 
 
 def _first_calls(
-    variants: Mapping[str, Variant], caches: Mapping[str, Path], device: str, bar: Progress
+    variants: Mapping[str, Variant], caches: Mapping[str, Path], device: str, bar: Progress, failed: dict[str, str]
 ) -> tuple[dict[str, timing.Step], dict[str, float]]:
-    """Build every variant in this process and call it once, with the caches of its cold compile."""
+    """Build every variant in this process and call it once, with the caches of its cold compile. Fills `failed`."""
     task = bar.add_task("first calls", total=len(variants))
     steps: dict[str, timing.Step] = {}
     warm: dict[str, float] = {}
+    torch._dynamo.reset()
+    # variants share a code object: without room for all of them Dynamo would run the last ones eagerly
+    room = {"recompile_limit": 8 * len(variants), "fail_on_recompile_limit_hit": True}
     for name, variant in variants.items():
         bar.update(task, description=f"first call: {variant.label}")
-        with _inductor_cache(caches[name]):
-            steps[name] = timing.load_object(variant.case.target)(**variant.case.kwargs)
-            warm[name] = timing.seconds_of(steps[name], device)
+        try:
+            with _inductor_cache(caches[name]), torch._dynamo.config.patch(room):
+                step = timing.load_object(variant.case.target)(**variant.case.kwargs)
+                warm[name] = timing.seconds_of(step, device)
+        except torch.OutOfMemoryError as error:
+            failed[name] = str(error)
+            bar.console.print(f"[red]{variant.label} is left out:[/] {error}")
+        else:
+            steps[name] = step
         bar.advance(task)
     return steps, warm
 
@@ -131,9 +188,9 @@ def _inductor_cache(cache: Path) -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def machine(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+def machine(device: str, dtype: str, console: Console) -> dict[str, Any]:
     """`timing.machine_info`, to be taken before anything is measured; says so when the machine is busy."""
-    info = timing.machine_info(args.device, getattr(torch, args.dtype))
+    info = timing.machine_info(device, getattr(torch, dtype))
     if (info["load"] or 0.0) > BUSY * info["cores"]:
         console.print(f"[yellow]The machine is busy (load {info['load']}): the compile times will be too long.")
     return info
@@ -144,19 +201,52 @@ def record(
     info: Mapping[str, Any],
     measured: Mapping[str, Measured],
     baseline: str,
-    claims: Sequence[Claim],
-    args: argparse.Namespace,
+    limits: Iterable[Limit],
+    settings: Mapping[str, Any],
+    left_out: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The JSON of a benchmark (see the module's docstring); `info` is what `machine` said at the start."""
-    base = measured[baseline].seconds
+    """The JSON of a benchmark (see the module's docstring); `info` is what `machine` said at the start.
+
+    Of `limits` those are judged for which the variants were measured.
+    """
+    variants = rows(measured, baseline, settings["batch"])
+    found = ratios(variants)
+    claims = [Claim(RATIOS[x.ratio], found[x.ratio], x.limit, x.at_least) for x in limits if x.ratio in found]
     return {
         "benchmark": name,
         "machine": info,
-        "settings": {"r": args.r, "batch": args.batch, "rounds": args.rounds},
+        "settings": dict(settings),
         "baseline": baseline,
-        "variants": {key: _row(m, base, args.batch) for key, m in measured.items()},
+        "variants": variants,
         "claims": [{**dataclasses.asdict(claim), "holds": claim.holds} for claim in claims],
+        "left_out": dict(left_out or {}),
     }
+
+
+def rows(measured: Mapping[str, Measured], baseline: str, batch: int) -> dict[str, Any]:
+    """The "variants" of a result."""
+    return {name: _row(m, measured[baseline].seconds, batch) for name, m in measured.items()}
+
+
+def ratios(variants: Mapping[str, Any]) -> dict[str, float]:
+    """Those of `RATIOS` that the "variants" of a result can decide."""
+    pairs = {
+        "inductor": ("tome_fx", "inductor"),
+        "oracle": ("tome_fx", "oracle"),
+        "patch": ("tome_fx", "patch_compiled"),
+        "limit": ("oracle", "inductor"),
+    }
+    found = {
+        name: timing.ratio(variants[mine]["seconds"], variants[other]["seconds"])
+        for name, (mine, other) in pairs.items()
+        if mine in variants and other in variants
+    }
+    mine, plain = (variants.get(name, {}).get("cold") for name in ("tome_fx", "inductor"))
+    if mine and plain:
+        found["cold"] = mine["seconds"] / plain["seconds"]
+        found["memory"] = mine["peak_bytes"] / plain["peak_bytes"]
+        found["passes"] = sum(mine["passes"].values()) / plain["seconds"]
+    return found
 
 
 def _row(measured: Measured, base: Sequence[float], batch: int) -> dict[str, Any]:
@@ -181,11 +271,20 @@ def publish(result: Mapping[str, Any], out: Path, console: Console) -> None:
         sign = "\N{GREATER-THAN OR EQUAL TO}" if claim["at_least"] else "\N{LESS-THAN OR EQUAL TO}"
         verdict = "[green]holds" if claim["holds"] else "[red]does not hold"
         console.print(f"{claim['text']}: {claim['value']:.3f} {sign} {claim['limit']:g} {verdict}")
-    out.mkdir(parents=True, exist_ok=True)
-    kind = "cpu" if result["machine"]["device"] == "cpu" else "gpu"
-    path = out / f"{result['benchmark']}-{kind}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    path = result_path(out, result["benchmark"], result["machine"]["device"])
+    save(result, path, console)
     _plot(result, path.with_suffix(".png"))
+
+
+def result_path(out: Path, benchmark: str, device: str) -> Path:
+    """Where the JSON of a benchmark goes; the plot beside it has the suffix .png. `device`: a type or a GPU's name."""
+    return out / f"{benchmark}-{'cpu' if device == 'cpu' else 'gpu'}.json"
+
+
+def save(result: Mapping[str, Any], path: Path, console: Console) -> None:
+    """Write the JSON, and say so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
     console.print(f"written: {path.name} and {path.with_suffix('.png').name}")
 
 

@@ -3,14 +3,20 @@
 Each block drops its last r tokens where ToMe would merge them, between the attention's residual add and the MLP. No
 matching, no merging, no sizes: attention stays fused and all that is left is the smaller matrices. The answers
 are worthless; the time is the least that r tokens a block can cost.
+
+Where the stream keeps its length (`branch_oracle`), attention and MLP each leave out the last r tokens and repeat their
+last result in those places: the cheapest thing that keeps shapes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+
+from models import DiTBlock
 
 
 def tokens_removed(r: int, tokens: int, protected: int) -> int:
@@ -35,7 +41,39 @@ class SliceBlock(nn.Module):
 
 
 def slice_oracle(model: Any, r: int) -> nn.Module:
-    """Turn a timm VisionTransformer into its slice oracle, in place, and return it."""
+    """Turn a timm VisionTransformer, or an `Encoder`, into its slice oracle, in place, and return it."""
     blocks = (SliceBlock(block, r, model.num_prefix_tokens) for block in model.blocks)
     model.blocks = nn.Sequential(*blocks)
+    return model
+
+
+class SliceBranches(nn.Module):
+    """A timm ViT block or a `DiTBlock` whose two branches see all but the last `r` tokens."""
+
+    def __init__(self, block: Any, r: int, protected: int) -> None:
+        super().__init__()
+        self.block: Any = block
+        self.r, self.protected = r, protected
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor | None = None) -> torch.Tensor:
+        """x [B, N, C], c [B, C] for a `DiTBlock` -> [B, N, C]."""
+        block = self.block
+        if isinstance(block, DiTBlock):
+            condition = block.modulation(c).chunk(6, dim=-1)
+            x = x + self.on_slice(lambda x: block.attend(x, condition), x)
+            return x + self.on_slice(lambda x: block.feed(x, condition), x)
+        x = x + self.on_slice(lambda x: block.drop_path1(block.ls1(block.attn(block.norm1(x)))), x)
+        return x + self.on_slice(lambda x: block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), x)
+
+    def on_slice(self, branch: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """`branch` of the first N - r_eff tokens of [B, N, C], its last row repeated to N rows."""
+        r = tokens_removed(self.r, x.shape[1], self.protected)
+        y = branch(x[:, : x.shape[1] - r])
+        return torch.cat([y, y[:, -1:].expand(-1, r, -1)], dim=1)
+
+
+def branch_oracle(model: Any, r: int) -> nn.Module:
+    """Turn a model of `models` into the oracle of branch placement, in place, and return it."""
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = SliceBranches(block, r, model.num_prefix_tokens)
     return model

@@ -1,4 +1,5 @@
-"""ToMe the usual way, by replacing a library's modules: what the published implementations do to a timm ViT.
+"""ToMe the usual way, by replacing a library's modules: what the published implementations do to a timm ViT, and to
+encoders of timm's blocks for video and audio.
 
 Written from the paper (arXiv 2210.09461, sections 3 and appendix D), not from its code, and with its costs: attention
 is spelled out, because the sizes enter between the product and the softmax, and matching is argsort, gather and
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models import Encoder
 from oracle import tokens_removed
 
 
@@ -87,19 +89,39 @@ class PatchedBlocks(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, N, C] -> [B, N', C]."""
+        return self.merged(x)[0]
+
+    def merged(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, N, C] -> [B, N', C] and how many tokens each stands for, [B, N', 1]."""
         size = torch.ones_like(x[..., :1])
         for block in self.blocks:
             x, size = block(x, size)
-        return x
+        return x, size
+
+
+class PatchedEncoder(nn.Module):
+    """An `Encoder` whose mean over tokens weighs each by its size."""
+
+    def __init__(self, model: Encoder, r: int) -> None:
+        super().__init__()
+        self.model = model
+        self.blocks = PatchedBlocks(model.blocks, r, model.num_prefix_tokens)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What the encoder takes and gives."""
+        return self.model.read(*self.blocks.merged(self.model.embed(x)))
 
 
 def tome_patch(model: Any, r: int) -> nn.Module:
-    """Turn a timm VisionTransformer that reads its class token into a ToMe model, in place, and return it.
+    """Turn a timm VisionTransformer that reads its class token, or an `Encoder`, into a ToMe model, in place.
 
-    Raises ValueError for a model that pools over patches: a plain mean over merged tokens would be wrong, and the
-    published patch does not handle one either.
+    Returns the model to call. Raises ValueError for a timm model that pools over patches (a plain mean over merged
+    tokens would be wrong, and the published patch does not handle one either) and for a model that reads a grid or
+    conditions its blocks: this patch merges for good.
     """
-    if model.global_pool != "token":
-        raise ValueError("the patch handles models that read their class token")
+    if type(model) is Encoder:
+        return PatchedEncoder(model, r)
+    if getattr(model, "global_pool", "") != "token":
+        raise ValueError("the patch handles models that read their class token, and encoders")
     model.blocks = PatchedBlocks(model.blocks, r, model.num_prefix_tokens)
     return model

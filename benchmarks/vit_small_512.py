@@ -6,50 +6,50 @@ cold compile; its whole cold compile takes at most three times plain Inductor's.
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Mapping
 
 from rich.console import Console
 
 import cases
 import harness
-from tome_fx import timing
 
-MODEL, SIZE, R, BATCH = "vit_small_patch16_224", 512, 64, 2
+CASE = "vit_small_512"
+LIMITS = (
+    harness.Limit("oracle", 0.95),
+    harness.Limit("passes", 0.10, at_least=False),
+    harness.Limit("cold", 3.0, at_least=False),
+)
+VARIANTS = ("inductor", "tome_fx", "oracle", "patch", "patch_compiled")
 
 
-def claims(measured: Mapping[str, harness.Measured]) -> list[harness.Claim]:
-    """The claims that the measured variants can decide."""
-    found = []
-    if {"tome_fx", "oracle"} <= measured.keys():
-        speed = timing.ratio(measured["tome_fx"].seconds, measured["oracle"].seconds)
-        found.append(harness.Claim("speed of tome_fx over the slice oracle's", speed, 0.95, at_least=True))
-    if {"tome_fx", "inductor"} <= measured.keys():
-        mine, plain = measured["tome_fx"].cold, measured["inductor"].cold
-        assert mine is not None and plain is not None  # both are compiled variants
-        passes = sum(mine.passes.values()) / plain.seconds
-        whole = mine.seconds / plain.seconds
-        found.append(harness.Claim("tome_fx passes over Inductor's cold compile", passes, 0.10, at_least=False))
-        found.append(harness.Claim("cold compile of tome_fx over Inductor's", whole, 3.0, at_least=False))
-    return found
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = harness.parser(__doc__)
+    parser.add_argument("--r", type=int, default=cases.CASES[CASE].r, help="tokens per block (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=2, help="images (default %(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default %(default)s)")
+    return parser.parse_args()
 
 
 def main() -> int:
     """Run the benchmark; 1 with --check when a claim does not hold."""
-    args = harness.arguments(__doc__, R, BATCH)
+    args = arguments()
+    harness.require(args.device)
     console = Console()
-    info = harness.machine(args, console)
+    info = harness.machine(args.device, args.dtype, console)
+    setting = cases.Setting(CASE, args.batch, args.device, args.dtype)
     variants = {
         name: harness.Variant(
-            label,
-            cases.case(name, MODEL, args.r, SIZE, args.batch, args.device, args.dtype),
-            compiled=name not in cases.NOT_COMPILED,
+            cases.label(name), cases.job(setting, name, args.r), compiled=name not in cases.NOT_COMPILED
         )
-        for name, label in cases.LABELS.items()
+        for name in VARIANTS
         if name == "inductor" or not args.only or name in args.only
     }
-    measured = harness.measure(variants, args.rounds, args.device, console)
-    result = harness.record("vit_small_512", info, measured, "inductor", claims(measured), args)
+    measured, failed = harness.measure(variants, args.rounds, args.device, console)
+    settings = {"r": args.r, "batch": args.batch, "rounds": args.rounds}
+    result = harness.record("vit_small_512", info, measured, "inductor", LIMITS, settings, failed)
     harness.publish(result, args.out, console)
     return int(args.check and not all(claim["holds"] for claim in result["claims"]))
 
