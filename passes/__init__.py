@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
@@ -41,15 +41,21 @@ PIPELINE = ("capture", "find_attention", "infer_axes", "find_blocks", "plan", "r
 
 @dataclass
 class Result:
-    """gm: the rewritten graph, or None where the original is to be used. captured: the IR it came from."""
+    """gm: the rewritten graph, or None where the original is to be used. captured: the IR it came from. lengths: the
+    values of its inputs behind those of the original."""
 
     gm: fx.GraphModule | None
     report: ToMeReport
     captured: Captured | None = None
+    lengths: list[int] = field(default_factory=list)
 
 
-def run_pipeline(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig) -> Result:
-    """All passes over one graph. Raises ValueError where the schedule does not fit, VerifyError on a bug of ours.
+def run_pipeline(
+    gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig, by_length: bool = False
+) -> Result:
+    """All passes over one graph. by_length: see `rewrite`.
+
+    Raises ValueError where the schedule does not fit, VerifyError on a bug of ours.
 
     A graph that cannot be captured, or in which nothing merges, gives `gm=None` and a report with the reasons.
     """
@@ -84,12 +90,12 @@ def run_pipeline(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig) 
             report.skipped.append(SkipReason("no attention", "", why))
         return Result(None, report, captured)
     with _timed(seconds, "rewrite"):
-        rewritten = rewrite(captured, facts, calls, plan, config)
+        rewritten, lengths = rewrite(captured, facts, calls, plan, config, by_length)
     with _timed(seconds, "lower"):
         lower(rewritten)
     with _timed(seconds, "verify"):
-        verify(captured.gm, rewritten)
-    return Result(rewritten, report, captured)
+        verify(captured.gm, rewritten, len(lengths))
+    return Result(rewritten, report, captured, lengths)
 
 
 @contextmanager

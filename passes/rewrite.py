@@ -32,7 +32,7 @@ from .capture import Captured, is_impure
 from .find_blocks import Block
 from .layout import DimLayout, Layout, Run, Step, is_plain, plain
 from .masks import KeyMask, token_dims
-from .plan import Merge, Plan
+from .plan import Merge, Plan, size_hint
 from .rules import Call, Facts, find
 from .rules.base import Fill, tensors_of
 from .trace import Builder, Traced, cat
@@ -42,14 +42,41 @@ tome = torch.ops.tome
 
 
 def rewrite(
-    captured: Captured, facts: Facts, calls: dict[fx.Node, Call], plan: Plan, config: ToMeConfig
-) -> fx.GraphModule:
-    """The rewritten graph, with the placeholders of `captured.gm`."""
+    captured: Captured,
+    facts: Facts,
+    calls: dict[fx.Node, Call],
+    plan: Plan,
+    config: ToMeConfig,
+    by_length: bool = False,
+) -> tuple[fx.GraphModule, list[int]]:
+    """The rewritten graph, with the placeholders of `captured.gm`, and the values of those that follow.
+
+    by_length: the lengths that merges leave become inputs of the graph, so that layers which differ in nothing else
+    share the kernels that a compiler makes of them. Only where there are several, and no other size is symbolic.
+    """
     emitter = Emitter(captured, facts, calls, plan, config)
-    gm = fx.GraphModule(torch.nn.Module(), emitter.run_graph())
+    lengths = _lengths(captured.gm, plan) if by_length else []
+    graph = emitter.run_graph(lengths)
+    gm = fx.GraphModule(torch.nn.Module(), graph)
     gm.graph.eliminate_dead_code(is_impure_node=is_impure)
     gm.recompile()
-    return gm
+    return gm, lengths
+
+
+FEWEST_LENGTHS = 3
+"""Lengths from which sharing kernels saves more than symbolic sizes cost."""
+
+
+def _lengths(gm: fx.GraphModule, plan: Plan) -> list[int]:
+    """The lengths that merges leave, each once; none where another size of the graph is symbolic."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        val = node.meta.get("val")
+        if isinstance(val, torch.SymInt) or (
+            isinstance(val, Tensor) and any(isinstance(size, torch.SymInt) for size in val.shape)
+        ):
+            return []
+    found = list(dict.fromkeys(size_hint(merge.step.after) for merge in plan.merges.values()))
+    return found if len(found) >= FEWEST_LENGTHS else []
 
 
 @dataclass(frozen=True)
@@ -84,11 +111,15 @@ class Emitter:
         self._index: dict[Any, Traced] = {}
         self._composed: dict[tuple[Step, Step], StepTensors] = {}
         self._weights: dict[Any, Traced] = {}
+        self.lengths: dict[Any, torch.SymInt] = {}
 
     # -- nodes -----------------------------------------------------------------------------------------------------
 
-    def run_graph(self) -> fx.Graph:
-        """The new graph."""
+    def run_graph(self, lengths: Sequence[int] = ()) -> fx.Graph:
+        """The new graph. lengths: those that are to be inputs of it, behind the others."""
+        for node in self.source.find_nodes(op="placeholder"):
+            self._visit(node)
+        self.lengths = dict(zip(lengths, self.builder.lengths(lengths), strict=True))
         for node in self.source.nodes:
             if node.op == "output":
                 self.builder.begin(node)
@@ -208,9 +239,13 @@ class Emitter:
     def _size_of(self, atoms: Sequence[Atom]) -> Any:
         return self.builder.size(size_of(atoms))
 
-    @staticmethod
-    def _run_size(run: Run) -> Any:
-        return run.step.after
+    def _run_size(self, run: Run) -> Any:
+        length = self._length(run.step.base or run.step)
+        return run.step.after if length is None else length + sum(run.step.offset)
+
+    def _length(self, step: Step) -> torch.SymInt | None:
+        """The input that stands for the length that a step leaves, if there is one."""
+        return self.lengths[step.after] if self.lengths else None
 
     def _dim_size(self, atoms: Sequence[Atom], runs: DimLayout) -> Any:
         total: Any = 1
@@ -225,6 +260,11 @@ class Emitter:
             assert step.base is not None, "a step is read before its merge"
             self.steps[step] = _shifted(self._step(step.base), *step.offset)
         return self.steps[step]
+
+    @staticmethod
+    def _stretches(steps: Sequence[Step]) -> list[Sequence[Step]]:
+        """The steps that a value goes through in one call each: all of them. Means of means are the same means."""
+        return [steps] if steps else []
 
     def _through(self, steps: Sequence[Step]) -> StepTensors:
         """Consecutive steps as one: a value of full length goes through all of them in one call."""
@@ -279,11 +319,13 @@ class Emitter:
             first = self.config.padding_first and weight is not None
             kind = cat(kinds, -1) if len(kinds) > 1 else kinds[0]
             metric, heads = call(tome.apart.default, metric, kind, heads, first), False
-        assign, keep, moved, similarity = call(tome.match.default, metric, merge.r, step.prefix, step.suffix, heads)
+        after = self._length(step)
+        r = merge.r if after is None else metric.shape[-3 if heads else -2] - after
+        assign, keep, moved, similarity = call(tome.match.default, metric, r, step.prefix, step.suffix, heads)
         similarity.node.args[0].meta["tome_merge"] = block.name
         size = call(tome.merge_size.default, before, assign, keep, moved)
-        after = None if weight is None else call(tome.merge_size.default, weight, assign, keep, moved)
-        self.steps[step] = StepTensors(assign, keep, moved, size, weight, after)
+        seen = None if weight is None else call(tome.merge_size.default, weight, assign, keep, moved)
+        self.steps[step] = StepTensors(assign, keep, moved, size, weight, seen)
 
     def _weight(self, block: Block, step: Step | None) -> Traced | None:
         """float32 [*sample, N]: original tokens that the block's masks of keys leave in, in the state `step`."""
@@ -423,9 +465,8 @@ class Emitter:
             x = self.builder.call(tome.unmerge.default, x, index)
             have = _with_run(have, d, key, Run(*key, start[shared - 1]) if shared else None)
             x = back(x, have)
-        if len(goal) > shared:
-            step, base = goal[-1], goal[shared].prev
-            held = self._through(goal[shared:])
+        for steps in self._stretches(goal[shared:]):
+            step, base, held = steps[-1], steps[0].prev, self._through(steps)
             size = self._step(base).size if base else None
             x, back = self._canonical(x, dims, have, d, key, leaves(step.sample))
             weighed = (size, held.size) if held.after is None else (held.before, held.after)

@@ -246,3 +246,27 @@ def test_caches_in_training(site: Path, tmp_path: Path) -> None:
     cold = child(site, cache, mode="train")
     warm = child(site, cache, mode="train")
     assert (cold["aot_miss"], warm["aot_hit"], warm["aot_miss"]) == (1, 1, 0)
+
+
+def test_layers_share_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths that merges leave are inputs of the compiled graph: layers of one kind have one kernel. The same result
+    comes out without that, a second call compiles nothing, and Dynamo gets no guard on them."""
+    from torch._inductor.utils import fresh_cache, run_and_get_code
+
+    model, args, want = prepared(Spec(depth=5))
+    sources = {}
+    for shared in (True, False):
+        torch._dynamo.reset()
+        with monkeypatch.context() as patch, torch.no_grad(), fresh_cache():
+            if not shared:
+                patch.setattr("tome_fx.backend._shares_kernels", lambda *_: False)
+            before = len(tome_fx.reports())
+            fast = torch.compile(model, backend=tome_backend(R), fullgraph=True)
+            got, (code,) = run_and_get_code(fast, *args)
+            assert distance(got, want) < 5e-5
+            assert distance(fast(*args), want) < 5e-5
+            assert len(tome_fx.reports()) == before + 1
+        assert ("ks0" in code) is shared
+        sources[shared] = code
+    counts = {shared: code.count("async_compile.cpp") for shared, code in sources.items()}
+    assert counts[True] < counts[False] - 4, counts

@@ -60,6 +60,41 @@ class Net(nn.Module):
         return self.blocks(self.embed(x).flatten(2).mT)
 
 
+class Modulated(nn.Module):
+    """A block of DiT (arXiv 2212.09748): shift, scale and gate of both branches come from a condition."""
+
+    def __init__(self, dim: int = 32) -> None:
+        super().__init__()
+        self.norm, self.attn, self.condition = nn.LayerNorm(dim), Attention(dim), nn.Linear(dim, 6 * dim)
+        self.fc1, self.fc2 = nn.Linear(dim, 64), nn.Linear(64, dim)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """[B, N, C], [B, C]"""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.condition(F.silu(c))[:, None].chunk(6, -1)
+        x = x + gate1 * self.attn(self.norm(x) * (1 + scale1) + shift1)
+        return x + gate2 * self.fc2(F.gelu(self.fc1(self.norm(x) * (1 + scale2) + shift2)))
+
+
+class Conditioned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Modulated(), Modulated()
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return self.second(self.first(x, c), c)
+
+
+def test_condition_joins_the_mlp() -> None:
+    """A gate that comes from elsewhere is no second way from the stream into the MLP: it merges as any other.
+
+    Before, the condition kept every value of the MLP from dominating its result, and DiT's MLPs stayed whole."""
+    torch.manual_seed(0)
+    model = equalize(redraw(Conditioned()).eval())
+    args = (palette_tokens(2, 36, 32, k=4), torch.randn(2, 32))
+    report = assert_lossless(model, args, 6, sites=2, placement="branch", control=True)
+    assert [site.mlp for site in report.sites] == [(36, 30)] * 2
+
+
 FORMS = ("pre", "post", "res_post", "scaled", "swiglu", "conv1x1")
 
 

@@ -15,8 +15,10 @@ from typing import Any, cast
 import torch
 from torch import fx
 from torch._dynamo.utils import counters
-from torch._guards import CompileContext
+from torch._guards import CompileContext, TracingContext, tracing
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tome_fx.config import ToMeConfig, updated
 from tome_fx.passes import Result, run_pipeline
@@ -114,7 +116,7 @@ def transform(
     Warns (strict: raises ToMeError) where a site does not pay, nothing merges, or a pass fails.
     """
     try:
-        result = run_pipeline(gm, inputs, config)
+        result = run_pipeline(gm, inputs, config, by_length=_shares_kernels(inputs, config))
         rewritten = None if result.gm is None else finish(gm, result)
     except ScheduleError:
         raise
@@ -174,7 +176,8 @@ def finish(source: fx.GraphModule, result: Result) -> fx.GraphModule:
     assert gm is not None and captured is not None
     placeholders = gm.graph.find_nodes(op="placeholder")
     originals = source.graph.find_nodes(op="placeholder")
-    lifted, inputs = placeholders[: len(captured.attributes)], placeholders[len(captured.attributes) :]
+    lifted = placeholders[: len(captured.attributes)]
+    inputs = placeholders[len(lifted) : len(placeholders) - len(result.lengths)]
     for (name, value), node in zip(captured.attributes.items(), lifted, strict=True):
         _attach(gm, name, value)
         with gm.graph.inserting_after(placeholders[-1]):
@@ -189,6 +192,7 @@ def finish(source: fx.GraphModule, result: Result) -> fx.GraphModule:
     gm.graph.lint()
     gm.recompile()
     gm.meta.update(source.meta)
+    gm.meta[LENGTHS] = result.lengths
     return gm
 
 
@@ -206,6 +210,17 @@ def _attach(gm: fx.GraphModule, name: str, value: torch.Tensor) -> None:
         owner.register_buffer(last, value)
 
 
+LENGTHS = "tome_lengths"
+"""Key in the meta of a rewritten graph: the values of its last inputs."""
+
+
+def _shares_kernels(inputs: Sequence[Any], config: ToMeConfig) -> bool:
+    """Whether layers of other token counts are to share kernels: C++ takes a second for each, and reads sizes as
+    arguments for nothing."""
+    devices = {x.device.type for x in inputs if isinstance(x, torch.Tensor)}
+    return config.inner == "inductor" and devices == {"cpu"}
+
+
 def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], inner: str, **kwargs: Any) -> Callable[..., Any]:
     """Hand a graph to the inner compiler, with the `mode` and `options` of torch.compile."""
     if inner == "eager":
@@ -220,7 +235,28 @@ def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], inner: str, **kwarg
         patches.update(list_mode_options(mode, kwargs.get("dynamic")))
     patches.update({key.replace("-", "_"): value for key, value in (kwargs.get("options") or {}).items()})
     patches.update(_cache_identity())
+    if lengths := gm.meta.get(LENGTHS):
+        return _by_length(gm, inputs, lengths, patches)
     return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=patches))
+
+
+def _by_length(
+    gm: fx.GraphModule, inputs: Sequence[Any], lengths: Sequence[int], patches: dict[str, Any]
+) -> Callable[..., Any]:
+    """`compile_fx` for a graph whose last inputs are lengths: symbols to the compiler, the same numbers in every call.
+
+    They live in a fake mode of their own, so that what the compiler assumes of them is no guard of Dynamo's.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    context = TracingContext(mode)
+    if (outer := TracingContext.try_get()) is not None:
+        context.guards_context = outer.guards_context
+    fakes = [mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in inputs]
+    with tracing(context):
+        run = cast(Callable[..., Any], compile_fx(gm, [*fakes, *lengths], config_patches=patches))
+    return lambda *args: run(*args, *lengths)
 
 
 class _CacheIdentity(CustomGraphPass):
