@@ -33,7 +33,12 @@ _serial = count()
 
 def expr(size: Size) -> Expr:
     """The size as an int or a sympy expression: comparing it adds no guard."""
-    return size if isinstance(size, int) else sympy.expand(size.node.expr) if not size.node.is_constant() else int(size)
+    if isinstance(size, int):
+        return size
+    if size.node.is_constant():
+        return int(size)
+    held = size.node.expr
+    return held if held.is_Symbol else sympy.expand(held)
 
 
 def same(a: Expr, b: Expr) -> bool:
