@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from tome_fx.config import ToMeConfig
 from tome_fx.report import SiteReport, SkipReason, Unmerge
-from tome_fx.schedule import merged_away, tokens_per_block
+from tome_fx.schedule import gathered, merged_away, to_multiple, tokens_per_block
 
 from .axes import Atom, leaves, locate
 from .find_attention import AttentionSite, place
@@ -159,6 +159,7 @@ def _profitable(
 ) -> Plan:
     """Plan all blocks, drop those that do not pay, and plan again until all pay (placement "auto" only)."""
     active = list(range(len(blocks)))
+    wanted = gathered(wanted, config.every)
     # An MLP has the share of its attention.
     at = {site: wanted[i] for i, site in enumerate(sites_of(blocks))}
     wanted = [at[block.site] for block in blocks]
@@ -166,7 +167,7 @@ def _profitable(
     device = blocks[0].merge.meta["val"].device.type if blocks else ""
     costs = COSTS.get(device, COSTS[""])
     while True:
-        plan = _Walk(gm, facts, calls, blocks, active, wanted, costs).run()
+        plan = _Walk(gm, facts, calls, blocks, active, wanted, costs, config.multiple).run()
         losing = plan.losing()
         if config.placement != "auto" or not losing:
             plan.skipped = dropped + plan.skipped
@@ -199,11 +200,14 @@ class _Walk:
         active: list[int],
         wanted: list[int | float],
         costs: Costs,
+        multiple: int,
     ) -> None:
         self.gm, self.facts, self.calls, self.blocks = gm, facts, calls, blocks
         self.at = {blocks[i].merge: i for i in active if not blocks[i].operands}
         self.inside = {blocks[i].merge: i for i in active if blocks[i].operands}
         self.wanted = wanted
+        self.multiple = multiple
+        self.owed: dict[int, int] = {}
         self.plan = Plan()
         self.costs = [costs if _width(block, facts) >= NARROW else BY_FLOPS for block in blocks]
 
@@ -403,14 +407,25 @@ class _Walk:
             r = min(r, max(before - prefix - suffix - free // 2, 0))
         if block.most is not None:
             r = min(r, block.most)
+        r = self._rounded(r, before, before - prefix - suffix, held.step.chain()[0].site if held else index)
         if r == 0:
             why = f"{before} tokens left of {block.length}, {prefix + suffix} protected"
+            why += f", counts in multiples of {self.multiple}" * (self.multiple > 1)
             if block.most == 0:
                 why = "its mask leaves some token no partner"
             self._skip(block, "nothing to merge", why if self.wanted[index] else "its share of the schedule is 0")
             return None, 0
         prev = held.step if held is not None else None
         return Step(index, prev, block.sample, before, before - r, prefix, suffix, block.branch), r
+
+    def _rounded(self, r: int, before: Any, free: Any, chain: int) -> int:
+        """r and what earlier merges of the chain left over, so that a multiple of `multiple` tokens is left."""
+        if self.multiple == 1 or not isinstance(before, int):
+            return r
+        due = r + self.owed.get(chain, 0)
+        r = to_multiple(min(due, free // 2), before, self.multiple)
+        self.owed[chain] = due - r
+        return r
 
     def _skip(self, block: Block, kind: str, detail: str) -> None:
         self.plan.skipped.append(SkipReason(kind, block.name, detail))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import reference
-from tome_fx.schedule import merged_away, tokens_per_block
+from tome_fx.schedule import gathered, merged_away, to_multiple, tokens_per_block
 
 
 @pytest.mark.parametrize(
@@ -58,3 +58,30 @@ def test_share(share: float, tokens: int, protected: int) -> None:
     got = merged_away(share, tokens, protected)
     assert got <= (tokens - protected) // 2
     assert got == (tokens - protected) // 2 or abs(got - share * (tokens - protected)) < 1
+
+
+@pytest.mark.parametrize(
+    ("wanted", "every", "want"),
+    [
+        ([8, 8, 8, 8], 1, [8, 8, 8, 8]),
+        ([8, 8, 8, 8, 8], 2, [0, 16, 0, 16, 8]),
+        ([5, 0, 2], 3, [0, 0, 7]),
+        ([5, 0, 2], 9, [0, 0, 7]),
+        ([0.5, 0.5, 0.5], 2, [0, 0.75, 0.5]),
+        ([0.0, 0.0], 2, [0, 0]),
+        ([], 2, []),
+    ],
+    ids=str,
+)
+def test_gathered(wanted: list[Any], every: int, want: list[Any]) -> None:
+    """Every k-th block merges what the k blocks up to it would have; shares compound."""
+    assert gathered(wanted, every) == want
+
+
+@given(st.integers(0, 64), st.integers(1, 400), st.sampled_from([1, 8, 16, 32]))
+def test_to_multiple(r: int, tokens: int, multiple: int) -> None:
+    """As many as go without passing r or leaving something else than a multiple."""
+    got = to_multiple(r, tokens, multiple)
+    assert 0 <= got <= r
+    assert got == 0 or (tokens - got) % multiple == 0
+    assert not any((tokens - more) % multiple == 0 and tokens > more for more in range(got + 1, r + 1))

@@ -138,6 +138,21 @@ def test_share(share: float) -> None:
         assert abs((before - after) - share * (before - 1)) <= 1
 
 
+@pytest.mark.parametrize("every", [2, 3])
+def test_every(every: int) -> None:
+    """every=k: as many tokens are left at the end, by merges at every k-th block and at the last."""
+    report = tome_fx.explain(vit(), (torch.randn(1, 3, 96, 96),), r=4, every=every)
+    want = {2: [(37, 29), (29, 21)], 3: [(37, 25), (25, 21)]}[every]
+    assert [tuple(t) for t in report.tokens] == want
+
+
+def test_multiple() -> None:
+    """multiple=8: 37 tokens become 32, 32 (nothing due yet), 24, 24; what is left over is not forgotten."""
+    report = tome_fx.explain(vit(), (torch.randn(1, 3, 96, 96),), r=5, multiple=8, placement="stream")
+    assert [tuple(t) for t in report.tokens] == [(37, 32), (32, 24)]
+    assert any("multiples of 8" in s.detail for s in report.skipped)
+
+
 def test_flops_target() -> None:
     """flops=0.6 finds the largest-FLOPs constant r that stays at or below 60 % of the original."""
     model, image = vit(depth=6, img_size=160), torch.randn(1, 3, 160, 160)

@@ -74,6 +74,8 @@ def tome_backend(
     r: Any = None,
     *,
     flops: float | None = None,
+    every: int = 1,
+    multiple: int = 1,
     prop_attn: bool = True,
     metric: str = "key",
     protect: str | int = "auto",
@@ -88,6 +90,8 @@ def tome_backend(
         r: tokens merged away per block (16 unless given): an int; a float below 1, a share of the block's mergeable
             tokens; `(r, inflection)`, falling (-1) or rising (1) linearly over the blocks; or a list of ints.
         flops: instead of `r`, the share of the model's FLOPs to aim at.
+        every: merge at every k-th block only, what the schedule gives to the k blocks up to it.
+        multiple: keep token counts at multiples of this number; what is left over is merged by a later block.
         prop_attn: proportional attention, equation 1 of the paper.
         metric: what tokens are compared by, "key" or "input" (the residual stream).
         protect: leading tokens that never merge; "auto" finds class, distillation and register tokens.
@@ -100,7 +104,11 @@ def tome_backend(
 
     Raises: TypeError or ValueError on values that are not allowed.
     """
-    return ToMeBackend(ToMeConfig(r, flops, prop_attn, metric, protect, placement, padding_first, inner, strict))
+    return ToMeBackend(
+        ToMeConfig(
+            r, flops, every, multiple, prop_attn, metric, protect, placement, padding_first, inner, strict
+        )
+    )
 
 
 def tome(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:

@@ -24,6 +24,11 @@ class ToMeConfig:
     None: 16, or what `flops` asks for."""
     flops: float | None = None
     """Instead of `r`: the share of the model's FLOPs to aim at, by the constant r that comes nearest from below."""
+    every: int = 1
+    """Merge at every k-th block only, what the schedule gives to the k blocks up to it: fewer, larger merges."""
+    multiple: int = 1
+    """Keep token counts at multiples of this number (8, 16, 32: what a device's matrix units like). What a block cannot
+    merge for it, the next one does. Protected tokens count; symbolic lengths are not rounded."""
     prop_attn: bool = True
     """Proportional attention: add log(size) to the scores of each key (ToMe section 3, equation 1)."""
     metric: str = "key"
@@ -61,6 +66,9 @@ class ToMeConfig:
             isinstance(self.protect, bool) or not isinstance(self.protect, int) or self.protect < 0
         ):
             raise ValueError(f'protect must be "auto" or a number of leading tokens, 0 or more, got {self.protect!r}')
+        for name in ("every", "multiple"):
+            if not _whole(getattr(self, name)) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be an int of 1 or more, got {getattr(self, name)!r}")
         for name in ("prop_attn", "padding_first", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")

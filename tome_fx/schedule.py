@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 
 class ScheduleError(ValueError):
     """A schedule that does not fit the model."""
@@ -30,6 +32,28 @@ def tokens_per_block(r: Schedule, blocks: int) -> list[int | float]:
     if len(r) > blocks:
         raise ScheduleError(f"r lists {len(r)} blocks, but the model has {blocks} that can merge")
     return [*r, *[0] * (blocks - len(r))]
+
+
+def gathered(wanted: list[int | float], every: int) -> list[int | float]:
+    """A schedule in which every k-th block, and the last, merges for all since the one before it; shares compound.
+
+    [8, 8, 8, 8, 8] by 2 is [0, 16, 0, 16, 8].
+    """
+    if every == 1:
+        return wanted
+    out: list[int | float] = [0] * len(wanted)
+    for start in range(0, len(wanted), every):
+        part = wanted[start : start + every]
+        kept = prod(1 - share for share in part if isinstance(share, float))
+        counts = sum(count for count in part if not isinstance(count, float))
+        out[start + len(part) - 1] = counts if kept == 1 else 1 - kept
+    return out
+
+
+def to_multiple(r: int, tokens: int, multiple: int) -> int:
+    """At most r tokens, so that a multiple of a number is left of `tokens`; 0 where r is too few for one."""
+    left = -(-(tokens - r) // multiple) * multiple
+    return max(tokens - left, 0)
 
 
 def merged_away(want: int | float, tokens: int, protected: int) -> int:
