@@ -4,6 +4,7 @@
 |------------------|-------------------------------------------------------------------|
 | `capture`        | Dynamo or export graph -> pre-dispatch ATen, functional           |
 | `find_attention` | every spelling of softmax attention -> one canonical site         |
+| `flatten_grids`  | an MLP on a grid [B, H, W, C] -> on [B, H * W, C]                 |
 | `infer_axes`     | names the axes of every value                                     |
 | `find_blocks`    | site -> token axis, residual stream, merge point, protected ends  |
 | `plan`           | schedule -> merges, and how far each of them travels              |
@@ -28,6 +29,7 @@ from tome_fx.report import SkipReason, ToMeReport
 from .capture import Captured, CaptureError, capture
 from .find_attention import find_attention, fuse_attention
 from .find_blocks import find_blocks
+from .flatten_grids import flatten_grids
 from .infer_axes import infer_axes
 from .lower import lower
 from .plan import make_plan, site_reports
@@ -36,7 +38,9 @@ from .rules import find
 from .rules.reduce import Softmax
 from .verify import VerifyError, verify
 
-PIPELINE = ("capture", "find_attention", "infer_axes", "find_blocks", "plan", "rewrite", "lower", "verify")
+PIPELINE = (
+    "capture", "find_attention", "flatten_grids", "infer_axes", "find_blocks", "plan", "rewrite", "lower", "verify"
+)  # fmt: skip
 
 
 @dataclass
@@ -69,6 +73,8 @@ def run_pipeline(
         return Result(None, report)
     with _timed(seconds, "find_attention"):
         fuse_attention(captured.gm, captured.fake_mode)
+    with _timed(seconds, "flatten_grids"):
+        flatten_grids(captured.gm, captured.fake_mode)
     with _timed(seconds, "infer_axes"):
         facts, calls = infer_axes(captured.gm, captured.model_input, captured.buffers)
     report.unknown_ops = facts.unknown

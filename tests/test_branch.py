@@ -281,7 +281,8 @@ def test_features_are_no_tokens() -> None:
 
     with pytest.warns(match="features"):
         report = run(Net(Transposed()).eval(), (torch.randn(2, 3, 48, 48),), None, 4)[1]
-    assert [s.kind for s in report.skipped] == ["attention over channels"]
+    assert [s.kind for s in report.skipped] == ["attention over channels", "MLP does not pay"]
+    assert report.merged_sites == 0
 
 
 def test_gradients_flow_through_a_branch() -> None:
