@@ -55,7 +55,7 @@ class ToMeBackend:
         options = dict(kwargs.pop("options", None) or {})
         own = {key.removeprefix("tome."): options.pop(key) for key in list(options) if key.startswith("tome.")}
         config = updated(self.config, own) if own else self.config
-        rewritten, report = transform(gm, example_inputs, config)
+        rewritten, report = transform(gm, example_inputs, config, _shares_kernels(example_inputs, config))
         if rewritten is not None:
             try:
                 compiled = compile_inner(rewritten, example_inputs, config.inner, options=options, **kwargs)
@@ -117,14 +117,16 @@ def tome(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Ca
 
 
 def transform(
-    gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig
+    gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig, by_length: bool = False
 ) -> tuple[fx.GraphModule | None, ToMeReport]:
     """The rewritten graph with the placeholders of `gm`, or None where `gm` is to be used as it is, and the report.
+
+    by_length: the lengths that merges leave follow as inputs of their own; `meta[LENGTHS]` holds their values.
 
     Warns (strict: raises ToMeError) where a site does not pay, nothing merges, or a pass fails.
     """
     try:
-        result = run_pipeline(gm, inputs, config, by_length=_shares_kernels(inputs, config))
+        result = run_pipeline(gm, inputs, config, by_length)
         rewritten = None if result.gm is None else finish(gm, result)
     except ScheduleError:
         raise
