@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 import pytest
@@ -255,8 +256,10 @@ def test_open_padding_first_hides_the_padding(form: str, kind: str) -> None:
         assert torch.equal(tokens_of(a)[seen], tokens_of(b)[seen])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", OPEN)
+ALL = [pytest.param(*case, marks=[pytest.mark.slow] * (case not in SOME)) for case in product(OPEN, KINDS)]
+
+
+@pytest.mark.parametrize(("form", "kind"), ALL)
 def test_open_forced_into_padding(form: str, kind: str) -> None:
     """Every destination is padding: valid tokens must merge into it, and still nothing of it reaches them, and they
     count in later blocks for what they are: the log-mean-exp of the mask is exact."""

@@ -24,6 +24,7 @@ NO_RULE = {
     "aten.conv_transpose2d": "neighbours on a grid",
     "aten.adaptive_max_pool2d": "neighbours on a grid",
     "aten._weight_norm": "makes a weight",
+    "aten.index_put": "makes the table of the blocks of a flex_attention mask",
     "aten.im2col": "neighbours on a grid",
     "aten.col2im": "neighbours on a grid",
     "aten._upsample_bicubic2d_aa": "resizes a position table",
