@@ -284,7 +284,6 @@ def test_protect_number() -> None:
     assert tuple(report.tokens[0]) == (37, 37 - 18)
 
 
-@pytest.mark.slow
 @settings(max_examples=25)
 @given(data=st.data())
 def test_any_transformer(data: st.DataObject) -> None:
