@@ -65,7 +65,7 @@ COSTS = {
 # Models with fewer channels are bound by calls, which no figure here counts: what is asked for is done where it saves
 # more FLOPs than it costs.
 NARROW = 64
-BY_FLOPS = Costs(match=0.0, merge=4.0, gather=0.0, bias=0.0, touch=0.0, masked=0.0)
+BY_FLOPS = Costs(match=0.0, merge=4.0, gather=4.0, bias=4.0, touch=0.0, masked=0.0)
 
 
 @dataclass(frozen=True)
