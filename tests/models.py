@@ -606,6 +606,9 @@ def effective(tokens: int, protected: int, r: int) -> int:
     return max(0, min(r, (tokens - protected) // 2))
 
 
+SHORT_AXIS = 32
+
+
 def expected_tokens(spec: Spec, r: int | list[int]) -> list[tuple[int, int]]:
     """(before, after) of each merge when every softmax attention of the spec is a site."""
     softmax = [i == 0 or spec.kind == "softmax" for i in range(spec.depth)]
@@ -617,6 +620,8 @@ def expected_tokens(spec: Spec, r: int | list[int]) -> list[tuple[int, int]]:
         protected = int(i >= 1) if late else spec.prefix_len
         if softmax[i]:
             merged = effective(tokens, protected, plan[len(out)])
+            if spec.patches < SHORT_AXIS:  # half of a short axis stays
+                merged = min(merged, max(tokens - protected - spec.patches // 2, 0))
             out.append((tokens, tokens - merged))
             tokens -= merged
     return [(before, after) for before, after in out if after < before]
