@@ -87,10 +87,8 @@ def plot(found: Sequence[dict[str, Any]], title: str, path: Path) -> None:
 def main() -> int:
     """Measure every point and write the curves."""
     args, console = arguments(), Console()
-    harness.require(args.device)
-    path = harness.result_path(args.out, "growth", args.device)
-    if path.exists() and not args.fresh:
-        console.print(f"{path.name} is there; --fresh measures again")
+    path = harness.pending(args, "growth", console)
+    if path is None:
         return 0
     info = harness.machine(args.device, args.dtype, console)
     found = [point(size, batch, args, console) for size, batch in points(args.sizes, args.batches)]

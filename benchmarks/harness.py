@@ -281,6 +281,19 @@ def result_path(out: Path, benchmark: str, device: str) -> Path:
     return out / f"{benchmark}-{'cpu' if device == 'cpu' else 'gpu'}.json"
 
 
+def pending(args: argparse.Namespace, benchmark: str, console: Console) -> Path | None:
+    """Where the JSON of a benchmark is to go; None, and a line, where it is there and not `args.fresh`.
+
+    Leaves as `require` does where there is no such device.
+    """
+    require(args.device)
+    path = result_path(args.out, benchmark, args.device)
+    if path.exists() and not args.fresh:
+        console.print(f"{path.name} is there; --fresh measures again")
+        return None
+    return path
+
+
 def save(result: Mapping[str, Any], path: Path, console: Console) -> None:
     """Write the JSON, and say so."""
     path.parent.mkdir(parents=True, exist_ok=True)

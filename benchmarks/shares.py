@@ -157,10 +157,8 @@ def plot(found: Mapping[str, Any], title: str, path: Path) -> None:
 def main() -> int:
     """Profile every case and write the shares."""
     args, console = arguments(), Console()
-    harness.require(args.device)
-    path = harness.result_path(args.out, "shares", args.device)
-    if path.exists() and not args.fresh:
-        console.print(f"{path.name} is there; --fresh measures again")
+    path = harness.pending(args, "shares", console)
+    if path is None:
         return 0
     info = harness.machine(args.device, args.dtype, console)
     found = {name: measure(name, args) for name in track(args.cases, "profiling", console=console)}

@@ -96,6 +96,15 @@ def fuse_attention(gm: fx.GraphModule, mode: FakeTensorMode) -> int:
     return count
 
 
+def emit(graph: fx.Graph, mode: FakeTensorMode, target: Any, args: Any, kwargs: Any, meta: dict[str, Any]) -> fx.Node:
+    """A new node with the meta of another, and the fake value that its op gives."""
+    node = graph.call_function(target, args, kwargs)
+    held_args, held_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+    with mode:
+        node.meta = {**meta, "val": target(*held_args, **held_kwargs)}
+    return node
+
+
 def _shape(node: fx.Node) -> tuple:
     return tuple(size_expr(s) for s in node.meta["val"].shape)
 
@@ -352,12 +361,8 @@ class _Fuser:
 
     def _emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         kwargs = {k: v for k, v in kwargs.items() if v is not None}
-        node = self.graph.call_function(target, args, kwargs)
-        concrete = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.mode:
-            node.meta["val"] = target(*concrete[0], **concrete[1])
-        node.meta["nn_module_stack"] = self.softmax.meta.get("nn_module_stack", {})
-        return node
+        meta = {"nn_module_stack": self.softmax.meta.get("nn_module_stack", {})}
+        return emit(self.graph, self.mode, target, args, kwargs, meta)
 
     def _permuted(self, node: fx.Node, order: list[int]) -> fx.Node:
         return node if order == sorted(order) else self._emit(aten.permute.default, node, order)
@@ -490,4 +495,4 @@ def _product_below(node: fx.Node, axis: Dim, facts: Facts, calls: dict[fx.Node, 
     return None
 
 
-__all__ = ["AttentionSite", "find_attention", "fuse_attention", "place"]
+__all__ = ["AttentionSite", "emit", "find_attention", "fuse_attention", "place"]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from .find_attention import emit
 from .rules import Call, find
 from .rules.pointwise import PointwiseRule
 
@@ -83,18 +84,18 @@ def _flatten(graph: fx.Graph, mode: FakeTensorMode, source: fx.Node, region: lis
     shape = source.meta["val"].shape
     last = len(shape) - 2
     with graph.inserting_before(region[0]):
-        first = _call(graph, mode, aten.flatten.using_ints, (source, 1, last), {}, region[0].meta)
+        first = emit(graph, mode, aten.flatten.using_ints, (source, 1, last), {}, region[0].meta)
     flat = {source: first}
     for node in region:
         with graph.inserting_before(node):
             args, kwargs = (_mapped(x, flat) for x in (node.args, node.kwargs))
-            flat[node] = _call(graph, mode, node.target, args, kwargs, node.meta)
+            flat[node] = emit(graph, mode, node.target, args, kwargs, node.meta)
     inside = set(region)
     for node in region:
         outside = [user for user in node.users if user not in inside]
         if outside:
             with graph.inserting_before(node):
-                back = _call(graph, mode, aten.unflatten.int, (flat[node], 1, list(shape[1 : last + 1])), {}, node.meta)
+                back = emit(graph, mode, aten.unflatten.int, (flat[node], 1, list(shape[1 : last + 1])), {}, node.meta)
             node.replace_all_uses_with(back, delete_user_cb=lambda user: user not in inside)
     for node in reversed(region):
         graph.erase_node(node)
@@ -102,15 +103,6 @@ def _flatten(graph: fx.Graph, mode: FakeTensorMode, source: fx.Node, region: lis
 
 def _mapped(values: Any, flat: Mapping[fx.Node, fx.Node]) -> Any:
     return fx.map_arg(values, lambda n: flat.get(n, n))
-
-
-def _call(graph: fx.Graph, mode: FakeTensorMode, target: Any, args: Any, kwargs: Any, meta: dict[str, Any]) -> fx.Node:
-    """A node with the provenance of `meta` and the value that its op gives."""
-    node = graph.call_function(target, args, kwargs)
-    held = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-    with mode, torch.no_grad():
-        node.meta = {**meta, "val": target(*held[0], **held[1])}
-    return node
 
 
 __all__ = ["flatten_grids"]

@@ -56,8 +56,9 @@ class Costs:
     masked: float
 
 
-# Measured by benchmarks/costs.py for "cpu"; for "", every other device, from the ratio of a GPU's arithmetic to its
-# memory, not measured.
+# "cpu": what benchmarks/costs.py measures depends on what the caches hold; these lie between its figures (about half of
+# those of a quiet machine, most nearly for "bias") and were held against the time of a windowed model and one with
+# tables. "", every other device: from the ratio of a GPU's arithmetic to its memory, not measured.
 COSTS = {
     "cpu": Costs(match=100.0, merge=50.0, gather=40.0, bias=400.0, touch=25.0, masked=0.05),
     "": Costs(match=1500.0, merge=800.0, gather=400.0, bias=1600.0, touch=400.0, masked=0.25),
@@ -403,11 +404,13 @@ class _Walk:
         prefix, suffix = block.prefix, block.suffix
         r = merged_away(self.wanted[index], before, prefix + suffix)
         free = block.length - prefix - suffix
+        most = [] if block.most is None else [block.most]
         if isinstance(free, int) and free < SHORT_AXIS:
-            r = min(r, max(before - prefix - suffix - free // 2, 0))
-        if block.most is not None:
-            r = min(r, block.most)
-        r = self._rounded(r, before, before - prefix - suffix, held.step.chain()[0].site if held else index)
+            most.append(max(before - prefix - suffix - free // 2, 0))
+        if self.multiple > 1 and isinstance(before, int):
+            most.append((before - prefix - suffix) // 2)
+            r = self._rounded(r, before, min(most), held.step.chain()[0].site if held else index)
+        r = min([r, *most])
         if r == 0:
             why = f"{before} tokens left of {block.length}, {prefix + suffix} protected"
             why += f", counts in multiples of {self.multiple}" * (self.multiple > 1)
@@ -418,12 +421,10 @@ class _Walk:
         prev = held.step if held is not None else None
         return Step(index, prev, block.sample, before, before - r, prefix, suffix, block.branch), r
 
-    def _rounded(self, r: int, before: Any, free: Any, chain: int) -> int:
+    def _rounded(self, r: int, before: int, most: int, chain: int) -> int:
         """r and what earlier merges of the chain left over, so that a multiple of `multiple` tokens is left."""
-        if self.multiple == 1 or not isinstance(before, int):
-            return r
         due = r + self.owed.get(chain, 0)
-        r = to_multiple(min(due, free // 2), before, self.multiple)
+        r = to_multiple(min(due, most), before, self.multiple)
         self.owed[chain] = due - r
         return r
 

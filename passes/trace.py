@@ -74,7 +74,7 @@ class Builder:
         device = tensors[0].device if tensors else kwargs["device"]
         on_meta = {k: torch.device("meta") if k == "device" else v for k, v in kwargs.items()}
         with enable_python_dispatcher(), torch.no_grad():
-            found = target(*_parts(args, "meta"), **_parts(on_meta, "meta"))
+            found = target(*_on_meta(args), **_on_meta(on_meta))
         val = map_aggregate(found, lambda m: self._fake(m, device))
         return self._held(self.graph.call_function(target, self.arguments(args), self.arguments(kwargs)), val)
 
@@ -167,8 +167,8 @@ def _flat(value: Any) -> list[Any]:
     return found
 
 
-def _parts(value: Any, name: str) -> Any:
-    return map_aggregate(value, lambda v: getattr(v, name) if isinstance(v, Traced) else v)
+def _on_meta(value: Any) -> Any:
+    return map_aggregate(value, lambda v: v.meta if isinstance(v, Traced) else v)
 
 
 def _empty(shape: torch.Size | tuple[Any, ...], dtype: torch.dtype) -> Tensor:

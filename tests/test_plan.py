@@ -97,3 +97,12 @@ def test_a_chain_pays_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         assert tome_fx.explain(model, x, r=[0, 0, 0, 8]).merged_sites == 0
     monkeypatch.setitem(plan.COSTS, "cpu", plan.Costs(match=700.0, **dear))
     assert 0 < tome_fx.explain(model, x, r=8).merged_sites < 4
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 4])
+def test_multiples_keep_half_of_a_short_axis(multiple: int) -> None:
+    """What earlier blocks owe takes no later one below the floor: with multiples of 2 the last block owed one more."""
+    x = torch.randn(2, 30, 32)
+    report = tome_fx.explain(tables(6, tokens=30), (x,), r=3, multiple=multiple, placement="stream")
+    assert report.tokens[-1][1] == {1: 15, 2: 16, 4: 16}[multiple]
+    assert all(after % multiple == 0 for _, after in report.tokens)
