@@ -179,11 +179,17 @@ def plan(device: str) -> Iterator[Setting]:
             yield Setting(case.name, case.train[device], device, usual, train=True)
 
 
-def job(setting: Setting, variant: str, r: int | None = None, options: Mapping[str, Any] | None = None) -> timing.Case:
-    """The variant as a fresh process can build it; `r` and `options`, where given, replace the case's."""
-    return timing.Case(
-        "cases:build", {"variant": variant, **dataclasses.asdict(setting), "r": r, "options": dict(options or {})}
-    )
+def job(
+    setting: Setting,
+    variant: str,
+    r: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    backend: Mapping[str, Any] | None = None,
+) -> timing.Case:
+    """The variant as a fresh process can build it; `r` and `options`, where given, replace the case's, and `backend`
+    holds more arguments of `tome_backend`."""
+    own = {"r": r, "options": dict(options or {}), "backend": dict(backend or {})}
+    return timing.Case("cases:build", {"variant": variant, **dataclasses.asdict(setting), **own})
 
 
 def build(
@@ -195,6 +201,7 @@ def build(
     train: bool = False,
     r: int | None = None,
     options: Mapping[str, Any] | None = None,
+    backend: Mapping[str, Any] | None = None,
 ) -> timing.Step:
     """One forward pass without gradients, or one training step, as a function of no arguments.
 
@@ -205,7 +212,7 @@ def build(
     net = copy.deepcopy(original) if train else _sharing(original)
     torch.manual_seed(1)
     inputs = [x.to(device, kind) for x in models.inputs(original, batch)]
-    run = variant_of(net.train(train), variant, what.r if r is None else r, what.placement)
+    run = variant_of(net.train(train), variant, what.r if r is None else r, what.placement, **(backend or {}))
     optimizer = torch.optim.AdamW(net.parameters()) if train else None
 
     def step() -> object:
@@ -247,8 +254,9 @@ def label(variant: str) -> str:
     return f"{LABELS[name]}, {mode}" if mode else LABELS[name]
 
 
-def variant_of(net: nn.Module, variant: str, r: int, placement: str = "auto") -> nn.Module:
-    """Apply a variant to a model, in place. Raises ValueError for an unknown one."""
+def variant_of(net: nn.Module, variant: str, r: int, placement: str = "auto", **backend: Any) -> nn.Module:
+    """Apply a variant to a model, in place. backend: more arguments of `tome_backend`. Raises ValueError for an unknown
+    one."""
     name, _, mode = variant.partition("+")
     options = {"mode": mode} if mode else {}
     if name == "eager":
@@ -256,7 +264,7 @@ def variant_of(net: nn.Module, variant: str, r: int, placement: str = "auto") ->
     if name == "inductor":
         return compiled(net, **options)
     if name == "tome_fx":
-        return compiled(net, backend=tome_backend(r=r, placement=placement), **options)
+        return compiled(net, backend=tome_backend(**{"r": r, "placement": placement, **backend}), **options)
     if name == "oracle":
         return compiled((branch_oracle if placement == "branch" else slice_oracle)(net, r), **options)
     if name == "patch":

@@ -17,6 +17,7 @@ from typing import Any
 
 import growth
 import harness
+import schedules
 import shares
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
@@ -147,6 +148,15 @@ def share_lines(name: str, result: Mapping[str, Any], folder: str) -> list[str]:
     return [f"### {name}", "", f"![shares]({folder}/{name}.png)", "", *table(titles, rows)]
 
 
+def schedule_lines(name: str, result: Mapping[str, Any], folder: str) -> list[str]:
+    """The schedules of schedules.py."""
+    of = result["settings"]
+    about = f"{of['case']}, batch {of['batch']}, {of['dtype']}. over: speed over; cold: cold compile over Inductor's."
+    titles = ("schedule", "merges", "last tokens", "FLOPs", "over Inductor", f"over {schedules.BASE}", "cold")
+    rows = table(titles, map(schedules.cells, result["schedules"]))
+    return [f"### {name}", "", about, "", f"![speed against FLOPs]({folder}/{name}.png)", "", *rows]
+
+
 def render(results: Mapping[str, Mapping[str, Any]], folder: str) -> str:
     """The page. `results`: file stem -> JSON; `folder`: where they lie, as the page links to it."""
     timed = {name: result for name, result in results.items() if "variants" in result}
@@ -158,7 +168,12 @@ def render(results: Mapping[str, Mapping[str, Any]], folder: str) -> str:
         lines += [f"## {GROUPS[group].capitalize()}: {device}, {dtype}, {direction}", ""]
         titles = ("case", "tokens", "r", "batch", *TITLES, "ms", "samples/s", "pass s")
         lines += table(titles, [case_row(name, timed[name], folder) for name in names])
-    for title, benchmark, write in (("Growth", "growth", growth_lines), ("Shares of time", "shares", share_lines)):
+    sections = (
+        ("Growth", "growth", growth_lines),
+        ("Shares of time", "shares", share_lines),
+        ("Schedules", "schedules", schedule_lines),
+    )
+    for title, benchmark, write in sections:
         chosen = {name: result for name, result in results.items() if result["benchmark"] == benchmark}
         if chosen:
             lines += [f"## {title}", "", *(x for name, r in chosen.items() for x in write(name, r, folder))]
@@ -174,7 +189,9 @@ def render(results: Mapping[str, Mapping[str, Any]], folder: str) -> str:
 def read(folder: Path) -> dict[str, Any]:
     """The results of the timing benchmarks, and of no other: file stem -> JSON."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    return {n: r for n, r in found.items() if "variants" in r or r.get("benchmark") in ("growth", "shares")}
+    return {
+        n: r for n, r in found.items() if "variants" in r or r.get("benchmark") in ("growth", "shares", "schedules")
+    }
 
 
 def main() -> int:

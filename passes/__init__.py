@@ -9,6 +9,7 @@
 | `find_blocks`    | site -> token axis, residual stream, merge point, protected ends  |
 | `plan`           | schedule -> merges, and how far each of them travels              |
 | `rewrite`        | emits match, merge, unmerge, sizes: the only pass that changes values |
+| `drop_unread`    | ops whose rows nobody reads -> on the rows that are read          |
 | `lower`          | tome ops -> the form that is fastest on the device                |
 | `verify`         | what must hold of the result                                      |
 """
@@ -27,6 +28,7 @@ from tome_fx.config import ToMeConfig
 from tome_fx.report import SkipReason, ToMeReport
 
 from .capture import Captured, CaptureError, capture
+from .drop_unread import drop_unread
 from .find_attention import find_attention, fuse_attention
 from .find_blocks import find_blocks
 from .flatten_grids import flatten_grids
@@ -39,7 +41,8 @@ from .rules.reduce import Softmax
 from .verify import VerifyError, verify
 
 PIPELINE = (
-    "capture", "find_attention", "flatten_grids", "infer_axes", "find_blocks", "plan", "rewrite", "lower", "verify"
+    "capture", "find_attention", "flatten_grids", "infer_axes", "find_blocks", "plan", "rewrite",
+    "drop_unread", "lower", "verify"
 )  # fmt: skip
 
 
@@ -55,9 +58,13 @@ class Result:
 
 
 def run_pipeline(
-    gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig, by_length: bool = False
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    config: ToMeConfig,
+    by_length: bool = False,
+    every_row: bool = False,
 ) -> Result:
-    """All passes over one graph. by_length: see `rewrite`.
+    """All passes over one graph. by_length: see `rewrite`. every_row: what nobody reads is computed as well.
 
     Raises ValueError where the schedule does not fit, VerifyError on a bug of ours.
 
@@ -97,6 +104,9 @@ def run_pipeline(
         return Result(None, report, captured)
     with _timed(seconds, "rewrite"):
         rewritten, lengths = rewrite(captured, facts, calls, plan, config, by_length)
+    if not every_row:
+        with _timed(seconds, "drop_unread"):
+            report.unread_ops = drop_unread(rewritten)
     with _timed(seconds, "lower"):
         lower(rewritten)
     with _timed(seconds, "verify"):

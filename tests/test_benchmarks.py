@@ -26,11 +26,12 @@ import harness  # noqa: E402
 import models  # noqa: E402
 import oracle  # noqa: E402
 import report  # noqa: E402
+import schedules  # noqa: E402
 import shares  # noqa: E402
 import speed  # noqa: E402
 import tome_patch  # noqa: E402
 from tests.models import redraw  # noqa: E402
-from tome_fx import timing, tome_backend  # noqa: E402
+from tome_fx import SiteReport, ToMeReport, timing, tome_backend  # noqa: E402
 
 PREFIXES = [{}, {"reg_tokens": 4}, {"reg_tokens": 3}]
 
@@ -372,7 +373,19 @@ def made_up() -> dict[str, Any]:
         "old-cpu": old,
         "growth-cpu": {"benchmark": "growth", "machine": info, "points": [point]},
         "shares-cpu": {"benchmark": "shares", "machine": info, "cases": {"some:1": {"seconds": seconds}}},
-    }
+        "schedules-cpu": {"benchmark": "schedules", "machine": info, "settings": about | {"batch": 2},
+                          "schedules": [scheduled()]},
+    }  # fmt: skip
+
+
+def scheduled() -> dict[str, Any]:
+    """A schedule as schedules.py finds it."""
+    sites = [SiteReport(f"block {i}", (a, b), 1, True) for i, (a, b) in enumerate([(1025, 897), (897, 769)])]
+    report = ToMeReport(sites=sites, flops_before=4.0, flops_after=3.0)
+    measured = measurements()
+    return schedules.row(
+        "every=2", {**measured, "every=2": measured["tome_fx"], schedules.BASE: measured["oracle"]}, report
+    )
 
 
 def test_the_report(tmp_path: Path) -> None:
@@ -390,6 +403,7 @@ def test_the_report(tmp_path: Path) -> None:
     assert "- new-cpu, patch: has one" in page
     assert "| 197 | 1 | 24 | +25.0 % | 2.00 | 2.50 |" in page
     assert "| some:1 | tome_fx | 1.50 | 20.0 % |" in page
+    assert "| every=2 | 2 | 769 | 0.75 | 2.00 | 0.80 | 3.00 |" in page
     assert page.count(torch.__version__) == 1  # one machine, once
     assert "zoo" not in page
 

@@ -56,6 +56,21 @@ def test_match_and_sizes(case: tuple[torch.Tensor, int, int, int]) -> None:
         torch.testing.assert_close(index[5], expected.log())
 
 
+@given(cases(), st.integers(1, 9))
+def test_match_in_blocks(case: tuple[torch.Tensor, int, int, int], rows: int) -> None:
+    """Any number of sources at a time finds what all at once find."""
+    keys, r, prefix, suffix = case
+    whole = cpu.match_size(keys, None, r, prefix, suffix)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_BLOCK", 1)
+        patch.setattr(cpu, "_FEWEST_ROWS", rows)
+        blocks = cpu.match_size(keys, None, r, prefix, suffix)
+    torch.testing.assert_close(blocks[3], whole[3])
+    if narrowest_choice(keys, prefix, suffix) > 1e-5:
+        for a, b in zip(blocks[:3], whole[:3], strict=True):
+            assert torch.equal(a, b)
+
+
 @given(cases(), st.booleans())
 def test_merge(case: tuple[torch.Tensor, int, int, int], sized: bool) -> None:
     """merge and merge_add for the dtype of the case."""

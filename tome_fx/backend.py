@@ -117,16 +117,21 @@ def tome(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Ca
 
 
 def transform(
-    gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig, by_length: bool = False
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    config: ToMeConfig,
+    by_length: bool = False,
+    every_row: bool = False,
 ) -> tuple[fx.GraphModule | None, ToMeReport]:
     """The rewritten graph with the placeholders of `gm`, or None where `gm` is to be used as it is, and the report.
 
     by_length: the lengths that merges leave follow as inputs of their own; `meta[LENGTHS]` holds their values.
+    every_row: compute what nobody reads too, so that every merge is in the graph.
 
     Warns (strict: raises ToMeError) where a site does not pay, nothing merges, or a pass fails.
     """
     try:
-        result = run_pipeline(gm, inputs, config, by_length)
+        result = run_pipeline(gm, inputs, config, by_length, every_row)
         rewritten = None if result.gm is None else finish(gm, result)
     except ScheduleError:
         raise

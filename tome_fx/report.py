@@ -55,8 +55,9 @@ class ToMeReport:
 
     graphs: how many graphs the model was traced into. attention_sites, merged_sites: counts. tokens: (before, after)
     of each merge at an attention, in order. unmerges: places where full length was restored. skipped: sites and graphs
-    left as they were. flops_before, flops_after: estimated floating-point operations of one forward pass. seconds: time
-    spent in each pass.
+    left as they were. flops_before, flops_after: estimated floating-point operations of one forward pass, all rows
+    counted. unread_ops: ops that compute fewer rows since nobody reads the others (the last block of a model that is
+    read at its class token; a merge that only they would go through is not made). seconds: time spent in each pass.
     """
 
     graphs: int = 0
@@ -65,6 +66,7 @@ class ToMeReport:
     skipped: list[SkipReason] = field(default_factory=list)
     flops_before: float = 0.0
     flops_after: float = 0.0
+    unread_ops: int = 0
     unknown_ops: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     r: Any = None
@@ -94,6 +96,7 @@ class ToMeReport:
             "skipped": [asdict(s) for s in self.skipped],
             "flops_before": self.flops_before,
             "flops_after": self.flops_after,
+            "unread_ops": self.unread_ops,
             "unknown_ops": self.unknown_ops,
             "seconds": self.seconds,
             "r": self.r,
@@ -113,6 +116,7 @@ class ToMeReport:
             self.skipped + other.skipped,
             self.flops_before + other.flops_before,
             self.flops_after + other.flops_after,
+            self.unread_ops + other.unread_ops,
             unknown,
             seconds,
             self.r if self.r is not None else other.r,
@@ -131,9 +135,10 @@ class ToMeReport:
         alone = f", {branches} of them around the attention alone" if branches else ""
         alone += f", {mlps} in the MLP alone" if mlps else ""
         share = self.flops_after / self.flops_before if self.flops_before else 1.0
+        unread = f", {self.unread_ops} ops on the rows that are read alone" if self.unread_ops else ""
         return (
             f"{self.merged_sites} of {self.attention_sites} attention sites merged in {graphs}{alone}: "
-            f"{tokens}{_flops(self.flops_before)} -> {_flops(self.flops_after)} ({share:.0%})"
+            f"{tokens}{_flops(self.flops_before)} -> {_flops(self.flops_after)} ({share:.0%}){unread}"
         )
 
     def __str__(self) -> str:

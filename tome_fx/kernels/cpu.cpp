@@ -1,7 +1,7 @@
 // The CPU form of tome::match and tome::merge, built by Inductor's own C++ compiler at first use (cpu.py).
 //
 // Between the matrix products of a transformer, two dozen ATen calls cost more than their arithmetic: here matching is
-// two passes around one batched product, merging is one pass. All loops are parallel over rows, each row is summed in
+// a product between two passes, in blocks of rows, and merging is one pass. All loops are parallel over rows, each row is summed in
 // the order of `moved`, so results do not depend on the number of threads.
 
 #include <algorithm>
@@ -294,24 +294,29 @@ void tome_directions(const void* metric, int64_t bytes, int64_t batch, int64_t n
     }
 }
 
-// scores [batch, sources, destinations] -> what `match_size` returns. Equal similarities: the earlier source first.
+// scores [batch, rows, destinations], the sources from `begin` on -> best and partner, both [batch, sources].
+// Equal similarities: the earlier destination.
+void tome_best(const float* scores, int64_t batch, int64_t rows, int64_t destinations, int64_t sources, int64_t begin,
+               float* best, int64_t* partner, int64_t threads) {
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
+    for (int64_t row = 0; row < batch * rows; ++row) {
+        const int64_t to = row / rows * sources + begin + row % rows;
+        best[to] = largest(scores + row * destinations, destinations, partner + to);
+    }
+}
+
+// What `tome_best` found -> what `match_size` returns. Equal similarities: the earlier source first.
 // size [batch, n] may be null: all tokens are one original token each.
-void tome_select(const float* scores, const float* size, int64_t batch, int64_t n, int64_t r, int64_t prefix,
-                 int64_t suffix, int64_t* assign, int64_t* keep, int64_t* moved, float* similarity, float* size_out,
-                 float* log_size, int64_t threads) {
+void tome_select(const float* best, const int64_t* partner, const float* size, int64_t batch, int64_t n, int64_t r,
+                 int64_t prefix, int64_t suffix, int64_t* assign, int64_t* keep, int64_t* moved, float* similarity,
+                 float* size_out, float* log_size, int64_t threads) {
     const int64_t body = n - prefix - suffix, odd = prefix % 2;
     const int64_t sources = (body - odd + 1) / 2, destinations = body - sources, m = n - r;
-    std::vector<float> best(batch * sources);
-    std::vector<int64_t> partner(batch * sources);
-#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
-    for (int64_t row = 0; row < batch * sources; ++row) {
-        best[row] = largest(scores + row * destinations, destinations, &partner[row]);
-    }
 #pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
     for (int64_t b = 0; b < batch; ++b) {
         std::vector<int64_t> order(sources);
         std::vector<char> gone(sources, 0);
-        const float* score = best.data() + b * sources;
+        const float* score = best + b * sources;
         for (int64_t i = 0; i < sources; ++i) order[i] = i;
         std::partial_sort(order.begin(), order.begin() + r, order.end(), [score](int64_t i, int64_t j) {
             return score[i] > score[j] || (score[i] == score[j] && i < j);

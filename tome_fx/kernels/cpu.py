@@ -21,13 +21,19 @@ log = logging.getLogger(__name__)
 DTYPES = frozenset({torch.float32, torch.bfloat16})
 """Floating dtypes that the kernels read and write."""
 
+_BLOCK = 1 << 21
+"""Similarities held at a time, eight MiB: a matrix of all of them would be the largest tensor of a long sequence."""
+_FEWEST_ROWS = 64
+"""Sources to a product at least: with fewer it is slow."""
+
 # Inductor writes its loops with vector intrinsics and turns the compiler's own vectors off.
 _FLAGS = ("-O3", "-march=native", "-ftree-loop-vectorize", "-fno-math-errno")
 
 # Each function's arguments in order: p a pointer, i an int64.
 _SIGNATURES = {
     "tome_directions": "p" + 10 * "i" + "pp" + "i",
-    "tome_select": "pp" + 5 * "i" + 6 * "p" + "i",
+    "tome_best": "p" + 5 * "i" + "ppi",
+    "tome_select": "ppp" + 5 * "i" + 6 * "p" + "i",
     "tome_merge": "ppi" + 6 * "p" + 5 * "i",
     "tome_merge_bias": "ppi" + 6 * "p" + 6 * "i",
     "tome_merge_size": 5 * "p" + 3 * "i",
@@ -67,12 +73,16 @@ def match_size(metric: Tensor, size: Tensor | None, r: int, prefix: int, suffix:
     src, dst = new((batch, sources, d)), new((batch, body - sources, d))
     held.tome_directions(metric.data_ptr(), metric.element_size(), batch, n, heads, d, *metric.stride()[:3], prefix,
                          suffix, src.data_ptr(), dst.data_ptr(), threads)  # fmt: skip
-    scores = torch.bmm(src, dst.transpose(1, 2))
+    best, partner = new((batch, sources)), index((batch, sources))
+    step = max(_BLOCK // max(batch * dst.shape[1], 1), _FEWEST_ROWS)
+    for begin in range(0, sources, step):
+        scores = torch.bmm(src[:, begin : begin + step], dst.transpose(1, 2))
+        held.tome_best(scores.data_ptr(), *scores.shape, sources, begin, best.data_ptr(), partner.data_ptr(), threads)
     assign, keep, moved, similarity = index((batch, n)), index((batch, n - r)), index((batch, r)), new((batch, r))
     size_out, log_size = new((batch, n - r)), new((batch, n - r))
-    held.tome_select(scores.data_ptr(), _pointer(size), batch, n, r, prefix, suffix, assign.data_ptr(),
-                     keep.data_ptr(), moved.data_ptr(), similarity.data_ptr(), size_out.data_ptr(),
-                     log_size.data_ptr(), threads)  # fmt: skip
+    held.tome_select(best.data_ptr(), partner.data_ptr(), _pointer(size), batch, n, r, prefix, suffix,
+                     assign.data_ptr(), keep.data_ptr(), moved.data_ptr(), similarity.data_ptr(),
+                     size_out.data_ptr(), log_size.data_ptr(), threads)  # fmt: skip
     return assign, keep, moved, similarity, size_out, log_size
 
 
