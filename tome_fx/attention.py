@@ -2,8 +2,8 @@
 
 A float mask rules FlashAttention out on CUDA. Every form computes the same as `scaled_dot_product_attention` with the
 mask; which is fastest depends on dtype, head dim and tokens, and `ROWS` says which to take. The rows come from
-`attention_forms.json`, written by `benchmarks/attention_forms.py` on a GPU; as long as its "measured" is null nothing was
-measured and every site keeps the mask. To choose yourself, put a row in front before compiling:
+`attention_forms.json`, written by `benchmarks/attention_forms.py` on a GPU; as long as its "measured" is null nothing
+was measured and every site keeps the mask. To choose yourself, put a row in front before compiling:
 
     from tome_fx import attention
     attention.ROWS.insert(0, attention.Row("column", dtypes=("bfloat16",), tokens=(1024, None)))
@@ -56,12 +56,10 @@ def _masked(first: SDPBackend) -> Callable[..., Tensor]:
 
     def form(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float, grouped: bool) -> Tensor:
         keys = bias.shape[-1]
-        # Rows that begin at multiples of 16 elements are what the kernels ask for; expanded, they stay one row a sample.
+        # The kernels ask for rows that begin at multiples of 16 elements; expanded, there is one row for a sample.
         mask = pad(bias.to(query.dtype), (0, -keys % 16))[..., :keys].expand(*query.shape[:-1], keys)
         with sdpa_kernel(order, set_priority=True):
-            return scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped
-            )
+            return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
     form.__doc__ = f"The mask broadcast without being written, and {first.name} asked first."
     return form
@@ -89,8 +87,8 @@ FORMS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float, bool], Tensor]
     "cudnn": _masked(SDPBackend.CUDNN_ATTENTION),
     "flex": flex,
 }
-"""name -> form: query `[B, h, l, d]`, key `[B, k, s, d]`, value `[B, k, s, e]` (k = h unless grouped), bias finite float
-`[B or 1, 1, 1, s]` without gradient, scale above 0 -> `[B, h, l, e]`."""
+"""name -> form: query `[B, h, l, d]`, key `[B, k, s, d]`, value `[B, k, s, e]` (k = h unless grouped), bias finite and
+without gradient `[B or 1, 1, 1, s]`, scale above 0 -> `[B, h, l, e]`."""
 
 LARGEST_HEAD = 256
 """Head dim up to which FlashAttention runs, what `column` adds included."""
@@ -119,8 +117,12 @@ class Row:
 def read(path: str | Path) -> list[Row]:
     """The rows of a table, JSON {"measured": null or what by, "rows": [the fields of `Row`]}. Raises ValueError for an
     unknown form, TypeError for an unknown field."""
-    rows = json.loads(Path(path).read_text())["rows"]
-    return [Row(**{name: tuple(x) if isinstance(x, list) else x for name, x in row.items()}) for row in rows]
+
+    def row(**fields: Any) -> Row:
+        found: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
+        return Row(**found)
+
+    return [row(**fields) for fields in json.loads(Path(path).read_text())["rows"]]
 
 
 ROWS: list[Row] = read(TABLE)
@@ -134,9 +136,7 @@ def choose(dtype: torch.dtype, head_dim: int, tokens: int) -> str:
     return MASK if wide else found
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float, grouped: bool, form: str
-) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float, grouped: bool, form: str) -> Tensor:
     """`tome::attend`: one of `FORMS` by name."""
     return FORMS[form](query, key, value, bias, scale, grouped)
 

@@ -42,10 +42,10 @@ def _best_partner(unit, best, partner, n, d, sources, first, BS: tl.constexpr, B
         scores = tl.zeros([BS, BD], tl.float32)
         for low in range(0, d, BK):
             k = low + tl.arange(0, BK)
-            x = tl.load(rows + (first + 2 * s)[:, None] * d + k[None, :], (s < sources)[:, None] & (k < d)[None, :], 0.0)
-            y = tl.load(
-                rows + (1 - first + 2 * t)[None, :] * d + k[:, None], (t < n - sources)[None, :] & (k < d)[:, None], 0.0
-            )
+            x = rows + (first + 2 * s)[:, None] * d + k[None, :]
+            y = rows + (1 - first + 2 * t)[None, :] * d + k[:, None]
+            x = tl.load(x, (s < sources)[:, None] & (k < d)[None, :], 0.0)
+            y = tl.load(y, (t < n - sources)[None, :] & (k < d)[:, None], 0.0)
             # TF32 would order tokens otherwise than float32 does.
             scores = tl.dot(x, y, scores, input_precision="ieee")
         scores = tl.where((t < n - sources)[None, :], scores, float("-inf"))
@@ -145,7 +145,7 @@ def merge_size(size: Tensor | None, assign: Tensor, keep: Tensor, moved: Tensor)
     assign, keep, moved = assign.contiguous(), keep.contiguous(), moved.contiguous()
     out = keep.new_empty(keep.shape, dtype=torch.float32)
     slot, after = assign.gather(-1, moved), keep.shape[-1]
-    sizes = out if size is None else size.contiguous()  # a kernel's pointer cannot be None
+    sizes = keep if size is None else size.contiguous()  # not read: a kernel's pointer cannot be None
     grid = (math.prod(keep.shape[:-1]) * ((after + 63) // 64),)
     wrap_triton(_merge_size)[grid](
         sizes, slot, keep, moved, out, assign.shape[-1], after, moved.shape[-1], SIZED=size is not None, BG=64, BR=64
@@ -167,11 +167,14 @@ def _merge(
         kept = (kept.to(tl.float32) + tl.load(y + here, c < width, 0.0).to(tl.float32)).to(kept.dtype)
     mean = kept.to(tl.float32)
     total = tl.load(size_out + row)
-    gain = tl.full([BC], -0.0, tl.float32)  # adds nothing, to -0.0 neither
+    gain = tl.zeros([BC], tl.float32)
+    joined = 0
     for start in range(0, r, BR):
         m = start + tl.arange(0, BR)
         joins = tl.load(slot + sample * r + m, m < r, -1) == row % after
-        if tl.max(joins.to(tl.int32), 0) > 0:
+        some = tl.max(joins.to(tl.int32), 0)
+        joined = tl.maximum(joined, some)
+        if some > 0:
             i = tl.load(moved + sample * r + m, joins, 0)
             there = (sample * n + i)[:, None] * width + c[None, :]
             both = joins[:, None] & (c < width)[None, :]
@@ -183,7 +186,8 @@ def _merge(
                 share = tl.load(size + sample * n + i, joins, 0.0) / total
             apart = (other.to(tl.float32) - mean[None, :]) * share[:, None]
             gain += tl.sum(tl.where(both, apart, 0.0), 0)
-    tl.store(out + row * width + c, (mean + gain).to(kept.dtype), c < width)
+    # Where nothing joins, not even -0.0 changes.
+    tl.store(out + row * width + c, tl.where(joined > 0, mean + gain, mean).to(kept.dtype), c < width)
 
 
 @triton_op("tome::merge_triton", mutates_args=())
@@ -227,7 +231,7 @@ merge.register_autograd(_merge_backward, setup_context=_merge_setup)
 def match(
     metric: Tensor, r: int, prefix: int, suffix: int, heads: bool, blocked: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`tome::match`; `blocked`: without the matrix of similarities. The `r` best are found by topk, nothing is sorted."""
+    """`tome::match`; `blocked`: without the matrix of similarities. topk finds the `r` best, nothing is sorted."""
     with torch.autocast(metric.device.type, enabled=False):
         metric = metric.detach() if heads else metric.detach().unsqueeze(-2)
         sample, n = metric.shape[:-3], metric.shape[-3]
@@ -237,8 +241,9 @@ def match(
         best, partner = best_partner(unit, first) if blocked else ops.best_partner_aten(unit, first)
         similarity, merged = best.topk(r, dim=-1)
         assign, keep = merge_index(merged, partner, n, prefix, suffix)
-        found = assign, keep, merged * 2 + (prefix + first), similarity
-        return found if len(sample) == 1 else tuple(t.reshape(*sample, t.shape[-1]) for t in found)  # type: ignore
+        moved = merged * 2 + (prefix + first)
+        whole = [t.reshape(*sample, t.shape[-1]) for t in (assign, keep, moved, similarity)]
+        return whole[0], whole[1], whole[2], whole[3]
 
 
 ops.spelled_out(
