@@ -1,6 +1,8 @@
-"""The Triton kernels under Triton's interpreter, against the ATen forms. `test_triton.py` runs this file in a process of
-its own, because TRITON_INTERPRET must be set before triton is imported. The interpreter cuts float32 off to bfloat16
-where a GPU rounds, and is slow: shapes are small."""
+"""The Triton kernels under Triton's interpreter, against the ATen forms.
+
+`test_triton.py` runs this file in a process of its own, because TRITON_INTERPRET must be set before triton is imported.
+The interpreter cuts float32 off to bfloat16 where a GPU rounds, and it is slow: shapes are small.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from tome_fx.passes.lower import BLOCKED, FORMS, for_gpu
 OPS = torch.ops.tome
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NEAR = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-few = settings(max_examples=30)
+few = settings(max_examples=15)
 
 
 def keys_of(n: int, heads: int, width: int, dtype: torch.dtype, seed: int) -> Tensor:
