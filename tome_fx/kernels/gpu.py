@@ -1,8 +1,9 @@
-"""Triton kernels of the `tome` operators. Importing this needs triton and registers them; `lower` does so on CUDA.
+"""Triton kernels of the `tome` operators. Importing this needs triton and registers them; `lower` does so on CUDA, and
+who loads an exported program that holds them must.
 
 They compute what the ATen forms in `tome_fx.ops` do, in float32, and never add with atomics: two runs agree in every
-bit. Inductor sees the kernels and what stands around them, not opaque calls. The block sizes are the largest that spill
-no registers on sm_80 and sm_90, not measured.
+bit. Inductor sees the kernels and what stands around them, not opaque calls. No block size is measured; with those here
+ptxas spills no registers for sm_80 and sm_90.
 
 | operator             | what the ATen form would need                                                       |
 |----------------------|-------------------------------------------------------------------------------------|
@@ -204,9 +205,10 @@ def merge(
     x, size_out, assign, keep, moved = (t.contiguous() for t in (x, size_out, assign, keep, moved))
     rest = x.shape[assign.dim() :]
     out = x.new_empty((*keep.shape, *rest))
-    slot, width = assign.gather(-1, moved), int(math.prod(rest))
+    slot, width = assign.gather(-1, moved), math.prod(rest)
     added, sizes = x if y is None else y.contiguous(), size_out if size is None else size.contiguous()
-    columns = min(max(triton.next_power_of_2(width), 16), 256)
+    # A block size is a constant: of a symbolic width it would be a guard.
+    columns = min(max(triton.next_power_of_2(width), 16), 256) if isinstance(width, int) else 256
     grid = (math.prod(keep.shape), (width + columns - 1) // columns)
     wrap_triton(_merge)[grid](
         x, added, sizes, size_out, slot, keep, moved, out, assign.shape[-1], keep.shape[-1], moved.shape[-1], width,
