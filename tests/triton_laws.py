@@ -25,7 +25,7 @@ from tome_fx.passes.lower import BLOCKED, FORMS, for_gpu
 OPS = torch.ops.tome
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NEAR = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-few = settings(max_examples=15)
+few = settings(max_examples=10)
 
 
 def keys_of(n: int, heads: int, width: int, dtype: torch.dtype, seed: int) -> Tensor:
