@@ -43,6 +43,7 @@ bench-all: $(VENV)/.stamp-bench
 
 MODES := reduce-overhead max-autotune
 bench-gpu: $(VENV)/.stamp-bench
+	$(PY) benchmarks/attention_forms.py
 	$(PY) benchmarks/speed.py vit_large_512 vit_huge_518 --device cuda --dtype bfloat16 --batch 32 --mode $(MODES) $(ARGS)
 	$(PY) benchmarks/speed.py deit_small_r13 --device cuda --dtype bfloat16 --batch 128 --mode $(MODES) $(ARGS)
 	$(PY) benchmarks/report.py

@@ -6,13 +6,23 @@ for each of them. Opaque calls are few and large, so neighbours become one:
     cpu:   match, merge_size, log_size            ->  match_size
            merge(add(x, y), ...)                  ->  merge_add(x, y, ...)    where nobody else reads the sum
 
-Elsewhere merging and sizes are spelled out in ATen, so that they fuse:
+On CUDA they are Triton kernels that Inductor sees, where triton can be imported, and attention that has log sizes as
+its only mask takes the form that `tome_fx.attention.ROWS` says (none as long as nothing is measured):
 
-    cuda:  merge, merge_bias, merge_size, log_size  ->  merge_aten, merge_bias_aten, merge_size_aten, log
+    cuda:  match(metric)                          ->  match_triton(metric, blocked), from `BLOCKED` tokens without the
+                                                      matrix of similarities
+           merge, merge(add(x, y), ...)           ->  merge_triton
+           merge_size                             ->  merge_size_triton
+           sdpa(q, k, v, log sizes)               ->  attend(q, k, v, log sizes, form)
+
+What is left, and all on other devices, is spelled out in ATen, so that it fuses:
+
+    other: merge, merge_bias, merge_size, log_size  ->  merge_aten, merge_bias_aten, merge_size_aten, log
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any, cast
@@ -20,10 +30,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from tome_fx import ops  # noqa: F401 - defines the operators
+from tome_fx import attention
 
 from .axes import expr, same
 from .capture import is_impure
+from .plan import size_hint
+from .rules import Call
 
 aten = torch.ops.aten
 tome = torch.ops.tome
@@ -51,8 +63,29 @@ def fuse(graph: fx.Graph, node: fx.Node) -> bool:
     return node.target is tome.merge.default and _fuse_add(graph, node)
 
 
+BLOCKED = 1024
+"""Tokens from which matching keeps no matrix of similarities: 1 MiB for each sample. Not measured on a GPU."""
+
+
+def for_gpu(graph: fx.Graph, node: fx.Node) -> bool:
+    """Put a Triton kernel in the place of an opaque call, or an attention into the form of the table."""
+    if node.target is aten.scaled_dot_product_attention.default:
+        return _attend(graph, node)
+    return (triton_kernels() and _use_triton(graph, node)) or spell_out(graph, node)
+
+
+@functools.cache
+def triton_kernels() -> bool:
+    """Whether the Triton kernels are there; registers them."""
+    try:
+        import tome_fx.kernels.gpu  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 # device type -> what is tried on each node; "" is every device not listed.
-FORMS: dict[str, Callable[[fx.Graph, fx.Node], bool] | None] = {"cpu": fuse, "": spell_out}
+FORMS: dict[str, Callable[[fx.Graph, fx.Node], bool] | None] = {"cpu": fuse, "cuda": for_gpu, "": spell_out}
 
 
 def lower(gm: fx.GraphModule) -> int:
@@ -98,22 +131,98 @@ def _fuse_sizes(graph: fx.Graph, match: fx.Node) -> bool:
 
 
 def _fuse_add(graph: fx.Graph, merge: fx.Node) -> bool:
+    terms = _sum_alone(merge)
+    if terms is not None:
+        _replace(graph, merge, tome.merge_add.default, (*terms, *merge.args[1:]))
+    return terms is not None
+
+
+def _sum_alone(merge: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The terms of what is merged, where it is a sum of two like values that nobody else reads."""
     added = cast(fx.Node, merge.args[0])
     if added.target is not aten.add.Tensor or len(added.users) != 1 or added.kwargs:
-        return False
+        return None
     x, y = added.args
     if not isinstance(x, fx.Node) or not isinstance(y, fx.Node):
-        return False
+        return None
     whole = added.meta["val"]
-    if not all(_same_kind(n.meta["val"], whole) for n in (x, y)):
-        return False
-    with graph.inserting_before(merge):
-        fused = graph.call_function(tome.merge_add.default, (x, y, *merge.args[1:]))
-    fused.meta = dict(merge.meta)
-    merge.replace_all_uses_with(fused)
-    return True
+    return (x, y) if all(_same_kind(n.meta["val"], whole) for n in (x, y)) else None
+
+
+def _replace(graph: fx.Graph, node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
+    with graph.inserting_before(node):
+        new = graph.call_function(target, args)
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
 
 
 def _same_kind(a: Tensor, b: Tensor) -> bool:
     shapes = a.dim() == b.dim() and all(same(expr(m), expr(n)) for m, n in zip(a.shape, b.shape, strict=True))
     return shapes and a.dtype == b.dtype and a.device == b.device
+
+
+# -- CUDA --------------------------------------------------------------------------------------------------------------
+
+
+def _use_triton(graph: fx.Graph, node: fx.Node) -> bool:
+    from tome_fx.kernels import gpu
+
+    if node.target is tome.match.default:
+        metric, heads = cast(fx.Node, node.args[0]), len(node.args) > 4 and bool(node.args[4])
+        tokens = size_hint(metric.meta["val"].shape[-3 if heads else -2])
+        _replace(graph, node, tome.match_triton.default, (*node.args[:4], heads, tokens >= BLOCKED))
+    elif node.target is tome.merge.default and node.meta["val"].dtype in gpu.DTYPES:
+        terms = _sum_alone(node) or (node.args[0], None)
+        _replace(graph, node, tome.merge_triton.default, (*terms, *node.args[1:]))
+    elif node.target is tome.merge_size.default:
+        node.target = tome.merge_size_triton.default
+    else:
+        return False
+    return True
+
+
+def _attend(graph: fx.Graph, node: fx.Node) -> bool:
+    call = Call(node)
+    query, key, value, bias = (call.args.get(name) for name in ("query", "key", "value", "attn_mask"))
+    if not isinstance(bias, fx.Node) or not _log_sizes(bias) or call.args.get("dropout_p"):
+        return False
+    q, k, _, term = call.vals
+    dim, scale = q.shape[-1], call.args.get("scale")
+    if k.dim() != 4 or not isinstance(dim, int) or not _per_sample(term, k.shape[0]):
+        return False
+    scale = dim**-0.5 if scale is None else scale
+    form = attention.choose(q.dtype, dim, size_hint(k.shape[2]))
+    if form == attention.MASK or not isinstance(scale, float) or scale < _SMALLEST_SCALE:
+        return False
+    while bias.target in _CASTS:  # the sizes' own float32
+        bias = cast(fx.Node, bias.args[0])
+    grouped = bool(call.args.get("enable_gqa"))
+    _replace(graph, node, tome.attend.default, (query, key, value, bias, scale, grouped, form))
+    return True
+
+
+# Below it, log(size) / scale leaves float16.
+_SMALLEST_SCALE = 2.0**-7
+_CASTS = frozenset({aten.to.dtype, aten._to_copy.default})
+_VIEWS = frozenset(
+    {aten.reshape.default, aten.view.default, aten.transpose.int, aten.permute.default, aten.expand.default,
+     aten.unsqueeze.default, aten.narrow.default, aten.slice.Tensor}
+)  # fmt: skip
+_SIZES = frozenset({"merge_size", "merge_size_aten", "merge_size_triton"})
+
+
+def _log_sizes(node: fx.Node) -> bool:
+    """Whether a value is nothing but logarithms of sizes: finite, and without gradient."""
+    while node.target in _CASTS | _VIEWS:
+        node = cast(fx.Node, node.args[0])
+    if node.target not in (tome.log_size.default, aten.log.default):
+        return False
+    size = cast(fx.Node, node.args[0])
+    return isinstance(size.target, torch._ops.OpOverload) and size.target._opname in _SIZES
+
+
+def _per_sample(bias: Tensor, batch: Any) -> bool:
+    """Whether a term is `[B or 1, 1, 1, s]`."""
+    if bias.dim() != 4 or any(expr(n) != 1 for n in bias.shape[1:3]):
+        return False
+    return expr(bias.shape[0]) == 1 or same(expr(bias.shape[0]), expr(batch))

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # its scri
 
 from rich.console import Console  # noqa: E402
 
+import attention_forms  # noqa: E402
 import cases  # noqa: E402
 import growth  # noqa: E402
 import harness  # noqa: E402
@@ -31,7 +32,7 @@ import shares  # noqa: E402
 import speed  # noqa: E402
 import tome_patch  # noqa: E402
 from tests.models import redraw  # noqa: E402
-from tome_fx import SiteReport, ToMeReport, timing, tome_backend  # noqa: E402
+from tome_fx import SiteReport, ToMeReport, attention, timing, tome_backend  # noqa: E402
 
 PREFIXES = [{}, {"reg_tokens": 4}, {"reg_tokens": 3}]
 
@@ -410,6 +411,46 @@ def test_the_report(tmp_path: Path) -> None:
 
 def test_points_of_growth_are_measured_once() -> None:
     assert growth.points([224, 512], [1, 4]) == [(224, 1), (512, 1), (224, 4)]
+
+
+def test_forms_of_attention_are_measured_and_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runner end to end, without compiling; the table it writes is one that `lower` can read."""
+    monkeypatch.setattr(attention_forms, "compiled", lambda fn: fn)
+    table, shape = tmp_path / "table.json", ["--head-dims", "16", "--tokens", "20", "40", "--batches", "1", "2"]
+    monkeypatch.setattr(sys, "argv", [
+        "attention_forms.py", "--device", "cpu", "--rounds", "2", "--dtypes", "float32", *shape,
+        "--out", str(tmp_path), "--table", str(table),
+    ])  # fmt: skip
+    assert attention_forms.main() == 0
+    result = json.loads((tmp_path / "attention_forms-cpu.json").read_text())
+    assert [(p["tokens"], p["batch"]) for p in result["points"]] == [(20, 1), (20, 2), (40, 1), (40, 2)]
+    assert all(set(p["seconds"]) == {"mask", *attention.FORMS} and not p["left_out"] for p in result["points"])
+    assert json.loads(table.read_text())["measured"]["torch"] == torch.__version__
+    attention.read(table)
+
+
+def test_rows_of_the_table_of_attention() -> None:
+    """The fastest over all batches, where it gains enough; ranges do not overlap; a form that failed is out."""
+    times = {
+        (64, 100): [{"mask": [2.0], "column": [1.0], "flex": [3.0]}, {"mask": [2.0], "column": [1.0], "flex": [0.1]}],
+        (64, 400): [{"mask": [2.0], "column": [1.0]}, {"mask": [2.0], "flex": [0.1]}],
+        (64, 1600): [{"mask": [2.0], "efficient": [1.99]}, {}],
+        (128, 100): [{"mask": [2.0], "flex": [1.0]}, {"mask": [2.0], "flex": [1.0]}],
+        (128, 400): [{"mask": [2.0], "column": [1.0]}, {"mask": [2.0], "column": [1.0]}],
+        (128, 1600): [{"mask": [1.0], "cudnn": [0.5]}, {"mask": [1.0], "cudnn": [0.5]}],
+    }
+    points = [
+        {"dtype": "bfloat16", "head_dim": d, "tokens": n, "batch": b, "seconds": seconds}
+        for (d, n), found in times.items()
+        for b, seconds in enumerate(found)
+    ]
+    found = [(row["form"], row["head_dim"], row["tokens"]) for row in attention_forms.rows(points)]
+    assert found == [
+        ("flex", [1, 64], [1, 200]),
+        ("flex", [65, 128], [1, 200]),
+        ("column", [65, 128], [201, 800]),
+        ("cudnn", [65, 128], [801, None]),
+    ]
 
 
 def test_curves_and_shares_are_drawn(tmp_path: Path) -> None:

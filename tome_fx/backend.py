@@ -297,4 +297,5 @@ def _cache_identity() -> dict[str, Any]:
 def source_digest() -> str:
     """sha256 over the sources that decide what our operators compute."""
     here = Path(__file__).parent
-    return hashlib.sha256((here / "ops.py").read_bytes()).hexdigest()
+    sources = ("ops.py", "attention.py", "kernels/gpu.py")
+    return hashlib.sha256(b"".join((here / name).read_bytes() for name in sources)).hexdigest()

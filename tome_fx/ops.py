@@ -112,15 +112,24 @@ def _match(metric: Tensor, size: Tensor | None, r: int, prefix: int, suffix: int
 _SMALLEST_NORM = 1e-12
 
 
+def directions(metric: Tensor, prefix: int, suffix: int) -> Tensor:
+    """`[batch, N, h, d]` -> float32 `[batch, N - prefix - suffix, d]`: the unit vectors that `match` compares."""
+    # A sum has the direction of the mean.
+    body = metric[:, prefix : metric.shape[1] - suffix].sum(-2, dtype=torch.float32)
+    return body / body.norm(dim=-1, keepdim=True).clamp_min(_SMALLEST_NORM)
+
+
+def best_partner_aten(unit: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Cosine and rank of each source's best destination; sources are the rows `first`, `first` + 2, ... of `unit`."""
+    best, partner = torch.bmm(unit[:, first::2], unit[:, 1 - first :: 2].transpose(1, 2)).max(-1)
+    return best, partner
+
+
 def match_aten(metric: Tensor, r: int, prefix: int, suffix: int) -> tuple[Tensor, ...]:
     """`match` on `[batch, N, h, d]`, spelled out."""
     batch, n = metric.shape[:2]
     device = metric.device
-    # A sum has the direction of the mean.
-    body = metric[:, prefix : n - suffix].sum(-2, dtype=torch.float32)
-    body = body / body.norm(dim=-1, keepdim=True).clamp_min(_SMALLEST_NORM)
-    src, dst = body[:, prefix % 2 :: 2], body[:, 1 - prefix % 2 :: 2]
-    best, partner = torch.bmm(src, dst.transpose(1, 2)).max(-1)
+    best, partner = best_partner_aten(directions(metric, prefix, suffix), prefix % 2)
     similarity, moved_src = best.topk(r, dim=-1)
 
     places = torch.arange(n, device=device)
@@ -388,16 +397,17 @@ def unmerge(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(index.dim() - 1, _index(index, x))
 
 
-def _spelled_out(schema: str, form: Callable[..., Tensor]) -> None:
+def spelled_out(schema: str, form: Callable[..., Any]) -> None:
+    """Register a function as an operator that is replaced by what it is made of before anything is compiled."""
     _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIB.impl(schema.partition("(")[0], form, "CompositeImplicitAutograd")
 
 
-_spelled_out(f"merge_aten(Tensor x, Tensor? size, Tensor size_out, {_INDEX}) -> Tensor", merge_aten)
-_spelled_out(f"merge_size_aten(Tensor? size, {_INDEX}) -> Tensor", merge_size_aten)
-_spelled_out(f"merge_bias_aten(Tensor x, Tensor? size, Tensor size_out, {_INDEX}) -> Tensor", merge_bias_aten)
-_spelled_out("unmerge(Tensor x, Tensor index) -> Tensor", unmerge)
-_spelled_out("key_weight(Tensor mask) -> Tensor", key_weight)
-_spelled_out("key_kinds(Tensor weight) -> Tensor", key_kinds)
-_spelled_out("part_kinds(Tensor mask) -> Tensor", part_kinds)
-_spelled_out("apart(Tensor metric, Tensor kinds, bool heads, bool first) -> Tensor", apart)
+spelled_out(f"merge_aten(Tensor x, Tensor? size, Tensor size_out, {_INDEX}) -> Tensor", merge_aten)
+spelled_out(f"merge_size_aten(Tensor? size, {_INDEX}) -> Tensor", merge_size_aten)
+spelled_out(f"merge_bias_aten(Tensor x, Tensor? size, Tensor size_out, {_INDEX}) -> Tensor", merge_bias_aten)
+spelled_out("unmerge(Tensor x, Tensor index) -> Tensor", unmerge)
+spelled_out("key_weight(Tensor mask) -> Tensor", key_weight)
+spelled_out("key_kinds(Tensor weight) -> Tensor", key_kinds)
+spelled_out("part_kinds(Tensor mask) -> Tensor", part_kinds)
+spelled_out("apart(Tensor metric, Tensor kinds, bool heads, bool first) -> Tensor", apart)
