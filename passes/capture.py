@@ -29,6 +29,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 
 from .flex import flex_attention
+from .record import Unrecorded, record
 from .regions import CaptureError, cut_out, enters_vmap, retrace, vmap_stretch
 
 aten = torch.ops.aten
@@ -64,7 +65,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
         return _Tracer(gm, held).run(*args[count:], enable_io_processing=False)
 
     with mode, fx_traceback.preserve_node_meta():
-        traced = make_fx(run, tracing_mode="real", pre_dispatch=True)(*fakes)
+        traced = _traced(gm, run, fakes)
     # Left in place it makes AOTAutograd bypass its cache.
     traced.__dict__.pop("shape_env", None)
     traced.graph.eliminate_dead_code(is_impure_node=is_impure)
@@ -83,6 +84,20 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
         if isinstance(value, Tensor) and not moves and not isinstance(value, (FakeTensor, torch.nn.Parameter))
     }
     return Captured(traced, [node.meta["val"] for node in inside], held, varies, mode, buffers)
+
+
+def _traced(gm: fx.GraphModule, run: Callable[..., Any], fakes: Sequence[Any]) -> fx.GraphModule:
+    """`run`, which interprets `gm`, as a graph of pre-dispatch ops: recorded where that is all it takes."""
+    if not any(node.target in _STATE_SWITCHES or _calls_graphs(node) for node in gm.graph.nodes):
+        try:
+            return record(run, fakes)
+        except Unrecorded:
+            pass
+    return make_fx(run, tracing_mode="real", pre_dispatch=True)(*fakes)
+
+
+def _calls_graphs(node: fx.Node) -> bool:
+    return node.op == "call_module" or isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
 def _fake_mode(inputs: Sequence[Any]) -> FakeTensorMode:
@@ -430,7 +445,7 @@ def _mutated(node: fx.Node) -> list[str]:
 
 class _Functionaliser:
     """Walks the graph once. Identity is by the nodes of the graph as it was: `value[n]` is what n holds by now,
-    `parent[n]` the node that n is a view of."""
+    `parent[n]` the node that n is a view of, `last[n]` the last place at which n, or a view of it, is read."""
 
     def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
         self.graph = gm.graph
@@ -438,11 +453,17 @@ class _Functionaliser:
         self.value: dict[fx.Node, fx.Node] = {}
         self.parent: dict[fx.Node, fx.Node] = {}
         self.written: dict[fx.Node, None] = {}
+        self.at = {node: i for i, node in enumerate(self.graph.nodes)}
+        self.last: dict[fx.Node, int] = {}
 
     def run(self) -> None:
         in_place = []
-        for node in list(self.graph.nodes):
-            source = self._viewed(node)
+        viewed = {node: self._viewed(node) for node in self.at}
+        for node in reversed(self.at):
+            through = [self.last[user] for user in node.users if viewed[user] is node]
+            self.last[node] = max([self.at[user] for user in node.users] + through, default=-1)
+        for node in self.at:
+            source = viewed[node]
             if node.op == "output":
                 with self.graph.inserting_before(node):
                     for placeholder in self.written:
@@ -488,7 +509,8 @@ class _Functionaliser:
             base = up
             done.add(base)
         for view in (*views, node):
-            if view not in done and self.parent[view] in done:
+            # What nobody reads any more need not be taken anew: a mask written piece by piece has many such views.
+            if view not in done and self.parent[view] in done and self.last[view] > self.at[node]:
                 self.value[view] = self._again(view, self._now(self.parent[view]))
                 done.add(view)
         if base.op == "placeholder":
