@@ -81,7 +81,7 @@ def run_pipeline(
     with _timed(seconds, "find_attention"):
         fuse_attention(captured.gm, captured.fake_mode)
     with _timed(seconds, "flatten_grids"):
-        flatten_grids(captured.gm, captured.fake_mode)
+        flatten_grids(captured.gm)
     with _timed(seconds, "infer_axes"):
         facts, calls = infer_axes(captured.gm, captured.model_input, captured.buffers)
     report.unknown_ops = facts.unknown

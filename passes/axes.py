@@ -68,15 +68,30 @@ class Atom:
     def __repr__(self) -> str:
         return f"a{self.serial}:{self.size}"
 
+    def root(self) -> Atom:
+        """The atom that this one has been united with, the way there shortened for the next time."""
+        root = self
+        while root.same_as is not None:
+            root = root.same_as
+        atom = self
+        while atom.same_as is not None:
+            atom.same_as, atom = root, atom.same_as
+        return root
+
     def leaves(self) -> Dim:
-        if self.same_as is not None:
-            return self.same_as.leaves()
-        return tuple(leaf for part in self.parts for leaf in part.leaves()) if self.parts else (self,)
+        root = self.root() if self.same_as is not None else self
+        return leaves(root.parts) if root.parts else (root,)
 
 
 def leaves(dim: Iterable[Atom]) -> Dim:
     """The finest known cut of a dim."""
-    return tuple(leaf for atom in dim for leaf in atom.leaves())
+    found: list[Atom] = []
+    for atom in dim:
+        if atom.same_as is None and not atom.parts:
+            found.append(atom)
+        else:
+            found += atom.leaves()
+    return tuple(found)
 
 
 def size_of(dim: Iterable[Atom]) -> Expr:

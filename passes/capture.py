@@ -430,7 +430,7 @@ def _mutated(node: fx.Node) -> list[str]:
 
 class _Functionaliser:
     """Walks the graph once. Identity is by the nodes of the graph as it was: `value[n]` is what n holds by now,
-    `parent[n]` the node that n is a view of."""
+    `parent[n]` the node that n is a view of, `last[n]` the last place at which n, or a view of it, is read."""
 
     def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
         self.graph = gm.graph
@@ -438,11 +438,17 @@ class _Functionaliser:
         self.value: dict[fx.Node, fx.Node] = {}
         self.parent: dict[fx.Node, fx.Node] = {}
         self.written: dict[fx.Node, None] = {}
+        self.at = {node: i for i, node in enumerate(self.graph.nodes)}
+        self.last: dict[fx.Node, int] = {}
 
     def run(self) -> None:
         in_place = []
-        for node in list(self.graph.nodes):
-            source = self._viewed(node)
+        viewed = {node: self._viewed(node) for node in self.at}
+        for node in reversed(self.at):
+            through = [self.last[user] for user in node.users if viewed[user] is node]
+            self.last[node] = max([self.at[user] for user in node.users] + through, default=-1)
+        for node in self.at:
+            source = viewed[node]
             if node.op == "output":
                 with self.graph.inserting_before(node):
                     for placeholder in self.written:
@@ -488,7 +494,8 @@ class _Functionaliser:
             base = up
             done.add(base)
         for view in (*views, node):
-            if view not in done and self.parent[view] in done:
+            # What nobody reads any more need not be taken anew: a mask written piece by piece has many such views.
+            if view not in done and self.parent[view] in done and self.last[view] > self.at[node]:
                 self.value[view] = self._again(view, self._now(self.parent[view]))
                 done.add(view)
         if base.op == "placeholder":

@@ -16,13 +16,13 @@ graph that Dynamo gave is compiled, and nothing of this is left.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 
-from .find_attention import emit
 from .rules import Call, find
 from .rules.pointwise import PointwiseRule
 
@@ -30,7 +30,7 @@ aten = torch.ops.aten
 _NORMS = {aten.layer_norm.default, aten.rms_norm.default}
 
 
-def flatten_grids(gm: fx.GraphModule, mode: FakeTensorMode) -> int:
+def flatten_grids(gm: fx.GraphModule) -> int:
     """Rewrite in place; returns how many regions were flattened."""
     count, taken = 0, set[fx.Node]()
     for node in list(gm.graph.nodes):
@@ -42,7 +42,7 @@ def flatten_grids(gm: fx.GraphModule, mode: FakeTensorMode) -> int:
             taken |= {*region}
             products = [n for n in region if n.target is aten.linear.default]
             if any(n.args[0] is not source for n in products):
-                _flatten(gm.graph, mode, source, region)
+                _flatten(gm.graph, source, region)
                 count += 1
     if count:
         gm.graph.lint()
@@ -80,25 +80,35 @@ def _by_token(node: fx.Node, inside: set[fx.Node]) -> bool:
     return isinstance(find(call), PointwiseRule) and all(n.meta["val"].dim() <= 1 for n in others)
 
 
-def _flatten(graph: fx.Graph, mode: FakeTensorMode, source: fx.Node, region: list[fx.Node]) -> None:
+def _flatten(graph: fx.Graph, source: fx.Node, region: list[fx.Node]) -> None:
     shape = source.meta["val"].shape
     last = len(shape) - 2
     with graph.inserting_before(region[0]):
-        first = emit(graph, mode, aten.flatten.using_ints, (source, 1, last), {}, region[0].meta)
+        first = graph.call_function(aten.flatten.using_ints, (source, 1, last))
+    first.meta = {**region[0].meta, "val": _flat(source.meta["val"])}
     flat = {source: first}
     for node in region:
         with graph.inserting_before(node):
             args, kwargs = (_mapped(x, flat) for x in (node.args, node.kwargs))
-            flat[node] = emit(graph, mode, node.target, args, kwargs, node.meta)
+            flat[node] = graph.call_function(cast(Any, node.target), args, kwargs)
+        flat[node].meta = {**node.meta, "val": _flat(node.meta["val"])}
     inside = set(region)
     for node in region:
         outside = [user for user in node.users if user not in inside]
         if outside:
             with graph.inserting_before(node):
-                back = emit(graph, mode, aten.unflatten.int, (flat[node], 1, list(shape[1 : last + 1])), {}, node.meta)
+                back = graph.call_function(aten.unflatten.int, (flat[node], 1, list(shape[1 : last + 1])))
+            back.meta = dict(node.meta)
             node.replace_all_uses_with(back, delete_user_cb=lambda user: user not in inside)
     for node in reversed(region):
         graph.erase_node(node)
+
+
+def _flat(val: FakeTensor) -> FakeTensor:
+    """What a value is in a flattened region; running the op again to be told takes a millisecond a node."""
+    batch, *grid, channels = val.shape
+    meta = torch.empty((batch, prod(grid), channels), dtype=val.dtype, device="meta")
+    return FakeTensor(val.fake_mode, meta, val.device)
 
 
 def _mapped(values: Any, flat: Mapping[fx.Node, fx.Node]) -> Any:

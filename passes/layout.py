@@ -38,6 +38,7 @@ class Step:
     base: Step | None = None
     offset: tuple[int, int] = (0, 0)
     variants: dict[tuple[int, int], Step] = field(default_factory=dict, repr=False)
+    _chain: tuple[Step, ...] = field(default=(), repr=False)
 
     def shift(self, lo: int, hi: int) -> Step:
         base = self.base or self
@@ -62,7 +63,9 @@ class Step:
         return base.variants[key]
 
     def chain(self) -> tuple[Step, ...]:
-        return (*(self.prev.chain() if self.prev else ()), self)
+        if not self._chain:
+            self._chain = (*(self.prev.chain() if self.prev else ()), self)
+        return self._chain
 
     @property
     def full(self) -> Size:

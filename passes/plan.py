@@ -270,22 +270,21 @@ class _Walk:
 
     def _count(self, call: Call, rule: Any, decision: Decision) -> None:
         """The FLOPs of an op before and after, and what each merge saves of its cost."""
-
-        def flops(site: int) -> float:
-            return rule.flops(call, lambda i, d: self._size(call, decision, i, d, site))
-
-        def cost(site: int, at: int) -> float:
-            return flops(site) + self.costs[at].touch * self._elements(call, decision, site)
-
-        plan, full = self.plan, flops(-1)
+        sites = _sites((*decision.ins, *decision.outs[:1]))
+        # The states of the op: unmerged, and with all merges up to each site.
+        shapes = self._shapes(call, decision, sites)
+        flops = [rule.flops(call, lambda i, d, held=held: held[i][d]) for held in shapes]
+        plan, full = self.plan, flops[0]
         if not full and (isinstance(rule, FREE) or not decision.outs):
             return
-        sites = _sites((*decision.ins, *decision.outs[:1]))
-        for before, site in zip((-1, *sites), sites, strict=False):
-            plan.saved[site] = plan.saved.get(site, 0.0) + cost(before, site) - cost(site, site)
+        elements = [float(prod(held[-1])) for held in shapes]
+        for i, site in enumerate(sites):
+            touch = self.costs[site].touch
+            saved = (flops[i] + touch * elements[i]) - (flops[i + 1] + touch * elements[i + 1])
+            plan.saved[site] = plan.saved.get(site, 0.0) + saved
         if not full:
             return
-        now = flops(sites[-1]) if sites else full
+        now = flops[-1]
         plan.flops_before += full
         plan.flops_after += now
         if sites:
@@ -297,9 +296,21 @@ class _Walk:
             for site in keys:  # the one term is there for all of them
                 self._spend(site, self.costs[site].masked * now / len(keys))
 
-    def _elements(self, call: Call, decision: Decision, site: int) -> float:
-        """Elements of an op's first result with all merges up to a site carried out."""
-        return float(prod(self._size(call, decision, -1, d, site) for d in range(call.out.dim())))
+    @staticmethod
+    def _shapes(call: Call, decision: Decision, sites: list[int]) -> list[list[list[int]]]:
+        """The shapes of all operands and, last, of the first result: unmerged, and with all merges up to each site."""
+        whole = [list(map(size_hint, val.shape)) for val in (*call.vals, *call.results[:1])]
+        found = [[list(shape) for shape in whole] for _ in (-1, *sites)]
+        for i, layout in enumerate((*decision.ins, *decision.outs[:1])):
+            for d, runs in enumerate(layout):
+                for run in runs:
+                    chain, before = run.step.chain(), size_hint(run.step.full)
+                    at, last = {step.site: j for j, step in enumerate(chain)}, -1
+                    for state, site in enumerate(sites if before else (), 1):
+                        last = max(last, at.get(site, -1))
+                        if last >= 0:
+                            found[state][i][d] = found[state][i][d] // before * size_hint(chain[last].after)
+        return found
 
     def _spend(self, site: int, cost: float) -> None:
         self.plan.spent[site] = self.plan.spent.get(site, 0.0) + cost
@@ -336,18 +347,6 @@ class _Walk:
                     grown = prod(_count_of(leaf) for leaf in leaves(step.sample) if own and leaf not in own)
                     share = size_hint(goal[shared].before) / max(size_hint(step.full), 1) / len(goal[shared:])
                     self._spend(step.site, getattr(self.costs[step.site], each) * elements * grown * share)
-
-    def _size(self, call: Call, decision: Decision, i: int, d: int, site: int) -> int:
-        """The size of a dim with all merges up to a site carried out (i = -1: of the result)."""
-        shape = (call.out if i < 0 else call.vals[i]).shape
-        layout = decision.outs[0] if i < 0 else decision.ins[i]
-        size = size_hint(shape[d])
-        for run in layout[d]:
-            before = size_hint(run.step.full)
-            done = [step for step in run.step.chain() if step.site <= site]
-            if done and before:
-                size = size // before * size_hint(done[-1].after)
-        return size
 
     # Merging.
 
@@ -466,8 +465,8 @@ def _width(block: Block, facts: Facts) -> int:
 
 def _sites(layouts: Sequence[Layout]) -> list[int]:
     """The sites whose merges these layouts carry, in order."""
-    steps = [step for layout in layouts for runs in layout for run in runs for step in run.step.chain()]
-    return sorted({step.site for step in steps})
+    last = {run.step for layout in layouts for runs in layout for run in runs}
+    return sorted({step.site for end in last for step in end.chain()})
 
 
 def _count_of(leaf: Atom) -> int:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx._lazy_graph_module import _make_graph_module  # inside torch.compile it makes no code until some is read
 
 from tome_fx import ops  # noqa: F401 - defines the operators
 from tome_fx.config import ToMeConfig
@@ -57,10 +58,8 @@ def rewrite(
     emitter = Emitter(captured, facts, calls, plan, config)
     lengths = _lengths(captured.gm, plan) if by_length else []
     graph = emitter.run_graph(lengths)
-    gm = fx.GraphModule(torch.nn.Module(), graph)
-    gm.graph.eliminate_dead_code(is_impure_node=is_impure)
-    gm.recompile()
-    return gm, lengths
+    graph.eliminate_dead_code(is_impure_node=is_impure)
+    return _make_graph_module(torch.nn.Module(), graph), lengths
 
 
 FEWEST_LENGTHS = 3

@@ -40,6 +40,7 @@ class Builder:
         self.origin: dict[str, Any] = {}
         self._size_nodes: dict[Any, fx.Node] = {}
         self._size_sources: dict[Any, tuple[fx.Node, int]] = {}
+        self._empties: dict[Any, Tensor] = {}
 
     def begin(self, node: fx.Node) -> None:
         """Nodes made from now on come from `node`."""
@@ -85,13 +86,20 @@ class Builder:
         def changed(v: Any) -> Any:
             if not isinstance(v, Tensor):
                 return v
-            return self._fake(_empty(tuple(next(left)), v.dtype), v.device)
+            return self._fake(self.empty(next(left), v.dtype), v.device)
 
         return tuple(map(changed, val)) if isinstance(val, (tuple, list)) else changed(val)
 
     def arguments(self, values: Any) -> Any:
         """Traced values and symbolic sizes as nodes."""
         return map_aggregate(values, self._argument)
+
+    def empty(self, shape: Sequence[Any], dtype: torch.dtype) -> Tensor:
+        """A tensor on the meta device, one for each shape and dtype: with symbolic sizes each costs a millisecond."""
+        key = (dtype, *map(expr, shape))
+        if key not in self._empties:
+            self._empties[key] = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        return self._empties[key]
 
     # -- results ---------------------------------------------------------------------------------------------------
 
@@ -171,10 +179,6 @@ def _on_meta(value: Any) -> Any:
     return map_aggregate(value, lambda v: v.meta if isinstance(v, Traced) else v)
 
 
-def _empty(shape: torch.Size | tuple[Any, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
 class Traced:
     """A tensor of the new graph. Methods have the meaning of torch.Tensor's."""
 
@@ -188,7 +192,7 @@ class Traced:
     def meta(self) -> Tensor:
         """The value on the meta device."""
         if self._meta is None:
-            self._meta = _empty(self.val.shape, self.val.dtype)
+            self._meta = self.builder.empty(self.val.shape, self.val.dtype)
         return self._meta
 
     @property
@@ -210,7 +214,9 @@ class Traced:
         return self.builder.call(target, self, *args)
 
     def reshape(self, shape: Sequence[Any]) -> Traced:
-        return self._call(aten.reshape.default, list(shape))
+        """Every size is to be given: with symbolic ones it takes torch milliseconds to find the same shape."""
+        val = self.builder.like(self.val, [shape])
+        return self.builder.copy(aten.reshape.default, (self, list(shape)), {}, val)
 
     def permute(self, order: Sequence[int]) -> Traced:
         return self._call(aten.permute.default, list(order))

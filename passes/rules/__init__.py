@@ -14,6 +14,12 @@ _ = (contraction, joins, reduce, views)
 
 def find(call: Call) -> Rule:
     """The rule of a node's op: registered, or the pointwise one by tag, or `UNKNOWN` (everything whole)."""
+    if call.rule is None:
+        call.rule = _found(call)
+    return call.rule
+
+
+def _found(call: Call) -> Rule:
     rule = base.rule_for(call.target)
     if rule is None and pointwise.is_pointwise(call.target):
         rule = pointwise.POINTWISE

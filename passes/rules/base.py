@@ -11,6 +11,7 @@ import enum
 import operator
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol, cast
 
 import torch
@@ -161,6 +162,8 @@ class Call:
         self.operands: list[tuple[Path, fx.Node]] = [
             (path, n) for path, n in self._leaves() if isinstance(n.meta.get("val"), Tensor)
         ]
+        self.nodes: list[fx.Node] = [n for _, n in self.operands]
+        self.rule: Rule | None = None
 
     def _bind(self, schema: torch.FunctionSchema) -> None:
         for i, arg in enumerate(schema.arguments):
@@ -182,15 +185,11 @@ class Call:
                     if isinstance(item, fx.Node):
                         yield (name, i), item
 
-    @property
-    def nodes(self) -> list[fx.Node]:
-        return [node for _, node in self.operands]
-
-    @property
+    @cached_property
     def vals(self) -> list[Tensor]:
         return [node.meta["val"] for node in self.nodes]
 
-    @property
+    @cached_property
     def results(self) -> tuple[Tensor, ...]:
         return tensors_of(self.node.meta.get("val"))
 
