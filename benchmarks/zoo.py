@@ -7,9 +7,10 @@ over). For each model, small and with random weights, the process compares the r
 - r=0: bit-equal to Dynamo's own graph;
 - where nothing pays at r: how many sites merge with `placement="branch"`, which asks no profit test;
 - the lossless law (docs/design.md): positions out, convolutions wrapped around, palette input. "exact", or
-  "not equal" with the lowest cosine at
-  which tokens were merged where the input could not give each token an equal (overlapping stems, pooled grids), or
-  "n/a" where a convolution between two merges tells equal tokens apart: there the law says nothing.
+  "not equal" with the lowest cosine at which tokens were merged where the input could not give each token an equal
+  (overlapping stems, pooled grids), or "not traced" where torch.export gives a graph that does not merge as the
+  compiled one does, so that nobody can look, or "n/a" where a convolution between two merges tells equal tokens apart:
+  there the law says nothing.
 
 Writes benchmarks/results/zoo.json and docs/zoo.md.
 
@@ -181,6 +182,8 @@ def _held(law: _Law, args: Any, want: Any, r: int, placement: str) -> Row:
         trace = tome_fx.trace_tokens(law.model, args, kwargs, r=r, placement=placement)
     except (RuntimeError, ValueError, TypeError, torch._dynamo.exc.TorchDynamoException) as problem:
         return {"lossless": "not traced", "error": error, "why": f"{type(problem).__name__}: {str(problem)[:200]}"}
+    if not trace.merges:
+        return {"lossless": "not traced", "error": error, "why": f"exported whole, {trace.report.summary()[:200]}"}
     lowest = palette.lowest_similarity(trace)
     return {"lossless": "not equal" if lowest < SAME else "broken", "error": error, "cosine": lowest}
 
