@@ -62,7 +62,7 @@ def run_pipeline(
     inputs: Sequence[Any],
     config: ToMeConfig,
     by_length: bool = False,
-    every_row: bool = False,
+    every_row: bool = True,
 ) -> Result:
     """All passes over one graph. by_length: see `rewrite`. every_row: what nobody reads is computed as well.
 

@@ -121,7 +121,7 @@ def transform(
     inputs: Sequence[Any],
     config: ToMeConfig,
     by_length: bool = False,
-    every_row: bool = False,
+    every_row: bool = True,
 ) -> tuple[fx.GraphModule | None, ToMeReport]:
     """The rewritten graph with the placeholders of `gm`, or None where `gm` is to be used as it is, and the report.
 
