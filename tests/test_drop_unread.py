@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -95,6 +96,19 @@ def test_gradients_are_those_of_every_row() -> None:
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_through_inductor(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tome_fx.backend.transform", functools.partial(transform, every_row=False))
+    model, args = models.build(models.Spec(depth=4))
+    model = model.train(training)
+    tome_fx.clear_reports()
+    with torch.set_grad_enabled(training):
+        found = torch.compile(model, backend=tome_fx.tome_backend(r=3, strict=True))(*args)
+        want = torch.compile(model, backend=tome_fx.tome_backend(r=3, inner="eager"))(*args)
+    assert [report.unread_ops > 0 for report in tome_fx.reports()] == [True, True]
+    torch.testing.assert_close(found, want, atol=1e-4, rtol=1e-4)
 
 
 # -- single graphs -----------------------------------------------------------------------------------------------------

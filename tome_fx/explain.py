@@ -87,17 +87,13 @@ def rewrite(
 
 
 def _rewritten(
-    model: torch.nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
-    config: Mapping[str, Any],
-    every_row: bool = False,
+    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, config: Mapping[str, Any]
 ) -> tuple[fx.GraphModule, ToMeReport]:
     settings = config_from({"inner": "eager", **config})
     exported = torch.export.export(model, tuple(args), dict(kwargs or {}), strict=False)
     source = _module(exported)
     flat = [_flat_value(node) for node in source.graph.find_nodes(op="placeholder")]
-    rewritten, report = transform(source, flat, settings, every_row=every_row)
+    rewritten, report = transform(source, flat, settings)
     if any(s.kind == "internal error" for s in report.skipped):
         raise ToMeError(str(report.skipped[0]))
     if rewritten is None:
@@ -192,7 +188,7 @@ def trace_tokens(
 
     Raises what `rewrite` raises.
     """
-    gm, report = _rewritten(model, args, kwargs, {"r": r, **config}, every_row=True)
+    gm, report = _rewritten(model, args, kwargs, {"r": r, **config})
     recorder = _MatchRecorder(gm)
     with torch.no_grad():
         recorder.run(*_flat_inputs(gm, args, kwargs), enable_io_processing=False)

@@ -1,8 +1,8 @@
 // The CPU form of tome::match and tome::merge, built by Inductor's own C++ compiler at first use (cpu.py).
 //
 // Between the matrix products of a transformer, two dozen ATen calls cost more than their arithmetic: here matching is
-// a product between two passes, in blocks of rows, and merging is one pass. All loops are parallel over rows, each row is summed in
-// the order of `moved`, so results do not depend on the number of threads.
+// a product between two passes, in blocks of rows, and merging is one pass. All loops are parallel over rows, each row
+// is summed in the order of `moved`, so results do not depend on the number of threads.
 
 #include <algorithm>
 #include <cmath>
