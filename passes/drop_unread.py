@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_aggregate
 
 from .axes import expr, same
@@ -32,6 +31,7 @@ from .rules import Call, Facts, find
 from .rules.base import Role, SignatureRule, tensors_of
 from .rules.joins import CatRule, SelectRule, SliceRule, SplitRule
 from .rules.views import ExpandRule, PermuteRule
+from .trace import fake_like
 
 aten = torch.ops.aten
 tome = torch.ops.tome
@@ -84,13 +84,15 @@ def _demand(graph: fx.Graph) -> tuple[dict[fx.Node, Cut], dict[fx.Node, Reads]]:
             continue
         cut = _hull(node, wanted)
         read = _reads(node, cut)
-        if read is not None and cut is not None:
+        if cut is not None and read is not None:
             cuts[node] = cut
-        else:  # a part of a tuple is a part of all its results
+        elif cut is not None:
+            read = _reads(node, None)
+        if node not in cuts:  # a part of a tuple is a part of all its results
             for user in (u for u in node.users if u.target is operator.getitem):
                 cuts.pop(user, None)
                 reads[user] = Reads()
-        reads[node] = read or _reads(node, None) or Reads()
+        reads[node] = read or Reads()
     return cuts, reads
 
 
@@ -282,8 +284,7 @@ def _all_narrowed(val: Any, cut: Cut) -> Any:
 
 def _narrowed(val: Any, cut: Cut) -> Any:
     """A fake tensor with the rows of a cut."""
-    shape = [*val.shape[: cut.dim], cut.hi - cut.lo, *val.shape[cut.dim + 1 :]]
-    return FakeTensor(val.fake_mode, torch.empty(shape, dtype=val.dtype, device="meta"), val.device)
+    return fake_like(val, (*val.shape[: cut.dim], cut.hi - cut.lo, *val.shape[cut.dim + 1 :]))
 
 
 __all__ = ["drop_unread"]

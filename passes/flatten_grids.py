@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .rules import Call, find
 from .rules.pointwise import PointwiseRule
+from .trace import fake_like
 
 aten = torch.ops.aten
 _NORMS = {aten.layer_norm.default, aten.rms_norm.default}
@@ -105,10 +106,9 @@ def _flatten(graph: fx.Graph, source: fx.Node, region: list[fx.Node]) -> None:
 
 
 def _flat(val: FakeTensor) -> FakeTensor:
-    """What a value is in a flattened region; running the op again to be told takes a millisecond a node."""
+    """What a value is in a flattened region."""
     batch, *grid, channels = val.shape
-    meta = torch.empty((batch, prod(grid), channels), dtype=val.dtype, device="meta")
-    return FakeTensor(val.fake_mode, meta, val.device)
+    return fake_like(val, (batch, prod(grid), channels))
 
 
 def _mapped(values: Any, flat: Mapping[fx.Node, fx.Node]) -> Any:

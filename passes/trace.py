@@ -169,6 +169,11 @@ class Builder:
 _OF_THE_VALUE = frozenset({"val", "tensor_meta", "example_value", "constant", "unbacked_bindings"})
 
 
+def fake_like(val: FakeTensor, shape: Sequence[Any]) -> FakeTensor:
+    """A fake value as `val` with another shape; running the op again to be told it takes a millisecond a node."""
+    return FakeTensor(val.fake_mode, torch.empty(tuple(shape), dtype=val.dtype, device="meta"), val.device)
+
+
 def _flat(value: Any) -> list[Any]:
     found: list[Any] = []
     map_aggregate(value, found.append)
@@ -291,4 +296,4 @@ def cat(parts: Sequence[Traced], d: int) -> Traced:
     return parts[0].builder.call(aten.cat.default, list(parts), d)
 
 
-__all__ = ["Builder", "Traced", "cat"]
+__all__ = ["Builder", "Traced", "cat", "fake_like"]
