@@ -90,7 +90,7 @@ def point(dtype: str, head_dim: int, tokens: int, batch: int, device: str, round
         try:
             run = compiled(form(name, head_dim))
             torch.testing.assert_close(run(*args)[:1].float(), want, rtol=NEAR[dtype], atol=NEAR[dtype])
-        except Exception as error:  # noqa: BLE001 - whatever a kernel objects to, the form is not for this shape
+        except (RuntimeError, AssertionError) as error:  # refused by a kernel or the compiler, or a wrong answer
             left_out[name] = str(error).strip().partition("\n")[0] or type(error).__name__
         else:
             steps[name] = lambda run=run: [run(*args) for _ in range(CALLS)]
@@ -139,6 +139,8 @@ def show(points: Sequence[Mapping[str, Any]], console: Console) -> None:
             cells.append(f"{timing.ratio(p['seconds'][name], base):.2f}" if base and name in p["seconds"] else "-")
         table.add_row(*cells)
     console.print(table)
+    for name, why in dict.fromkeys(found for p in points for found in p["left_out"].items()):
+        console.print(f"left out: {name}: {why}", markup=False)
 
 
 def main() -> int:
