@@ -1,14 +1,17 @@
-"""Which values a value is computed from: ancestors and dominators in a graph."""
+"""Which values a value is computed from (ancestors, dominators), and what becomes of its tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import networkx as nx
 from torch import fx
 
-from .axes import leaves
-from .rules import Facts
+from .axes import Atom, leaves
+from .rules import Call, Facts, find
+from .rules.base import Role, SignatureRule
+from .rules.views import ExpandRule, PermuteRule, ViewRule
 
 
 class Reach:
@@ -73,4 +76,29 @@ class Reach:
         return found
 
 
-__all__ = ["Reach"]
+def only_summed(node: fx.Node, tokens: frozenset[Atom], calls: Mapping[fx.Node, Call], facts: Facts) -> bool:
+    """Whether all that reads a value sums over these leaves of its axes, after homogeneous ops at most."""
+    return all(user in calls and _sums(calls[user], node, tokens, calls, facts) for user in node.users)
+
+
+def _sums(call: Call, node: fx.Node, tokens: frozenset[Atom], calls: Mapping[fx.Node, Call], facts: Facts) -> bool:
+    rule = find(call)
+    if isinstance(rule, (ViewRule, PermuteRule, ExpandRule)):
+        return only_summed(call.node, tokens, calls, facts)
+    if not isinstance(rule, SignatureRule):
+        return False
+    sig = rule.signature(call, facts)
+    goes_on = False
+    for i, letters in enumerate(sig.ins):
+        if call.nodes[i] is not node:
+            continue
+        roles = {sig.role(x) for x, dim in zip(letters, facts.dims(node), strict=True) if tokens & set(leaves(dim))}
+        if roles == {Role.SUM}:
+            continue
+        if roles != {Role.MAP} or i not in sig.linear or len(sig.outs) != 1 or sig.additive:
+            return False
+        goes_on = True
+    return not goes_on or only_summed(call.node, tokens, calls, facts)
+
+
+__all__ = ["Reach", "only_summed"]

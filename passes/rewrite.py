@@ -34,6 +34,7 @@ from .find_blocks import Block
 from .layout import DimLayout, Layout, Run, Step, is_plain, plain
 from .masks import KeyMask, token_dims
 from .plan import Merge, Plan, size_hint
+from .reach import only_summed
 from .rules import Call, Facts, find
 from .rules.base import Fill, tensors_of
 from .trace import Builder, Traced, cat
@@ -222,6 +223,12 @@ class Emitter:
     def full_size(self, node: fx.Node, d: int) -> Any:
         """The length of a dim before any merge."""
         return node.meta["val"].shape[d]
+
+    def summed(self, node: fx.Node, layout: Layout) -> bool:
+        """Whether nothing reads the merged tokens of a value but sums over them."""
+        merged = [leaf for dim, runs in zip(self.facts.dims(node), layout, strict=True)
+                  for run in runs for leaf in leaves(dim)[run.key[0] : sum(run.key)]]  # fmt: skip
+        return bool(merged) and only_summed(node, frozenset(merged), self.calls, self.facts)
 
     def shape(self, node: fx.Node, layout: Layout) -> list[Any]:
         """The shape of a node's value in a layout, from the factors of its dims."""
@@ -468,7 +475,8 @@ class Emitter:
             step, base, held = steps[-1], steps[0].prev, self._through(steps)
             size = self._step(base).size if base else None
             x, back = self._canonical(x, dims, have, d, key, leaves(step.sample))
-            weighed = (size, held.size) if held.after is None else (held.before, held.after)
+            plain_count = held.after is None or fill is Fill.COUNT
+            weighed = (size, held.size) if plain_count else (held.before, held.after)
             if fill is Fill.ROW:
                 x = self.builder.call(tome.unmerge.default, x, held.keep)
             elif fill is Fill.BIAS:

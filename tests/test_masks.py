@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -133,6 +134,47 @@ def test_gradients_pass_by_the_padding() -> None:
     assert float(x.grad[~seen].abs().max()) < 1e-6
 
 
+POOLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "times": lambda x, seen: (x * seen[..., None].to(x.dtype)).sum(1) / seen.sum(1, keepdim=True),
+    "expanded": lambda x, seen: (
+        (x * seen[..., None].expand(x.shape).float()).sum(1) / seen.sum(1)[:, None].clamp(min=1)
+    ),
+    "fill": lambda x, seen: x.masked_fill(~seen[..., None], 0.0).mean(1),
+    "where": lambda x, seen: torch.where(seen[..., None], x, 0.0).transpose(1, 2).sum(-1),
+    "einsum": lambda x, seen: torch.einsum("bnd,bn->bd", x, seen.to(x.dtype)),
+    "bmm": lambda x, seen: (seen.to(x.dtype)[:, None] @ x)[:, 0],
+    "weights": lambda x, seen: (seen / seen.sum(1, keepdim=True))[:, None] @ x,
+    "attention": lambda x, seen: x[..., :1].masked_fill(~seen[..., None], -math.inf).softmax(1).mT @ x,
+    "max": lambda x, seen: x.masked_fill(~seen[..., None], -math.inf).amax(1),
+    "zeroed": lambda x, seen: x * seen[..., None],
+}
+
+
+class Pooled(Masked):
+    """`Masked` read through a pool over the tokens that the mask leaves in."""
+
+    def __init__(self, pool: str) -> None:
+        super().__init__("bool")
+        self.pool = POOLS[pool]
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        return self.pool(super().forward(x, seen), seen)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_masked_pools_count_what_the_mask_leaves_in(pool: str) -> None:
+    """Also where a valid token had to merge into a padded one: such a group counts as one token, not as two."""
+    torch.manual_seed(2)
+    model = redraw(Pooled(pool)).eval()
+    seen = torch.arange(N).expand(2, N) % torch.tensor([[2], [4]]) == 0
+    x = torch.where(seen[..., None], palette_tokens(2, 1, D).expand(2, N, D), 5 * torch.randn(2, N, D))
+    with torch.no_grad():
+        want = model(x, seen)
+    got, report = run(model, (x, seen), None, [N // 2], placement="stream")
+    assert report.tokens == [(N, N // 2)]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 # -- open scores -------------------------------------------------------------------------------------------------------
 
 
@@ -195,6 +237,8 @@ class Open(Masked):
         scores = q @ k.mT * (D // 2) ** -0.5
         if self.kind == "before":
             scores = self.mix_before[i](scores.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if self.kind == "unmerged":  # no rule for it: full length under the mask, and merged again where v is
+            scores = scores.flip(-1).flip(-1)
         p = self.mask_scores(scores, seen).softmax(-1)
         if self.form == "zeroed":
             p = p.masked_fill(~seen[:, None, None], 0.0)
@@ -215,7 +259,7 @@ class Open(Masked):
         return (x, *probabilities) if self.kind == "returned" else x
 
 
-KINDS = ("before", "after", "returned", "twice")
+KINDS = ("before", "after", "returned", "twice", "unmerged")
 OPEN = {  # the spelling -> what the caller gives
     "fill": "bool", "fill low": "int", "fill expanded": "bool", "fill expand_as": "bool", "where": "bool",
     "where other": "bool", "where full": "bool", "float": "bool", "given": "added", "one minus": "int", "minus": "bool",

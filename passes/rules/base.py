@@ -42,7 +42,8 @@ class Role(enum.Enum):
 class Fill(enum.Enum):
     """How a full-length operand is brought to the merged length of its counterpart."""
 
-    MEAN = "mean"  # size-weighted mean: exact for sums of values
+    MEAN = "mean"  # size-weighted mean; what a mask of keys leaves out weighs nothing
+    COUNT = "count"  # size-weighted mean over all tokens of a group, masked or not: for factors of a sum over tokens
     ROW = "row"  # the representative's row: for tables that depend on no input (RoPE)
     BIAS = "bias"  # log-mean-exp: for terms of the attention scores
     NONE = "none"  # cannot be merged: unmerge the counterpart
@@ -241,6 +242,9 @@ class Emitter(Protocol):
     def log_weight(self, node: fx.Node, layout: Layout, d: int, run: Run) -> Traced: ...
 
     def full_size(self, node: fx.Node, d: int) -> Any: ...
+
+    def summed(self, node: fx.Node, layout: Layout) -> bool:
+        """Whether nothing reads the merged tokens of a value but sums over them."""
 
     def shape(self, node: fx.Node, layout: Layout) -> list[Any]: ...
 

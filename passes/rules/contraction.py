@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..axes import expr as size_expr
+from ..layout import Run
 from ..trace import Traced
 from .base import (
     Call,
@@ -35,6 +36,17 @@ aten = torch.ops.aten
 class Contraction(SignatureRule):
     def __init__(self, signature: Callable[[Call, Facts], Signature]) -> None:
         super().__init__(signature, contraction=True)
+
+    def operand(self, call: Call, env: Emitter, decision: Decision, sig: Signature, i: int) -> Traced:
+        """Where sizes will weigh a sum, a factor of full length is averaged over all that they count."""
+
+        def summed(j: int) -> list[Run]:
+            dims = zip(sig.ins[j], decision.ins[j], strict=True)
+            return [run for letter, runs in dims if sig.role(letter) is Role.SUM for run in runs]
+
+        if summed(i) and not any(run.extensive for j in range(len(sig.ins)) for run in summed(j)):
+            return env.fetch(call.nodes[i], decision.ins[i], Fill.COUNT)
+        return super().operand(call, env, decision, sig, i)
 
     def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
         sig = self.signature(call, env.facts)

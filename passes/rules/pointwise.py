@@ -144,8 +144,15 @@ class MaskRule(SignatureRule):
             return x + env.convert(term, dims, have, want, Fill.BIAS, frame).to(x.dtype)
         if sig.fills[mask_at] is Fill.MEAN:
             kept = drop.choose(0.0, 1.0)
-            return x * env.convert(kept, dims, have, want, Fill.MEAN, frame).to(x.dtype)
+            return x * env.convert(kept, dims, have, want, _mean(call, env, decision), frame).to(x.dtype)
         return super().emit(call, env, decision)
+
+
+def _mean(call: Call, env: Emitter, decision: Decision) -> Fill:
+    """What is only summed over tokens later, by sizes, is averaged over all tokens that they count."""
+    (out,) = decision.outs
+    extensive = any(run.extensive for runs in out for run in runs)
+    return Fill.COUNT if not extensive and env.summed(call.node, out) else Fill.MEAN
 
 
 def _operand(call: Call, name: str) -> int:
@@ -213,9 +220,13 @@ class PointwiseRule(SignatureRule):
         factor = _added_times(call, i) if sig.additive and sig.fills[i] is Fill.BIAS else 1
         node = call.nodes[i]
         have, want = env.layout(node), decision.ins[i]
-        if factor in (0, 1) or have == want:
-            return super().operand(call, env, decision, sig, i)
+        if have == want:
+            return env.tensor(node)
         frame = frame_dims(sig, call, env.facts)
+        if sig.fills[i] is Fill.MEAN and i in sig.linear and len(decision.outs) == 1:
+            return env.fetch(node, want, _mean(call, env, decision), frame)
+        if factor in (0, 1):
+            return super().operand(call, env, decision, sig, i)
         term = env.convert(env.tensor(node) / (1 / factor), env.facts.dims(node), have, want, Fill.BIAS, frame)
         return term / factor
 
