@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tome_fx.config import ToMeConfig, updated
+from tome_fx.kernels import cpu
 from tome_fx.passes import Result, run_pipeline
 from tome_fx.report import SkipReason, ToMeReport, record
 from tome_fx.schedule import ScheduleError
@@ -55,8 +56,11 @@ class ToMeBackend:
         options = dict(kwargs.pop("options", None) or {})
         own = {key.removeprefix("tome."): options.pop(key) for key in list(options) if key.startswith("tome.")}
         config = updated(self.config, own) if own else self.config
-        rewritten, report = transform(gm, example_inputs, config, _shares_kernels(example_inputs, config))
+        by_length = _shares_kernels(example_inputs, config)
+        rewritten, report = transform(gm, example_inputs, config, by_length)
         if rewritten is not None:
+            if by_length:
+                cpu.prepare()
             try:
                 compiled = compile_inner(rewritten, example_inputs, config.inner, options=options, **kwargs)
             except torch._dynamo.exc.TorchDynamoException:  # how Dynamo is asked to trace again
@@ -105,9 +109,7 @@ def tome_backend(
     Raises: TypeError or ValueError on values that are not allowed.
     """
     return ToMeBackend(
-        ToMeConfig(
-            r, flops, every, multiple, prop_attn, metric, protect, placement, padding_first, inner, strict
-        )
+        ToMeConfig(r, flops, every, multiple, prop_attn, metric, protect, placement, padding_first, inner, strict)
     )
 
 
@@ -265,6 +267,7 @@ def _by_length(
     from torch._inductor.compile_fx import compile_fx
 
     mode = FakeTensorMode(shape_env=ShapeEnv())
+    mode.cache_enabled = False  # to copy a symbolic shape out of the cache costs more than to run the op
     context = TracingContext(mode)
     if (outer := TracingContext.try_get()) is not None:
         context.guards_context = outer.guards_context

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import threading
 from pathlib import Path
 
 import torch
@@ -40,9 +41,22 @@ _SIGNATURES = {
 }
 
 
-@functools.cache
+_BUILDING = threading.Lock()
+
+
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None, with one line in the log, where they cannot be built."""
+    with _BUILDING:
+        return _library()
+
+
+def prepare() -> None:
+    """Start to build the kernels beside whatever comes next: one core is idle while a graph is compiled."""
+    threading.Thread(target=library, name="tome_fx kernels", daemon=True).start()
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
     from torch._inductor.codecache import CppCodeCache  # here: a second of imports
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
@@ -103,9 +117,7 @@ def merge_add(
     return out
 
 
-def merge_bias(
-    x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor
-) -> Tensor:
+def merge_bias(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
     """`tome::merge_bias` of `x` `[*sample, N, *rest]` of a dtype in `DTYPES`, read through its strides."""
     held = library()
     assert held is not None
