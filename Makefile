@@ -22,11 +22,14 @@ help:
 demo: $(VENV)/.stamp-demo
 	$(PY) -m tome_fx demo $(ARGS)
 
+# Tests trace and check on one thread each: a process for each core.
+SPREAD := -n auto --dist worksteal
+
 test: $(VENV)/.stamp-test
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(SPREAD) $(ARGS)
 
 test-all: $(VENV)/.stamp-test
-	$(PY) -m pytest -m "" $(ARGS)
+	$(PY) -m pytest $(SPREAD) -m "" $(ARGS)
 
 lint: $(VENV)/.stamp-lint
 	$(PY) -m ruff check .
