@@ -42,7 +42,8 @@ class Role(enum.Enum):
 class Fill(enum.Enum):
     """How a full-length operand is brought to the merged length of its counterpart."""
 
-    MEAN = "mean"  # size-weighted mean: exact for sums of values
+    MEAN = "mean"  # as tokens merge, by default the size-weighted mean: exact for sums of values
+    SHARE = "share"  # the size-weighted mean, however tokens merge: for masks, gates and weights
     ROW = "row"  # the representative's row: for tables that depend on no input (RoPE)
     BIAS = "bias"  # log-mean-exp: for terms of the attention scores
     NONE = "none"  # cannot be merged: unmerge the counterpart

@@ -25,6 +25,7 @@ from .base import (
     Role,
     Signature,
     SignatureRule,
+    fill_of,
     frame_dims,
     register,
 )
@@ -36,11 +37,20 @@ class Contraction(SignatureRule):
     def __init__(self, signature: Callable[[Call, Facts], Signature]) -> None:
         super().__init__(signature, contraction=True)
 
+    def operand(self, call: Call, env: Emitter, decision: Decision, sig: Signature, i: int) -> Traced:
+        """What tokens are summed with (a mask, weights) keeps its share of each group."""
+        node, want = call.nodes[i], decision.ins[i]
+        fill = fill_of(sig, call, env.facts, i)
+        summed = [d for d, letter in enumerate(sig.ins[i]) if letter is not None and sig.role(letter) is Role.SUM]
+        if fill is not Fill.MEAN or all(env.layout(node)[d] == want[d] for d in summed):
+            return super().operand(call, env, decision, sig, i)
+        return env.fetch(node, want, Fill.SHARE, frame_dims(sig, call, env.facts) if sig.frame is not None else None)
+
     def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
         sig = self.signature(call, env.facts)
         operands = self.operands(call, env, decision)
         for letter, role in sig.roles.items():
-            if role is not Role.SUM:
+            if role is not Role.SUM or not env.config.counts:
                 continue
             places = [(i, d) for i, letters in enumerate(sig.ins) for d, name in enumerate(letters) if name == letter]
             for key in {run.key for i, d in places for run in decision.ins[i][d]}:
@@ -196,7 +206,7 @@ class Attention(SignatureRule):
         key, layout, d = call.nodes[1], decision.ins[1], call.vals[1].dim() - 2
         mask = self._mask(call, env, decision, sig) if len(call.vals) == 4 else None
         dtype = operands[0].dtype
-        if env.config.prop_attn:
+        if env.config.proportional:
             for run in layout[d]:
                 # [*batch, s, 1] -> [*batch, 1, s]
                 bias = env.log_weight(key, layout, d, run).transpose(-1, -2).to(dtype)

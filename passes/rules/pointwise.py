@@ -77,7 +77,7 @@ def _fill(call: Call, facts: Facts, i: int, additive: bool) -> Fill:
     # The mean of two rotations is none: a group turns as its representative does.
     if call.nodes[i] in facts.constant or call.nodes[i] in facts.angles:
         return Fill.ROW
-    return Fill.MEAN if floating else Fill.NONE
+    return (Fill.MEAN if additive else Fill.SHARE) if floating else Fill.NONE
 
 
 def _pairs(node: fx.Node, facts: Facts) -> bool:
@@ -123,7 +123,7 @@ class MaskRule(SignatureRule):
         if call.node in facts.scores:
             fills[mask] = Fill.NONE if _pairs(call.nodes[mask], facts) else Fill.BIAS
         elif _zeroing(value):
-            fills[mask] = Fill.MEAN
+            fills[mask] = Fill.SHARE
             linear = frozenset({x})
         return Signature(sig.ins, sig.outs, linear=linear, frame=sig.frame, fills=fills)
 
@@ -142,9 +142,9 @@ class MaskRule(SignatureRule):
         if sig.fills[mask_at] is Fill.BIAS:
             term = drop.choose(value, 0.0)
             return x + env.convert(term, dims, have, want, Fill.BIAS, frame).to(x.dtype)
-        if sig.fills[mask_at] is Fill.MEAN:
+        if sig.fills[mask_at] is Fill.SHARE:
             kept = drop.choose(0.0, 1.0)
-            return x * env.convert(kept, dims, have, want, Fill.MEAN, frame).to(x.dtype)
+            return x * env.convert(kept, dims, have, want, Fill.SHARE, frame).to(x.dtype)
         return super().emit(call, env, decision)
 
 
