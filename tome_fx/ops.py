@@ -212,7 +212,7 @@ def _index_form(
 
 
 def seen_first(weight: Tensor, assign: Tensor, keep: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
-    """`keep` and `moved` with a seen token of each group in the place of a representative that a mask leaves out.
+    """`keep` and `moved` with the first seen token of a group in the place of a representative that a mask leaves out.
 
     weight: float32 `[*sample, N]` as `key_weight` and `merge_size` give it. Groups without a seen one stay as they are.
     """
@@ -220,10 +220,11 @@ def seen_first(weight: Tensor, assign: Tensor, keep: Tensor, moved: Tensor) -> t
     slot = assign.gather(dim, moved)
     rank = torch.arange(moved.shape[-1], device=moved.device).expand_as(moved)
     hidden = weight.gather(dim, keep) <= 0.5
-    offered = torch.where((weight.gather(dim, moved) > 0.5) & hidden.gather(dim, slot), rank, -1)
-    chosen = torch.full_like(keep, -1).scatter_reduce(dim, slot, offered, "amax")
-    own = torch.arange(keep.shape[-1], device=keep.device) + moved.shape[-1]
-    lead = torch.cat([moved, keep], dim).gather(dim, torch.where(chosen < 0, own, chosen))
+    r, places = moved.shape[-1], keep.shape[-1]
+    offered = torch.where((weight.gather(dim, moved) > 0.5) & hidden.gather(dim, slot), rank, r)
+    chosen = torch.full_like(keep, r).scatter_reduce(dim, slot, offered, "amin")
+    own = torch.arange(places, device=keep.device) + r
+    lead = torch.cat([moved, keep], dim).gather(dim, torch.where(chosen < r, chosen, own))
     return lead, torch.where(chosen.gather(dim, slot) == rank, keep.gather(dim, slot), moved)
 
 
