@@ -88,7 +88,9 @@ def run_pipeline(
     with _timed(seconds, "find_attention"):
         sites = find_attention(captured.gm, facts, calls)
     with _timed(seconds, "find_blocks"):
-        blocks, skipped = find_blocks(captured.gm, facts, calls, sites, config.protect, config.placement)
+        blocks, skipped = find_blocks(
+            captured.gm, facts, calls, sites, config.protect, config.placement, config.pairing
+        )
     with _timed(seconds, "plan"):
         plan = make_plan(captured.gm, facts, calls, blocks, config)
     report.r = plan.r

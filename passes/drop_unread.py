@@ -150,7 +150,7 @@ def _read_by_merge(node: fx.Node, wanted: Cut) -> Reads | None:
     if wanted.dim != assign.meta["val"].dim() - 1 or assign.target is not operator.getitem:
         return None
     match, index = assign.args
-    if not isinstance(match, fx.Node) or match.target is not tome.match.default or index != 0:
+    if not isinstance(match, fx.Node) or match.target not in (tome.match.default, tome.match_by.default) or index != 0:
         return None
     return Reads({x: wanted}, only=True) if wanted.hi <= Call(match).args["prefix"] else None
 

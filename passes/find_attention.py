@@ -47,7 +47,8 @@ _MASKED_OUT = -1e4
 @dataclass(frozen=True)
 class AttentionSite:
     """q, k, out: nodes. query_dim, key_dim: where their tokens stand. inner_dims: the dims of k that the scores
-    contract. causal: why the site must not merge, or None. fused: `out` is an SDPA. masked: it has a mask."""
+    contract. causal: why the site must not merge, or None. fused: `out` is an SDPA. masked: it has a mask. v: the
+    values, if they are known. others: where the tokens and the features of q and of v stand."""
 
     name: str
     q: fx.Node
@@ -59,6 +60,14 @@ class AttentionSite:
     causal: str | None = None
     fused: bool = False
     masked: bool = False
+    v: fx.Node | None = None
+    others: tuple[tuple[int, tuple[int, ...]], ...] = ()
+
+    def compared(self, metric: str) -> tuple[fx.Node | None, int, tuple[int, ...]]:
+        """Of "key", "query" or "value": the node (None where it is not known), where tokens and features stand."""
+        if metric == "key":
+            return self.k, self.key_dim, self.inner_dims
+        return (self.q, *self.others[0]) if metric == "query" else (self.v, *self.others[1])
 
 
 # -- fusing ------------------------------------------------------------------------------------------------------------
@@ -415,15 +424,17 @@ def _clean(path: str) -> str:
 
 
 def _fused_site(node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Call], index: int) -> AttentionSite:
-    q, k = call.nodes[0], call.nodes[1]
+    q, k, v = call.nodes[:3]
     rank = k.meta["val"].dim()
     causal = "the attention is causal" if call.args.get("is_causal") else None
     if causal is None and len(call.nodes) == 4 and facts.per_pair(call.nodes[3], -2, -1):
         causal = f"{call.nodes[3].name} tells each query apart which keys it sees"
     queries = q.meta["val"].dim() - 2
     name = place(node) or f"attention {index}"
+    values = v.meta["val"].dim() - 2
+    others = (queries, (queries + 1,)), (values, (values + 1,))
     return AttentionSite(
-        name, q, k, node, queries, rank - 2, (rank - 1,), causal, fused=True, masked=len(call.nodes) == 4
+        name, q, k, node, queries, rank - 2, (rank - 1,), causal, True, len(call.nodes) == 4, v, others
     )
 
 
@@ -450,16 +461,44 @@ def _open_site(node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Cal
     # The queries' tokens are what the product keeps of the other operand alone.
     shared = {*sig.ins[keys], None}
     spots = [d for d, x in enumerate(sig.ins[other]) if x not in shared and x in sig.outs[0]]
-    inner = tuple(d for d, x in enumerate(sig.ins[keys]) if x is not None and sig.role(x) is Role.SUM)
+    inner, query_inner = (
+        tuple(d for d, x in enumerate(sig.ins[i]) if x is not None and sig.role(x) is Role.SUM) for i in (keys, other)
+    )
+    queries = spots[0] if spots else 0
+    v, values, value_inner = _values(node, calls[out], axis, facts)
     return AttentionSite(
         place(node) or f"attention {index}",
         inner_call.nodes[other],
         inner_call.nodes[keys],
         out,
-        spots[0] if spots else 0,
+        queries,
         key_dim,
         inner,
+        v=v,
+        others=((queries, query_inner), (values, value_inner)),
     )
+
+
+def _values(softmax: fx.Node, out: Call, axis: Dim, facts: Facts) -> tuple[fx.Node | None, int, tuple[int, ...]]:
+    """The values of a softmax that was not fused: the operand of its product that is not made of it, where its tokens
+    stand, and its features, which the other operand has not."""
+    made, todo = {softmax}, [softmax]
+    while todo:
+        for user in todo.pop().users:
+            if user not in made and user <= out.node:
+                made.add(user)
+                todo.append(user)
+    rule = find(out)
+    assert isinstance(rule, Contraction)
+    sig, last = rule.signature(out, facts), range(len(out.nodes))[-2:]
+    own = [i for i in last if out.nodes[i] not in made]
+    if len(last) < 2 or len(own) != 1:
+        return None, 0, ()
+    (i,), (j,) = own, [j for j in last if j != own[0]]
+    dims = facts.dims(out.nodes[i])
+    spots = [d for d, x in enumerate(sig.ins[i]) if sig.role(x) is Role.SUM and leaves(dims[d]) == axis]
+    inner = tuple(d for d, x in enumerate(sig.ins[i]) if x not in sig.ins[j])
+    return (out.nodes[i], spots[0], inner) if spots else (None, 0, ())
 
 
 def _product_above(node: fx.Node, axis: Dim, facts: Facts, calls: dict[fx.Node, Call]) -> fx.Node | None:

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from tome_fx.config import ToMeConfig
 from tome_fx.report import SkipReason
 
 from .axes import Dim, leaves, locate, size_of
@@ -47,6 +48,8 @@ from .rules.contraction import Contraction
 
 aten = torch.ops.aten
 _ADDS = {aten.add.Tensor}
+PAPERS = ToMeConfig().pairing
+"""The matcher, partition and similarity of the paper."""
 # Shorter axes (a few frames) are not merged: pairing 8 tokens by halves is not what the similarity measure is for.
 SHORTEST_AXIS = 9
 
@@ -94,13 +97,14 @@ def find_blocks(
     sites: list[AttentionSite],
     protect: str | int,
     placement: str,
+    pairing: tuple[str, str, str] = PAPERS,
 ) -> tuple[list[Block], list[SkipReason]]:
     """The mergeable attention blocks in graph order, and why the other sites are none."""
     reach = Reach(gm.graph, facts)
     blocks: list[Block] = []
     skipped: list[SkipReason] = []
     for site in sites:
-        found = _block(site, facts, calls, sites, reach, protect, placement)
+        found = _block(site, facts, calls, sites, reach, protect, placement, pairing)
         if isinstance(found, Block) and any(b.merge is found.merge for b in blocks):
             found = SkipReason("shared merge point", site.name, "another attention of the same block merges here")
         if isinstance(found, Block):
@@ -167,6 +171,7 @@ def _block(
     reach: Reach,
     protect: str | int,
     placement: str,
+    pairing: tuple[str, str, str],
 ) -> Block | SkipReason:
     keys = leaves(facts.dims(site.k)[site.key_dim])
     queries = leaves(facts.dims(site.q)[site.query_dim])
@@ -196,8 +201,8 @@ def _block(
             f"{length} tokens, {prefix + suffix} of them protected: fewer than {SHORTEST_AXIS} to merge",
         )
     pairs = _pair_mask(site, facts, calls, tokens, sample, (prefix, suffix), reach)
-    if pairs is not None and not isinstance(pairs, str) and not branch:
-        pairs = f"{pairs[0].name} parts the stream, which merges for good"
+    if pairs is not None and not isinstance(pairs, str):
+        pairs = _unkept(pairs[0], branch, pairing) or pairs
     if pairs is None:  # told apart in a way that names no axis of tokens
         pairs = site.causal
     if isinstance(pairs, str):
@@ -400,6 +405,15 @@ def _pair_mask(
             return f"{term.name} tells each query apart which keys it sees"
         found = mask
     return found
+
+
+def _unkept(mask: fx.Node, branch: bool, pairing: tuple[str, str, str]) -> str | None:
+    """Why tokens do not stay in the parts that a mask cuts each window into, or None where they do."""
+    if not branch:
+        return f"{mask.name} parts the stream, which merges for good"
+    if pairing[:2] != PAPERS[:2]:  # how many have a partner in their part is counted for the paper's sides
+        return f"matcher={pairing[0]!r} with partition={pairing[1]!r} may pair tokens that {mask.name} parts"
+    return None
 
 
 def _key_masks(

@@ -28,9 +28,9 @@ from torch.fx._lazy_graph_module import _make_graph_module  # inside torch.compi
 from tome_fx import ops  # noqa: F401 - defines the operators
 from tome_fx.config import ToMeConfig
 
-from .axes import Atom, Dims, leaves, locate, size_of
+from .axes import Atom, Dims, leaves, size_of
 from .capture import Captured, is_impure
-from .find_blocks import Block
+from .find_blocks import PAPERS, Block
 from .layout import DimLayout, Layout, Run, Step, is_plain, plain
 from .masks import KeyMask, token_dims
 from .plan import Merge, Plan, size_hint
@@ -83,14 +83,14 @@ def _lengths(gm: fx.GraphModule, plan: Plan) -> list[int]:
 class StepTensors:
     """What a merge step is at run time: see `tome_fx.ops` for the index form.
 
-    size: float32 [*sample, N']. before, after: where a mask gives some tokens no weight, the weights to average by,
-    float32 [*sample, N] and [*sample, N'].
+    size: float32 [*sample, N'], None where tokens are pruned. before, after: where a mask gives some tokens no weight,
+    the weights to average by, float32 [*sample, N] and [*sample, N'].
     """
 
     assign: Traced
     keep: Traced
     moved: Traced
-    size: Traced
+    size: Traced | None
     before: Traced | None = None
     after: Traced | None = None
 
@@ -111,6 +111,7 @@ class Emitter:
         self._index: dict[Any, Traced] = {}
         self._composed: dict[tuple[Step, Step], StepTensors] = {}
         self._weights: dict[Any, Traced] = {}
+        self._met: dict[Step, tuple[Traced | None, Traced]] = {}
         self.lengths: dict[Any, torch.SymInt] = {}
 
     # -- nodes -----------------------------------------------------------------------------------------------------
@@ -205,6 +206,8 @@ class Emitter:
         have = self.layout(node)
         if have == want:
             return self.env[node]
+        if fill is Fill.SHARE and self.config.merging == "mean":
+            fill = Fill.MEAN
         key = (node, want, fill, frame)
         if key not in self._converted:
             self._converted[key] = self.convert(self.env[node], self.facts.dims(node), have, want, fill, frame)
@@ -212,12 +215,12 @@ class Emitter:
 
     def weight(self, node: fx.Node, layout: Layout, d: int, run: Run) -> Traced:
         """The sizes of a run's groups, float32, shaped to broadcast against a value of `node` in `layout`."""
-        return self._spread(self._step(run.step).size, self.facts.dims(node), layout, d, run)
+        return self._spread(self._size(run.step), self.facts.dims(node), layout, d, run)
 
     def log_weight(self, node: fx.Node, layout: Layout, d: int, run: Run) -> Traced:
         """The logarithm of `weight`: what proportional attention adds to the scores."""
         if run.step not in self._log_sizes:
-            self._log_sizes[run.step] = self.builder.call(tome.log_size.default, self._step(run.step).size)
+            self._log_sizes[run.step] = self.builder.call(tome.log_size.default, self._size(run.step))
         return self._spread(self._log_sizes[run.step], self.facts.dims(node), layout, d, run)
 
     def full_size(self, node: fx.Node, d: int) -> Any:
@@ -267,10 +270,30 @@ class Emitter:
             self.steps[step] = _shifted(self._step(step.base), *step.offset)
         return self.steps[step]
 
-    @staticmethod
-    def _stretches(steps: Sequence[Step]) -> list[Sequence[Step]]:
-        """The steps that a value goes through in one call each: all of them. Means of means are the same means."""
+    def _size(self, step: Step) -> Traced:
+        size = self._step(step).size
+        assert size is not None, "pruned tokens have no size"
+        return size
+
+    def _stretches(self, steps: Sequence[Step], fill: Fill) -> list[Sequence[Step]]:
+        """The steps that a value goes through in one call each: all of them. Means of means are the same means, if
+        sizes weigh them."""
+        if fill is Fill.MEAN and self.config.merging == "plain":
+            return [[step] for step in steps]
         return [steps] if steps else []
+
+    def _rows_met(self, step: Step) -> tuple[Traced | None, Traced]:
+        """What each row weighs in a plain mean, and the sums: 1, but nothing where a mask leaves it out."""
+        if step not in self._met:
+            held, call = self._step(step), self.builder.call
+            rows = None
+            if held.before is not None:
+                rows = call(tome.key_weight.default, call(aten.gt.Scalar, held.before, 0.5))
+            first = rows is None and step.prev is None and held.size is not None
+            total = held.size if first else call(tome.merge_size.default, rows, held.assign, held.keep, held.moved)
+            assert total is not None
+            self._met[step] = rows, total
+        return self._met[step]
 
     def _through(self, steps: Sequence[Step]) -> StepTensors:
         """Consecutive steps as one: a value of full length goes through all of them in one call."""
@@ -315,22 +338,28 @@ class Emitter:
         step = merge.step
         before = self._step(step.prev).size if step.prev else None
         metric, heads = self._metric(merge, value, have)
-        metric, call, block = metric.detach(), self.builder.call, merge.block
+        metric, call, block, config = metric.detach(), self.builder.call, merge.block, self.config
         weight, kinds = self._weight(block, step.prev), []
         if weight is not None:
             kinds.append(call(tome.key_kinds.default, weight))
         if block.parts is not None:
             kinds.append(call(tome.part_kinds.default, self._by_sample(block, block.parts)))
         if kinds:
-            first = self.config.padding_first and weight is not None
+            first = config.padding_first and weight is not None
             kind = cat(kinds, -1) if len(kinds) > 1 else kinds[0]
-            metric, heads = call(tome.apart.default, metric, kind, heads, first), False
+            compared_by = () if config.similarity == "cosine" else (config.similarity,)
+            metric, heads = call(tome.apart.default, metric, kind, heads, first, *compared_by), False
         after = self._length(step)
         r = merge.r if after is None else metric.shape[-3 if heads else -2] - after
-        assign, keep, moved, similarity = call(tome.match.default, metric, r, step.prefix, step.suffix, heads)
+        match, names = (tome.match.default, ()) if config.pairing == PAPERS else (tome.match_by.default, config.pairing)
+        assign, keep, moved, similarity = call(match, metric, r, step.prefix, step.suffix, heads, *names)
         similarity.node.args[0].meta["tome_merge"] = block.name
-        size = call(tome.merge_size.default, before, assign, keep, moved)
-        seen = None if weight is None else call(tome.merge_size.default, weight, assign, keep, moved)
+        size = call(tome.merge_size.default, before, assign, keep, moved) if config.counts else None
+        seen = None
+        if weight is not None and config.counts:
+            seen = call(tome.merge_size.default, weight, assign, keep, moved)
+        if weight is not None and config.merging in ("keep", "prune"):
+            keep, moved = call(tome.seen_first.default, weight, assign, keep, moved)
         self.steps[step] = StepTensors(assign, keep, moved, size, weight, seen)
 
     def _weight(self, block: Block, step: Step | None) -> Traced | None:
@@ -346,8 +375,11 @@ class Emitter:
                 for other in held[1:]:
                     weight = call(aten.minimum.default, weight, other)
             else:
-                at = self._step(step)
-                weight = call(tome.merge_size.default, self._weight(block, step.prev), at.assign, at.keep, at.moved)
+                at, held_before = self._step(step), self._weight(block, step.prev)
+                if self.config.counts:
+                    weight = call(tome.merge_size.default, held_before, at.assign, at.keep, at.moved)
+                else:
+                    weight = call(tome.unmerge.default, held_before, at.keep)
             self._weights[key] = weight
         return self._weights[key]
 
@@ -384,19 +416,14 @@ class Emitter:
     def _metric(self, merge: Merge, value: Traced | None, have: Layout) -> tuple[Traced, bool]:
         """What tokens are compared by, and whether it has an axis of heads.
 
-        The keys of the block's attention (its queries, where those merge), [*sample, N, h, d], or the residual stream,
-        in a branch the merged value itself, [*sample, N, d].
+        The keys, queries or values of the block's attention (its queries, where those alone merge), [*sample, N, h, d],
+        or the residual stream, in a branch the merged value itself, [*sample, N, d].
         """
         block, prev = merge.block, merge.step.prev
-        site = block.site
-        attention = bool(block.operands) and not block.mlp
-        held = locate(block.tokens, self.facts.dims(site.k))
-        by_heads = attention or (self.config.metric == "key" and not block.branch and bool(held))
-        source = block.stream if block.operands or not by_heads else site.k
-        inner_dims = (source.meta["val"].dim() - 1,) if attention else site.inner_dims
+        source, at, inner_dims = self._compared(block)
+        by_heads = at is not None
         dims = self.facts.dims(source)
         where = [(d, i) for d, dim in enumerate(dims) for i in _find(leaves(dim), block.tokens)]
-        at = source.meta["val"].dim() - 2 if attention else site.key_dim
         (dim, start), *_ = [w for w in where if w[0] == at] if by_heads else where
         key = (start, len(block.tokens))
         run = (Run(*key, prev),) if prev else ()
@@ -422,6 +449,28 @@ class Emitter:
         x = x.flatten(at) if len(inner) > 1 else x if inner else x.unsqueeze(-1)
         return x, bool(heads)
 
+    def _compared(self, block: Block) -> tuple[fx.Node, int | None, tuple[int, ...]]:
+        """The node that the metric is made of, and of an operand of the attention where tokens and features stand."""
+        site, metric = block.site, self.config.metric
+        if block.operands and not block.mlp:  # operands of an SDPA
+            if not block.crossed and metric in ("query", "value"):
+                node, at, inner = site.compared(metric)
+                assert node is not None
+                return node, at, inner
+            rank = block.stream.meta["val"].dim()
+            return block.stream, rank - 2, (rank - 1,)
+        if not block.branch and metric != "input":
+            node, at, inner = site.compared(metric)
+            if node is not None and self._holds(node, at, block):
+                return node, at, inner
+        return block.stream, None, ()
+
+    def _holds(self, node: fx.Node, at: int, block: Block) -> bool:
+        """Whether an operand of the attention has the tokens in that dim, and every sample axis."""
+        dims = self.facts.dims(node)
+        own = {leaf for dim in dims for leaf in leaves(dim)}
+        return bool(_find(leaves(dims[at]), block.tokens)) and set(leaves(block.sample)) <= own
+
     # -- conversions -----------------------------------------------------------------------------------------------
 
     def convert(
@@ -442,8 +491,9 @@ class Emitter:
                 new = next((run for run in want[d] if run.key == key), None)
                 if old == new:
                     continue
-                if old is not None and old.extensive and not (new is not None and new.extensive):
-                    x = x / self._spread(self._step(old.step).size, dims, have, d, old).to(x.dtype)
+                summed = old is not None and old.extensive and not (new is not None and new.extensive)
+                if old is not None and summed and self.config.counts:
+                    x = x / self._spread(self._size(old.step), dims, have, d, old).to(x.dtype)
                 x, have = self._move(x, dims, have, d, key, old, new, fill)
         return x
 
@@ -471,18 +521,21 @@ class Emitter:
             x = self.builder.call(tome.unmerge.default, x, index)
             have = _with_run(have, d, key, Run(*key, start[shared - 1]) if shared else None)
             x = back(x, have)
-        for steps in self._stretches(goal[shared:]):
+        for steps in self._stretches(goal[shared:], fill):
             step, base, held = steps[-1], steps[0].prev, self._through(steps)
             size = self._step(base).size if base else None
             x, back = self._canonical(x, dims, have, d, key, leaves(step.sample))
-            plain_count = held.after is None or fill is Fill.COUNT
-            weighed = (size, held.size) if plain_count else (held.before, held.after)
-            if fill is Fill.ROW:
+            counted = held.after is None or fill is Fill.COUNT
+            form, merging = (held.assign, held.keep, held.moved), self.config.merging
+            if fill is Fill.ROW or merging == "prune" or (fill is Fill.MEAN and merging == "keep"):
                 x = self.builder.call(tome.unmerge.default, x, held.keep)
             elif fill is Fill.BIAS:
-                x = self.builder.call(tome.merge_bias.default, x, size, held.size, held.assign, held.keep, held.moved)
+                x = self.builder.call(tome.merge_bias.default, x, size, held.size, *form)
             else:
-                x = self.builder.call(tome.merge.default, x, *weighed, held.assign, held.keep, held.moved)
+                weighed = (size, held.size) if counted else (held.before, held.after)
+                if fill is Fill.MEAN and merging == "plain":
+                    weighed = self._rows_met(step)
+                x = self.builder.call(tome.merge.default, x, *weighed, *form)
             have = _with_run(have, d, key, Run(*key, step))
             x = back(x, have)
         return x, _with_run(have, d, key, new)

@@ -64,7 +64,11 @@ def arguments(*words: str) -> argparse.Namespace:
 def test_the_configuration_reaches_the_backend() -> None:
     args = arguments("explain", "m", "--r", "16,-1", "--metric", "input", "--placement", "stream", "--strict")
     expected = {"r": (16, -1.0), "placement": "stream", "metric": "input", "inner": "inductor", "strict": True}
-    assert cli._config(args) == expected
+    defaults = {"similarity": "cosine", "partition": "alternating", "matcher": "bipartite", "merging": "mean"}
+    assert cli._config(args) == {**expected, **defaults}
+    choices = {"similarity": "dot", "partition": "random", "matcher": "random", "merging": "prune"}
+    words = [word for name, value in choices.items() for word in (f"--{name}", value)]
+    assert choices.items() <= cli._config(arguments("bench", "m", *words)).items()
     assert cli._config(arguments("explain", "m"))["r"] == cli.DEFAULT_R
     flops = cli._config(arguments("bench", "m", "--flops", "0.5", "--inner", "eager"))
     assert (flops["flops"], flops["inner"], "r" in flops) == (0.5, "eager", False)
@@ -79,6 +83,13 @@ def test_explain_prints_the_report(capsys: pytest.CaptureFixture[str], tmp_path:
     assert written["model"] == f"{HERE}:tiny_vit"
     assert written["input"] == [2, 3, 24, 24]
     assert written["tokens"] == [[37, 33], [33, 29], [29, 25]]
+
+
+def test_a_matcher_of_the_users_module(capsys: pytest.CaptureFixture[str]) -> None:
+    """The module that a function comes from is where its matcher is registered."""
+    module = "tests.custom_matcher"
+    assert cli.main(["explain", f"{module}:model", "--r", "4", *INPUT, "--matcher", "first", "--merging", "keep"]) == 0
+    assert "37 -> 33" in capsys.readouterr().out
 
 
 def test_explain_says_when_there_is_nothing_to_merge(capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,6 +155,8 @@ MISTAKES = [
     (["explain", f"{HERE}:tiny_vit", "--pretrained"], "--pretrained is for timm"),
     (["explain", f"{HERE}:tiny_vit", *INPUT, "--metric", "kee"], "metric"),
     (["explain", f"{HERE}:tiny_vit", *INPUT, "--placement", "nowhere"], "placement"),
+    (["explain", f"{HERE}:tiny_vit", *INPUT, "--merging", "men"], "merging must be one of"),
+    (["explain", f"{HERE}:tiny_vit", *INPUT, "--matcher", "nobody"], "matcher must be one of"),
     (["explain", f"{HERE}:tiny_vit", *INPUT, "--r", "-3"], "r must be"),
     (["explain", f"{HERE}:tiny_vit", *INPUT, "--r", "1.5"], "r must be"),
     (["bench", f"{HERE}:tiny_vit", *INPUT, "--flops", "2"], "flops must be"),

@@ -36,6 +36,13 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"flops": 1.5}, ValueError, "between 0 and 1"),
     ({"flops": "half"}, (ValueError, TypeError), "between 0 and 1"),
     ({"r": 4, "metric": "keys"}, ValueError, 'did you mean "key"'),
+    ({"r": 4, "metric": "values"}, ValueError, 'did you mean "value"'),
+    ({"r": 4, "similarity": "cosin"}, ValueError, 'did you mean "cosine"'),
+    ({"r": 4, "partition": "alternate"}, ValueError, 'did you mean "alternating"'),
+    ({"r": 4, "matcher": "bipartit"}, ValueError, 'matcher must be one of .* did you mean "bipartite"'),
+    ({"r": 4, "matcher": ["bipartite"]}, ValueError, "matcher must be one of"),
+    ({"r": 4, "merging": "pruned"}, ValueError, 'did you mean "prune"'),
+    ({"r": 4, "matcher": "random", "padding_first": True}, ValueError, "padding_first goes by similarity"),
     ({"r": 4, "inner": "inducto"}, ValueError, 'did you mean "inductor"'),
     ({"r": 4, "placement": "steam"}, ValueError, 'did you mean "stream"'),
     ({"r": 4, "protect": -1}, ValueError, "0 or more"),
@@ -91,6 +98,7 @@ def test_protect_longer_than_the_tokens() -> None:
         ({"tome.rr": 16}, r'unknown.*rr.*did you mean "r"'),
         ({"tome.r": 4, "tome.metrc": "key"}, 'did you mean "metric"'),
         ({"tome.r": -4}, "0 or more"),
+        ({"tome.matcher": "randm"}, 'did you mean "random"'),
         ({"tome.is_list": True, "tome.r": 4}, "unknown"),
     ],
     ids=str,
@@ -123,6 +131,9 @@ def test_config_is_a_frozen_value() -> None:
 
 def test_config_from_loose_keys() -> None:
     assert config_from({"r": 8, "metric": "input"}) == ToMeConfig(r=8, metric="input")
+    choices = {"metric": "value", "similarity": "dot", "partition": "random", "matcher": "random", "merging": "plain"}
+    assert config_from({"r": 8, **choices}) == tome_backend(8, **choices).config == ToMeConfig(r=8, **choices)
+    assert config_from({"r": 8, **choices}) != ToMeConfig(r=8)
     with pytest.raises(ValueError, match="unknown"):
         config_from({"r": 8, "is_list": True})
 

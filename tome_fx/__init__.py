@@ -6,6 +6,7 @@ model = torch.compile(model, backend=tome_backend(r=16))
 from tome_fx.backend import ToMeBackend, ToMeError, ToMeWarning, tome_backend
 from tome_fx.config import ToMeConfig
 from tome_fx.explain import MergeStep, TokenTrace, explain, rewrite, trace_tokens
+from tome_fx.matching import register_matcher
 from tome_fx.report import SiteReport, SkipReason, ToMeReport, Unmerge, clear_reports, reports
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "Unmerge",
     "clear_reports",
     "explain",
+    "register_matcher",
     "reports",
     "rewrite",
     "tome_backend",

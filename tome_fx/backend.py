@@ -82,6 +82,10 @@ def tome_backend(
     multiple: int = 1,
     prop_attn: bool = True,
     metric: str = "key",
+    similarity: str = "cosine",
+    partition: str = "alternating",
+    matcher: str = "bipartite",
+    merging: str = "mean",
     protect: str | int = "auto",
     placement: str = "auto",
     padding_first: bool = False,
@@ -97,7 +101,11 @@ def tome_backend(
         every: merge at every k-th block only, what the schedule gives to the k blocks up to it.
         multiple: keep token counts at multiples of this number; what is left over is merged by a later block.
         prop_attn: proportional attention, equation 1 of the paper.
-        metric: what tokens are compared by, "key" or "input" (the residual stream).
+        metric: what tokens are compared by, "key", "query", "value" or "input" (the residual stream).
+        similarity: how, "cosine" or "dot".
+        partition: the two sides of the matching, "alternating", "sequential" or "random".
+        matcher: who picks the pairs, "bipartite", "random" or a name given to `register_matcher`.
+        merging: what becomes of a pair, "mean", "plain", "keep" or "prune"; see `ToMeConfig`.
         protect: leading tokens that never merge; "auto" finds class, distillation and register tokens.
         placement: "stream" merges for good, "branch" around each attention and MLP alone; "auto" takes the stream where
             there is one, a branch elsewhere, and either only where it pays.
@@ -109,7 +117,23 @@ def tome_backend(
     Raises: TypeError or ValueError on values that are not allowed.
     """
     return ToMeBackend(
-        ToMeConfig(r, flops, every, multiple, prop_attn, metric, protect, placement, padding_first, inner, strict)
+        ToMeConfig(
+            r=r,
+            flops=flops,
+            every=every,
+            multiple=multiple,
+            prop_attn=prop_attn,
+            metric=metric,
+            similarity=similarity,
+            partition=partition,
+            matcher=matcher,
+            merging=merging,
+            protect=protect,
+            placement=placement,
+            padding_first=padding_first,
+            inner=inner,
+            strict=strict,
+        )
     )
 
 
@@ -300,5 +324,5 @@ def _cache_identity() -> dict[str, Any]:
 def source_digest() -> str:
     """sha256 over the sources that decide what our operators compute."""
     here = Path(__file__).parent
-    sources = ("ops.py", "attention.py", "kernels/gpu.py")
+    sources = ("ops.py", "matching.py", "attention.py", "kernels/gpu.py")
     return hashlib.sha256(b"".join((here / name).read_bytes() for name in sources)).hexdigest()

@@ -27,11 +27,13 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import tome_fx
-from tome_fx import timing
+from tome_fx import matching, timing
 from tome_fx.schedule import ScheduleError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 INNERS = ("inductor", "aot_eager", "eager")
+OPTIONS = ("placement", "metric", "similarity", "partition", "matcher", "merging", "inner", "strict")
+"""Options of `tome_backend` that are options of the command line by the same name."""
 DEFAULT_R = 16
 DEFAULT_INPUT = (3, 224, 224)
 PLAIN, MERGED = "plain", "tome_fx"
@@ -122,6 +124,10 @@ def _add_model_options(parser: argparse.ArgumentParser, batch: int) -> None:
     parser.add_argument("--pretrained", action="store_true", help="load the weights of a timm model")
     parser.add_argument("--placement", default="auto", help="where merging goes (default %(default)s)")
     parser.add_argument("--metric", default="key", help="what tokens are compared by (default %(default)s)")
+    parser.add_argument("--similarity", default="cosine", help="how they are compared (default %(default)s)")
+    parser.add_argument("--partition", default="alternating", help="two sides of the matching (default %(default)s)")
+    parser.add_argument("--matcher", default="bipartite", help="who picks the pairs (default %(default)s)")
+    parser.add_argument("--merging", default="mean", help="what becomes of a pair (default %(default)s)")
     parser.add_argument("--inner", choices=INNERS, default="inductor", help="compiler behind (default %(default)s)")
     parser.add_argument("--strict", action="store_true", help="an error instead of a warning when nothing is merged")
     parser.add_argument("--json", type=_output, metavar="FILE", help="write the numbers there as well")
@@ -237,11 +243,13 @@ def _check_runs(model: nn.Module, x: torch.Tensor) -> None:
 def _config(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `tome_backend`."""
     amount = {"flops": args.flops} if args.flops is not None else {"r": DEFAULT_R if args.r is None else args.r}
-    return {**amount, "placement": args.placement, "metric": args.metric, "inner": args.inner, "strict": args.strict}
+    return {**amount, **{name: getattr(args, name) for name in OPTIONS}}
 
 
 def _backend(args: argparse.Namespace) -> Any:
     """The backend, and with it the check of its options. Raises UserError."""
+    if ":" in args.model and args.matcher not in matching.BUILT_IN:
+        _user_function(args.model)  # its module may be what registers the matcher
     try:
         return tome_fx.tome_backend(**_config(args))
     except (ValueError, TypeError) as error:

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from tome_fx import matching
+
 INNER = ("inductor", "aot_eager", "eager")
-METRICS = ("key", "input")
+METRICS = ("key", "query", "value", "input")
+MERGINGS = ("mean", "plain", "keep", "prune")
 PLACEMENTS = ("auto", "stream", "branch")
 
 
@@ -32,7 +35,22 @@ class ToMeConfig:
     prop_attn: bool = True
     """Proportional attention: add log(size) to the scores of each key (ToMe section 3, equation 1)."""
     metric: str = "key"
-    """What tokens are compared by: "key" (mean over heads of the attention's keys) or "input" (the residual stream)."""
+    """What tokens are compared by: "key", "query", "value" (mean over heads of the attention's) or "input" (the
+    residual stream). Where those do not hold the tokens in one dim (pooled, joined with others) it is the stream, in a
+    branch that begins before them the value that merges, in cross attention the queries (ToMe table 1)."""
+    similarity: str = "cosine"
+    """How two tokens are compared: "cosine" or "dot" (product)."""
+    partition: str = "alternating"
+    """The two sides of the matching: "alternating" positions, "sequential" halves, or "random" halves, the same for one
+    number of tokens. The new order: protected tokens at their ends, what is left of the first side, then the second,
+    each in position order."""
+    matcher: str = "bipartite"
+    """Who picks the pairs: "bipartite" (soft matching, ToMe section 3), "random" (pairs of all tokens, the same for one
+    number of tokens) or a name given to `tome_fx.register_matcher`."""
+    merging: str = "mean"
+    """What becomes of a pair: "mean" (weighted by size), "plain" (mean of the rows that meet), "keep" (the
+    destination's row) or "prune" (the source is dropped and counts no more: no sizes, no proportional attention, pools
+    over what is left; where a full-length result is asked for, dropped tokens have their destination's row)."""
     protect: str | int = "auto"
     """Leading tokens that never merge: "auto" finds class, distillation and register tokens, or a number."""
     placement: str = "auto"
@@ -60,7 +78,15 @@ class ToMeConfig:
         else:
             object.__setattr__(self, "r", 16 if self.r is None else self.r)
             self._check_r()
-        for name, allowed in (("metric", METRICS), ("placement", PLACEMENTS), ("inner", INNER)):
+        for name, allowed in (
+            ("metric", METRICS),
+            ("similarity", tuple(matching.SIMILARITIES)),
+            ("partition", tuple(matching.PARTITIONS)),
+            ("matcher", matching.matchers()),
+            ("merging", MERGINGS),
+            ("placement", PLACEMENTS),
+            ("inner", INNER),
+        ):
             _one_of(name, getattr(self, name), allowed)
         if self.protect != "auto" and (
             isinstance(self.protect, bool) or not isinstance(self.protect, int) or self.protect < 0
@@ -72,6 +98,8 @@ class ToMeConfig:
         for name in ("prop_attn", "padding_first", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.padding_first and self.matcher == "random":
+            raise ValueError('padding_first goes by similarity, and matcher="random" does not: leave one of them out')
 
     def _check_r(self) -> None:
         allowed = "an int of 0 or more, a float below 1 (a share), (r, inflection), or a list with one int per block"
@@ -100,6 +128,21 @@ class ToMeConfig:
     @property
     def schedule(self) -> Any:
         return list(self.r) if self.is_list else self.r  # type: ignore[arg-type]
+
+    @property
+    def pairing(self) -> tuple[str, str, str]:
+        """The names behind a match: matcher, partition, similarity."""
+        return self.matcher, self.partition, self.similarity
+
+    @property
+    def counts(self) -> bool:
+        """Whether a merged token counts for all that it stands for."""
+        return self.merging != "prune"
+
+    @property
+    def proportional(self) -> bool:
+        """Whether log(size) joins the scores."""
+        return self.prop_attn and self.counts
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

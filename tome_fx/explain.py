@@ -133,8 +133,9 @@ class MergeStep:
     """One merge as it ran.
 
     name: place in the model. tokens_before, tokens_after: lengths of the token axis. groups: int64 [*sample, N0], the
-    index after this merge of each ORIGINAL token. similarity: float32 [*sample, r], cosine of each merged pair, most
-    similar first. protected: leading tokens that never merge. There is always at least one sample axis.
+    index after this merge of each ORIGINAL token. similarity: float32 [*sample, r], of each merged pair (its cosine
+    unless the config says otherwise), most similar first. protected: leading tokens that never merge. There is always
+    at least one sample axis.
     """
 
     name: str
@@ -161,7 +162,7 @@ class TokenTrace:
 
 
 # Each op that matches: where its argument `prefix` stands.
-_MATCHES = {tome.match.default: 2, tome.match_size.default: 3}
+_MATCHES = {tome.match.default: 2, tome.match_by.default: 2, tome.match_size.default: 3}
 
 
 class _MatchRecorder(fx.Interpreter):

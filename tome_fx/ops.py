@@ -13,6 +13,8 @@ Which form is fastest depends on the device, and the pass `lower` chooses. `matc
 and `log_size` are opaque to the compiler: on a CPU each length of the token axis would give Inductor another five
 kernels per layer to compile. `*_aten` are the same functions spelled out, for devices where fusing pays; `unmerge` is
 always spelled out.
+
+`match_by` is `match` with the choices that are not the paper's: their functions are in `tome_fx.matching`.
 """
 
 from __future__ import annotations
@@ -23,12 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tome_fx import matching
 from tome_fx.kernels import cpu
 
 _LIB = torch.library.Library("tome", "DEF")
 
 
-def _opaque(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _opaque(
+    schema: str, fake: Callable[..., Any], tags: tuple[torch.Tag, ...] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as an operator that the compiler calls and does not look into.
 
     A plain registration: `torch.library.custom_op` would add its own checks to each call, a tenth of a millisecond.
@@ -36,7 +41,7 @@ def _opaque(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
 
     def wrap(kernel: Callable[..., Any]) -> Callable[..., Any]:
         name = schema.partition("(")[0]
-        _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         _LIB.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"tome::{name}", fake, lib=_LIB)
         return kernel
@@ -145,6 +150,82 @@ def match_aten(metric: Tensor, r: int, prefix: int, suffix: int) -> tuple[Tensor
     assign.scatter_(1, keep, places[: n - r].expand(batch, -1))
     assign.scatter_(1, moved, partner.gather(1, moved_src).add_(prefix + survivors))
     return assign, keep, moved, similarity
+
+
+# -- other matchings ---------------------------------------------------------------------------------------------------
+
+
+def _match_by_fake(
+    metric: Tensor,
+    r: int,
+    prefix: int,
+    suffix: int,
+    heads: bool,
+    matcher: str,
+    partition: str,
+    similarity: str,
+) -> tuple[Tensor, ...]:
+    return _match_fake(metric, r, prefix, suffix, heads)
+
+
+@_opaque(
+    "match_by(Tensor metric, SymInt r, int prefix, int suffix, bool heads, str matcher, str partition, str similarity)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _match_by_fake,
+    (torch.Tag.cudagraph_unsafe,),  # a registered matcher may do anything, and what it returns is read to be checked
+)
+def match_by(
+    metric: Tensor, r: int, prefix: int, suffix: int, heads: bool, matcher: str, partition: str, similarity: str
+) -> tuple[Tensor, ...]:
+    """`match` by a matcher, partition and similarity of `tome_fx.matching`, looked up by name in each call.
+
+    New order: prefix, what is left of the partition's sources, its destinations, suffix, each in position order. So
+    ("bipartite", "alternating", "cosine") is `match` itself.
+
+    Args, returns: as in `match`; the similarity is the matcher's. Raises ValueError as `matching.pairs`.
+    """
+    with torch.autocast(metric.device.type, enabled=False), torch.no_grad():
+        sample = metric.shape[: -3 if heads else -2]
+        x = metric.to(torch.float32)
+        x = x.mean(-2) if heads else x
+        x = x.reshape(-1, *x.shape[-2:])[:, prefix : x.shape[-2] - suffix]
+        source, destination, best, sides = matching.pairs(x, r, prefix, matcher, partition, similarity)
+        found = (*_index_form(source + prefix, destination + prefix, sides + prefix, prefix, suffix), best)
+        return tuple(t.reshape(*sample, t.shape[-1]) for t in found)
+
+
+def _index_form(
+    source: Tensor, destination: Tensor, body: Tensor, prefix: int, suffix: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """assign, keep and moved of pairs `[batch, r]`. body: the positions that may merge, in their new order."""
+    batch, r = source.shape
+    n = prefix + len(body) + suffix
+    places = torch.arange(n, device=body.device)
+    order = torch.cat([places[:prefix], body, places[n - suffix :]]).expand(batch, -1)
+    stays = torch.ones((batch, n), dtype=torch.bool, device=body.device).scatter_(1, source, False).gather(1, order)
+    slot = stays.cumsum(1) - 1
+    # What goes is written behind the end.
+    spot = torch.where(stays, slot, n - r)
+    keep = order.new_empty((batch, n - r + 1)).scatter_(1, spot, order)[:, : n - r].contiguous()
+    assign = order.new_empty((batch, n)).scatter_(1, order, slot)
+    return assign.scatter_(1, source, assign.gather(1, destination)), keep, source
+
+
+def seen_first(weight: Tensor, assign: Tensor, keep: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
+    """`keep` and `moved` with the first seen token of a group in the place of a representative that a mask leaves out.
+
+    weight: float32 `[*sample, N]` as `key_weight` and `merge_size` give it. Groups without a seen one stay as they are.
+    """
+    dim = assign.dim() - 1
+    slot = assign.gather(dim, moved)
+    rank = torch.arange(moved.shape[-1], device=moved.device).expand_as(moved)
+    hidden = weight.gather(dim, keep) <= 0.5
+    r, places = moved.shape[-1], keep.shape[-1]
+    offered = torch.where((weight.gather(dim, moved) > 0.5) & hidden.gather(dim, slot), rank, r)
+    chosen = torch.full_like(keep, r).scatter_reduce(dim, slot, offered, "amin")
+    own = torch.arange(places, device=keep.device) + r
+    lead = torch.cat([moved, keep], dim).gather(dim, torch.where(chosen < r, chosen, own))
+    return lead, torch.where(chosen.gather(dim, slot) == rank, keep.gather(dim, slot), moved)
 
 
 # -- index forms -------------------------------------------------------------------------------------------------------
@@ -379,15 +460,20 @@ def part_kinds(mask: Tensor) -> Tensor:
     return seen / seen.norm(dim=-1, keepdim=True)
 
 
-def apart(metric: Tensor, kinds: Tensor, heads: bool, first: bool) -> Tensor:
+def apart(metric: Tensor, kinds: Tensor, heads: bool, first: bool, similarity: str = "cosine") -> Tensor:
     """A metric by which tokens of one kind are always more similar than tokens of two, and else as before.
 
     metric: as in `match`. kinds: `[*sample, N, k]`, equal unit vectors within a kind, orthogonal ones between kinds.
-    first: tokens whose first entry of `kinds` is 0 are all alike. Returns float32 `[*sample, N, d + k]`.
+    first: tokens whose first entry of `kinds` is 0 are all alike, and more alike than any others. similarity: what the
+    result is compared by. Returns float32 `[*sample, N, d + k]`.
     """
     x = metric.to(torch.float32)
     x = x.sum(-2) if heads else x
-    x = x / x.norm(dim=-1, keepdim=True).clamp_min(_SMALLEST_NORM)
+    norm = x.norm(dim=-1, keepdim=True)
+    if similarity == "dot":  # one factor for all of a sample keeps the order of its products
+        norm = norm.amax(-2, keepdim=True)
+        kinds = kinds * (2 - kinds[..., :1]) if first else kinds
+    x = x / norm.clamp_min(_SMALLEST_NORM)
     x = x * kinds[..., :1] if first else x
     return torch.cat([x, _APART * kinds], -1)
 
@@ -410,4 +496,5 @@ spelled_out("unmerge(Tensor x, Tensor index) -> Tensor", unmerge)
 spelled_out("key_weight(Tensor mask) -> Tensor", key_weight)
 spelled_out("key_kinds(Tensor weight) -> Tensor", key_kinds)
 spelled_out("part_kinds(Tensor mask) -> Tensor", part_kinds)
-spelled_out("apart(Tensor metric, Tensor kinds, bool heads, bool first) -> Tensor", apart)
+spelled_out('apart(Tensor metric, Tensor kinds, bool heads, bool first, str similarity="cosine") -> Tensor', apart)
+spelled_out(f"seen_first(Tensor weight, {_INDEX}) -> (Tensor, Tensor)", seen_first)

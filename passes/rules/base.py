@@ -42,8 +42,9 @@ class Role(enum.Enum):
 class Fill(enum.Enum):
     """How a full-length operand is brought to the merged length of its counterpart."""
 
-    MEAN = "mean"  # size-weighted mean; what a mask of keys leaves out weighs nothing
-    COUNT = "count"  # size-weighted mean over all tokens of a group, masked or not: for factors of a sum over tokens
+    MEAN = "mean"  # as tokens merge, by default the size-weighted mean: exact for sums of values
+    SHARE = "share"  # the size-weighted mean, however tokens merge: for masks, gates and weights
+    COUNT = "count"  # that mean over all tokens, those a mask leaves out too: for factors of what is summed by size
     ROW = "row"  # the representative's row: for tables that depend on no input (RoPE)
     BIAS = "bias"  # log-mean-exp: for terms of the attention scores
     NONE = "none"  # cannot be merged: unmerge the counterpart

@@ -26,6 +26,7 @@ from .base import (
     Role,
     Signature,
     SignatureRule,
+    fill_of,
     frame_dims,
     register,
 )
@@ -38,21 +39,26 @@ class Contraction(SignatureRule):
         super().__init__(signature, contraction=True)
 
     def operand(self, call: Call, env: Emitter, decision: Decision, sig: Signature, i: int) -> Traced:
-        """Where sizes will weigh a sum, a factor of full length is averaged over all that they count."""
+        """What tokens are summed with (a mask, weights) keeps its share of each group, of all that sizes count if these
+        weigh the sum."""
+        node, want = call.nodes[i], decision.ins[i]
+        summed = [d for d, letter in enumerate(sig.ins[i]) if letter is not None and sig.role(letter) is Role.SUM]
+        if fill_of(sig, call, env.facts, i) is not Fill.MEAN or all(env.layout(node)[d] == want[d] for d in summed):
+            return super().operand(call, env, decision, sig, i)
+        runs = [run for j in range(len(sig.ins)) for run in self._summed(sig, decision, j)]
+        fill = Fill.SHARE if any(run.extensive for run in runs) else Fill.COUNT
+        return env.fetch(node, want, fill, frame_dims(sig, call, env.facts) if sig.frame is not None else None)
 
-        def summed(j: int) -> list[Run]:
-            dims = zip(sig.ins[j], decision.ins[j], strict=True)
-            return [run for letter, runs in dims if sig.role(letter) is Role.SUM for run in runs]
-
-        if summed(i) and not any(run.extensive for j in range(len(sig.ins)) for run in summed(j)):
-            return env.fetch(call.nodes[i], decision.ins[i], Fill.COUNT)
-        return super().operand(call, env, decision, sig, i)
+    @staticmethod
+    def _summed(sig: Signature, decision: Decision, i: int) -> list[Run]:
+        dims = zip(sig.ins[i], decision.ins[i], strict=True)
+        return [run for letter, runs in dims if letter is not None and sig.role(letter) is Role.SUM for run in runs]
 
     def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
         sig = self.signature(call, env.facts)
         operands = self.operands(call, env, decision)
         for letter, role in sig.roles.items():
-            if role is not Role.SUM:
+            if role is not Role.SUM or not env.config.counts:
                 continue
             places = [(i, d) for i, letters in enumerate(sig.ins) for d, name in enumerate(letters) if name == letter]
             for key in {run.key for i, d in places for run in decision.ins[i][d]}:
@@ -208,7 +214,7 @@ class Attention(SignatureRule):
         key, layout, d = call.nodes[1], decision.ins[1], call.vals[1].dim() - 2
         mask = self._mask(call, env, decision, sig) if len(call.vals) == 4 else None
         dtype = operands[0].dtype
-        if env.config.prop_attn:
+        if env.config.proportional:
             for run in layout[d]:
                 # [*batch, s, 1] -> [*batch, 1, s]
                 bias = env.log_weight(key, layout, d, run).transpose(-1, -2).to(dtype)

@@ -77,7 +77,7 @@ def _fill(call: Call, facts: Facts, i: int, additive: bool) -> Fill:
     # The mean of two rotations is none: a group turns as its representative does.
     if call.nodes[i] in facts.constant or call.nodes[i] in facts.angles:
         return Fill.ROW
-    return Fill.MEAN if floating else Fill.NONE
+    return (Fill.MEAN if additive else Fill.SHARE) if floating else Fill.NONE
 
 
 def _pairs(node: fx.Node, facts: Facts) -> bool:
@@ -123,7 +123,7 @@ class MaskRule(SignatureRule):
         if call.node in facts.scores:
             fills[mask] = Fill.NONE if _pairs(call.nodes[mask], facts) else Fill.BIAS
         elif _zeroing(value):
-            fills[mask] = Fill.MEAN
+            fills[mask] = Fill.SHARE
             linear = frozenset({x})
         return Signature(sig.ins, sig.outs, linear=linear, frame=sig.frame, fills=fills)
 
@@ -142,17 +142,17 @@ class MaskRule(SignatureRule):
         if sig.fills[mask_at] is Fill.BIAS:
             term = drop.choose(value, 0.0)
             return x + env.convert(term, dims, have, want, Fill.BIAS, frame).to(x.dtype)
-        if sig.fills[mask_at] is Fill.MEAN:
+        if sig.fills[mask_at] is Fill.SHARE:
             kept = drop.choose(0.0, 1.0)
-            return x * env.convert(kept, dims, have, want, _mean(call, env, decision), frame).to(x.dtype)
+            return x * env.convert(kept, dims, have, want, _share(call, env, decision), frame).to(x.dtype)
         return super().emit(call, env, decision)
 
 
-def _mean(call: Call, env: Emitter, decision: Decision) -> Fill:
+def _share(call: Call, env: Emitter, decision: Decision) -> Fill:
     """What is only summed over tokens later, by sizes, is averaged over all tokens that they count."""
     (out,) = decision.outs
     extensive = any(run.extensive for runs in out for run in runs)
-    return Fill.COUNT if not extensive and env.summed(call.node, out) else Fill.MEAN
+    return Fill.COUNT if not extensive and env.summed(call.node, out) else Fill.SHARE
 
 
 def _operand(call: Call, name: str) -> int:
@@ -223,8 +223,8 @@ class PointwiseRule(SignatureRule):
         if have == want:
             return env.tensor(node)
         frame = frame_dims(sig, call, env.facts)
-        if sig.fills[i] is Fill.MEAN and i in sig.linear and len(decision.outs) == 1:
-            return env.fetch(node, want, _mean(call, env, decision), frame)
+        if sig.fills[i] is Fill.SHARE and i in sig.linear and len(decision.outs) == 1:
+            return env.fetch(node, want, _share(call, env, decision), frame)
         if factor in (0, 1):
             return super().operand(call, env, decision, sig, i)
         term = env.convert(env.tensor(node) / (1 / factor), env.facts.dims(node), have, want, Fill.BIAS, frame)

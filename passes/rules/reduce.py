@@ -48,7 +48,7 @@ class WeightedReduce(SignatureRule):
     def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
         dims, layout = reduced_dims(call), decision.ins[0]
         (x,) = self.operands(call, env, decision)
-        if not any(layout[d] for d in dims):
+        if not any(layout[d] for d in dims) or not env.config.counts:
             return env.run(call, [x])
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         for d in dims:
@@ -77,7 +77,7 @@ class Norm2(SignatureRule):
         (x,) = self.operands(call, env, decision)
         layout = decision.ins[0]
         for d in reduced_dims(call):
-            for run in layout[d]:
+            for run in layout[d] if env.config.counts else ():
                 x = x * env.weight(call.nodes[0], layout, d, run).sqrt().to(x.dtype)
         return env.run(call, [x])
 
@@ -102,7 +102,7 @@ class Softmax(SignatureRule):
     def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
         (x,) = self.operands(call, env, decision)
         layout, terms = decision.ins[0], []
-        if env.config.prop_attn:
+        if env.config.proportional:
             node = call.nodes[0]
             terms = [env.log_weight(node, layout, d, run).to(x.dtype) for d in reduced_dims(call) for run in layout[d]]
         for term in terms:
