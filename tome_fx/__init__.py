@@ -8,6 +8,9 @@ from tome_fx.config import ToMeConfig
 from tome_fx.explain import MergeStep, TokenTrace, explain, rewrite, trace_tokens
 from tome_fx.report import SiteReport, SkipReason, ToMeReport, Unmerge, clear_reports, reports
 
+# The function takes the name of its module: once imported, a module is not bound to its package again.
+from tome_fx.visualize import visualize
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -27,4 +30,5 @@ __all__ = [
     "rewrite",
     "tome_backend",
     "trace_tokens",
+    "visualize",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -42,6 +43,7 @@ __all__ = [
     "preprocess",
     "require",
     "timm_dinov2",
+    "video_frames",
     "wheel_member",
     "wheel_members",
 ]
@@ -334,6 +336,26 @@ def photos(path: str | os.PathLike[str] | None = None) -> list[Image.Image]:
             return [ImageOps.exif_transpose(image).convert("RGB")]
     except (OSError, UnidentifiedImageError) as error:
         raise AssetError(f"can not read the photo {path}: {error}") from error
+
+
+def video_frames(path: str | os.PathLike[str], count: int, *, step: int = 2, start: int = 0) -> list[Image.Image]:
+    """``count`` RGB frames of a video: frame ``start`` and every ``step``-th after it.
+
+    Raises:
+        AssetError: ``path`` is no video that can be read, is too short, or PyAV is missing.
+    """
+    require("PIL", "av")
+    import av
+
+    try:
+        with av.open(os.fspath(path)) as container:
+            wanted = itertools.islice(container.decode(video=0), start, start + (count - 1) * step + 1, step)
+            frames = [frame.to_image() for frame in wanted]
+    except (av.FFmpegError, IndexError) as error:  # IndexError: sound alone
+        raise AssetError(f"can not read the video {path}: {error}") from error
+    if len(frames) < count:
+        raise AssetError(f"{path} is too short: {len(frames)} frames, needed {count}")
+    return frames
 
 
 def crop(image: Image.Image, size: int) -> Image.Image:

@@ -97,8 +97,8 @@ CLIP_MEMBERS = {
 DIRECTIONS, SPEEDS = 8, ((1.0, 1.5), (2.5, 3.5))
 """Speeds in pixels a frame: the range of slow and of fast."""
 CLASSES = DIRECTIONS * len(SPEEDS)
-DIM = 0.4
-"""Brightness of the still photo: with the disc no brighter than it, minutes of training teach nothing."""
+STILL, MOVING = (0.0, 0.4), (0.5, 1.0)
+"""Darkest and lightest of the still photo and of the disc: with both alike, minutes of training teach nothing."""
 TEXTURE = 112
 """Side in pixels of the pieces of photos that clips are made of."""
 
@@ -152,12 +152,13 @@ def pieces(sources: list[torch.Tensor], count: int, random: np.random.Generator)
 
 def moving(
     pieces: torch.Tensor, count: int, frames: int, size: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clips float32 [count, 3, frames, size, size] about 0, and their labels int64 [count] in 0 to CLASSES - 1.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Clips float32 [count, 3, frames, size, size] about 0, labels int64 [count] in 0 to CLASSES - 1, and motion
+    float32 [count, 2] in pixels a frame, (x, y).
 
-    Before a still piece moves a disc, of 0.18 to 0.3 times `size` in radius, out of another piece. It passes the middle
-    of the frame, or nearly so, half way. The label is `direction + DIRECTIONS * speed`; directions vary by 15 degrees
-    around their mean. Each frame has noise of its own.
+    Before a still piece, darkened, moves a disc out of another, lightened, of 0.18 to 0.3 times `size` in radius. It
+    passes the middle of the frame, or nearly so, half way. The label is `direction + DIRECTIONS * speed`; directions
+    vary by 15 degrees around their mean. Each frame has noise of its own.
 
     Args:
         pieces: uint8 [N, 3, TEXTURE, TEXTURE]; `size` is at most TEXTURE.
@@ -183,11 +184,16 @@ def moving(
     back, front = (pieces[torch.randint(len(pieces), (count,), generator=generator)].float() / 255 for _ in range(2))
     # The disc carries the middle of its piece with it; grid_sample wants coordinates from -1 to 1.
     grid = (offset * (2 / TEXTURE)).reshape(count, frames * size, size, 2)
-    disc = F.grid_sample(front, grid, align_corners=False).view(count, 3, frames, size, size)
-    still = DIM * back[:, :, None, :size, :size]
+    disc = _toned(F.grid_sample(front, grid, align_corners=False), MOVING).view(count, 3, frames, size, size)
+    still = _toned(back[:, :, None, :size, :size], STILL)
     clip = still + inside[:, None] * (disc - still)
     noise = 0.02 * torch.randn(clip.shape, generator=generator)
-    return (clip + noise - 0.5) / 0.25, labels
+    return (clip + noise - 0.5) / 0.25, labels, step
+
+
+def _toned(pixels: torch.Tensor, tones: tuple[float, float]) -> torch.Tensor:
+    """Pixels in 0 to 1, brought between two tones."""
+    return tones[0] + (tones[1] - tones[0]) * pixels
 
 
 # --------------------------------------------------------------------------------------------------- real clips
@@ -255,6 +261,8 @@ def train(
 ) -> TubeletViT:
     """A `TubeletViT` trained on endless clips of the training photos, AdamW, one cosine over all stages.
 
+    A second head, thrown away, learns the motion itself: it says which classes are neighbours.
+
     Args:
         stages: {(frames, size): steps}, in order: small clips are cheap, and motion is much the same in larger ones.
         progress: called after each step with its number and the loss.
@@ -266,16 +274,19 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     source = textures("train", 3000, seed)
     model = TubeletViT().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05, fused=True)
+    motion = nn.Linear(model.head.in_features, 2)
+    learned = [*model.parameters(), *motion.parameters()]
+    optimizer = torch.optim.AdamW(learned, lr=rate, weight_decay=0.05, fused=True)
     total = sum(stages.values())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=total, pct_start=0.1)
     sizes = [clip for clip, steps in stages.items() for _ in range(steps)]
     for number, (frames, size) in enumerate(sizes, 1):
-        x, labels = moving(source, batch, frames, size, generator)
-        loss = F.cross_entropy(model(x), labels)
+        x, labels, steps = moving(source, batch, frames, size, generator)
+        features = model.features(x)
+        loss = F.cross_entropy(model.head(features), labels) + F.mse_loss(motion(features), steps)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         schedule.step()
         progress(number, loss.item())

@@ -93,7 +93,8 @@ def transcripts(lines: str) -> dict[str, str]:
     The keys of a telephone are written * and #, but spoken.
     """
     pairs = (line.split(":", 1) for line in lines.splitlines() if ":" in line and not line.startswith(";"))
-    return {name.strip(): text.strip().replace("*", " star ").replace("#", " pound ") for name, text in pairs}
+    spoken = ((name.strip(), text.replace("*", " star ").replace("#", " pound ")) for name, text in pairs)
+    return {name: " ".join(text.split()) for name, text in spoken}
 
 
 def read_wave(path: Path) -> np.ndarray:
