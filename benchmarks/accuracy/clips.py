@@ -131,7 +131,7 @@ def textures(part: str, count: int, seed: int) -> torch.Tensor:
     Raises:
         AssetError: the photos can not be had.
     """
-    assets.require("PIL", "safetensors", "sklearn")
+    assets.require("PIL", "safetensors", "sklearn", extra="accuracy")
     photos = assets.cached_tensors(f"motion_photos-{PHOTOS.project}-{PHOTOS.version}.safetensors", _photos)
     sources = [photo.permute(2, 0, 1).float() for name, photo in sorted(photos.items()) if name.startswith(part)]
     return pieces(sources, count, np.random.default_rng(seed))

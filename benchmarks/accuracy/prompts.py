@@ -73,7 +73,7 @@ def load(min_words: int = MIN_WORDS) -> list[Prompt]:
     Raises:
         AssetError: a package or a tool can not be had, or a file is another than the one that was pinned.
     """
-    assets.require("scipy")
+    assets.require("scipy", extra="accuracy")
     with tempfile.TemporaryDirectory(dir=assets.cache_dir()) as scratch:
         root = Path(scratch)
         for deb in (SOUNDS, TEXTS):

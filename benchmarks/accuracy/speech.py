@@ -278,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.batch = args.batch or (3 if args.small else 12)
     console = Console()
     try:
-        assets.require("jiwer", "transformers")
+        assets.require("jiwer", "transformers", extra="accuracy")
         from transformers.utils import logging
 
         logging.set_verbosity_error()  # it warns of a mask that nothing reads

@@ -55,7 +55,7 @@ def trained(console: Console) -> clips.TubeletViT:
     Raises:
         AssetError: the photos or a package can not be had.
     """
-    assets.require("safetensors", "sklearn", "timm", "torchvision")
+    assets.require("safetensors", "sklearn", "timm", "torchvision", extra="accuracy")
 
     def make(_: Path) -> dict[str, np.ndarray]:
         return {name: value.numpy() for name, value in _train(STAGES, console).state_dict().items()}

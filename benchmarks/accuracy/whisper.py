@@ -161,7 +161,7 @@ def load(console: Console | None = None) -> Whisper:
     Raises:
         AssetError: the weights or a package can not be had.
     """
-    assets.require("safetensors", "tokenizers", "transformers")
+    assets.require("safetensors", "tokenizers", "transformers", extra="accuracy")
     from safetensors.torch import load_file
     from transformers import (
         GenerationConfig,
