@@ -23,7 +23,7 @@ import common
 import tome_fx
 from tome_fx import assets, timing
 
-STAGES = {(8, 32): 900, (8, 64): 60}
+STAGES = {(8, 32): 300, (8, 64): 40}
 """Steps of training on clips of (frames, pixels)."""
 BATCH, RATE, SEED = 32, 1.5e-3, 0
 WEIGHTS = f"motion_vit-{'-'.join(map(str, STAGES.values()))}-{SEED}.safetensors"
