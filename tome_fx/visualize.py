@@ -1,4 +1,4 @@
-"""Pictures of merged tokens, as in the ToMe paper (arXiv 2210.09461, figure 4 and appendix D).
+"""Pictures of merged tokens, still and moving, as in the ToMe paper (arXiv 2210.09461, figure 4 and appendix D).
 
 pillow is imported when a picture is made: importing this module needs no extra package.
 """
@@ -6,8 +6,9 @@ pillow is imported when a picture is made: importing this module needs no extra 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ import torch
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["infer_grid", "sheet", "visualize"]
+__all__ = ["infer_grid", "sheet", "visualize", "write_gif"]
 
 RGB = tuple[int, int, int]
 
@@ -23,61 +24,107 @@ RGB = tuple[int, int, int]
 MAX_CELL_ASPECT = 1.5
 
 
+@overload
 def visualize(
-    image: Image.Image,
+    picture: Image.Image,
     groups: torch.Tensor,
     *,
     prefix: int = 1,
-    grid: tuple[int, int] | None = None,
-    patch_size: int | tuple[int, int] | None = None,
+    grid: tuple[int, ...] | None = None,
+    patch_size: int | tuple[int, ...] | None = None,
     border: int = 1,
     border_color: RGB | None = None,
-) -> Image.Image:
+) -> Image.Image: ...
+
+
+@overload
+def visualize(
+    picture: Sequence[Image.Image] | np.ndarray,
+    groups: torch.Tensor,
+    *,
+    prefix: int = 1,
+    grid: tuple[int, ...] | None = None,
+    patch_size: int | tuple[int, ...] | None = None,
+    border: int = 1,
+    border_color: RGB | None = None,
+) -> list[Image.Image]: ...
+
+
+def visualize(
+    picture: Any,
+    groups: torch.Tensor,
+    *,
+    prefix: int = 1,
+    grid: tuple[int, ...] | None = None,
+    patch_size: int | tuple[int, ...] | None = None,
+    border: int = 1,
+    border_color: RGB | None = None,
+) -> Any:
     """Draw every group of patches in its mean colour, with a border where two groups meet.
 
     A group need not be connected. With ``border_color=None`` each group of two or more patches has a border colour
     of its own, so that its parts can be told: same inside, same border, same token. Lone patches then get no
-    border of their own.
+    border of their own. In a clip a group has one colour and one border over all frames.
 
     Args:
-        image: the picture the model saw, H x W pixels: cropped like the model's input, at any scale.
+        picture: the picture the model saw, H x W pixels: cropped like the model's input, at any scale. Or a clip: a
+            sequence of T such pictures, or uint8 [T, H, W, 3].
         groups: integer [N0], for every original token the index of its group. The first ``prefix`` tokens (class,
-            registers) are left out; the other N are the patches in row-major order.
+            registers) are left out; the other N are the patches in row-major order, of a clip frame by frame.
         prefix: how many leading tokens are no patches.
-        grid: (rows, columns) of patches. Default: from ``patch_size``, else by :func:`infer_grid`.
-        patch_size: side, or (height, width), of a patch in pixels of ``image``.
+        grid: (rows, columns) of patches; of a clip (steps, rows, columns) of tubelets. Default: from ``patch_size``,
+            else, for one picture, by :func:`infer_grid`.
+        patch_size: side, or (height, width), of a patch in pixels of ``picture``; of a clip (frames, height, width).
         border: width in pixels on each side of a boundary; 0 for none.
         border_color: one colour (red, green, blue; 0 to 255) for all borders.
 
     Returns:
-        RGB image of the size of ``image``.
+        RGB image of the size of ``picture``; of a clip the list of its T frames.
 
     Raises:
         ValueError: sizes do not fit each other, or a number is out of its range.
-        TypeError: ``groups`` does not hold integers.
+        TypeError: ``groups`` does not hold integers, or the clip is an array of another dtype.
     """
-    width, height = image.size
+    from PIL import Image as pil
+
     labels = _patch_labels(groups, prefix)
-    rows, columns = _grid(labels.size, (height, width), grid, patch_size)
-    smallest = min(height // rows, width // columns)
+    if isinstance(picture, pil.Image):
+        pixels = np.asarray(picture.convert("RGB"))[None]
+        shape: tuple[int, ...] = (1, *_grid(labels.size, pixels.shape[1:3], grid, patch_size))
+        return pil.fromarray(_drawn(pixels, labels.reshape(shape), border, border_color)[0])
+    pixels = _frames(picture)
+    shape = _clip_grid(labels.size, pixels.shape[:3], grid, patch_size)
+    return [pil.fromarray(frame) for frame in _drawn(pixels, labels.reshape(shape), border, border_color)]
+
+
+def write_gif(frames: Sequence[Image.Image], path: str | os.PathLike[str], fps: float = 8.0) -> None:
+    """Write frames of one size as a GIF that repeats for ever.
+
+    Raises:
+        ValueError: no frames, frames of different sizes, or ``fps`` is not above 0.
+    """
+    if len({frame.size for frame in frames}) != 1 or fps <= 0:
+        raise ValueError(f"need frames of one size, at least one, and fps above 0, got {len(frames)} and {fps}")
+    first, *others = frames
+    first.save(path, format="GIF", save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
+
+
+def _drawn(pixels: np.ndarray, labels: np.ndarray, border: int, border_color: RGB | None) -> np.ndarray:
+    """uint8 [T, H, W, 3]: ``pixels`` of that shape with the groups ``labels`` [steps, rows, columns] drawn."""
+    smallest = min(pixels.shape[1] // labels.shape[1], pixels.shape[2] // labels.shape[2])
     if border < 0 or 2 * border > smallest:
         raise ValueError(f"border must lie in [0, {smallest // 2}] for patches of {smallest} pixels, got {border}")
-
-    # Patch row of each pixel row: patches may differ by one pixel where the grid does not divide the image.
-    pixel_rows = np.arange(height) * rows // height
-    pixel_columns = np.arange(width) * columns // width
-    label_map = labels.reshape(rows, columns)[pixel_rows[:, None], pixel_columns]
-    drawn = _mean_colors(np.asarray(image.convert("RGB")), label_map)[label_map]
-    edge = _edges(label_map, border)
+    # Patch row of each pixel row: patches may differ by one pixel where the grid does not divide the picture.
+    at = (np.arange(n) * cells // n for n, cells in zip(pixels.shape, labels.shape, strict=False))
+    label_map = labels[np.ix_(*at)]
+    drawn = _mean_colors(pixels, label_map)[label_map]
+    edge = np.stack([_edges(frame, border) for frame in label_map])
     if border_color is None:
-        edge &= (np.bincount(labels) > 1)[label_map]
+        edge &= (np.bincount(labels.reshape(-1)) > 1)[label_map]
         drawn[edge] = _palette(int(labels.max()) + 1)[label_map[edge]]
     else:
         drawn[edge] = _checked_color(border_color)
-
-    from PIL import Image as pil
-
-    return pil.fromarray(drawn)
+    return drawn
 
 
 def infer_grid(patches: int, image_size: tuple[int, int]) -> tuple[int, int]:
@@ -148,11 +195,44 @@ def _patch_labels(groups: torch.Tensor, prefix: int) -> np.ndarray:
     return np.unique(groups[prefix:].cpu().numpy(), return_inverse=True)[1].reshape(-1)
 
 
+def _frames(clip: Sequence[Image.Image] | np.ndarray) -> np.ndarray:
+    """uint8 [T, H, W, 3] of a clip."""
+    if isinstance(clip, np.ndarray):
+        if clip.dtype != np.uint8:
+            raise TypeError(f"a clip must be uint8, got {clip.dtype}")
+        if clip.ndim != 4 or clip.shape[3] != 3 or 0 in clip.shape:
+            raise ValueError(f"a clip must be [T, H, W, 3], got {list(clip.shape)}")
+        return clip
+    if len({frame.size for frame in clip}) != 1:
+        raise ValueError(f"a clip needs frames of one size, at least one, got {[frame.size for frame in clip]}")
+    return np.stack([np.asarray(frame.convert("RGB")) for frame in clip])
+
+
+def _clip_grid(
+    tubelets: int,
+    clip_size: tuple[int, ...],
+    grid: tuple[int, ...] | None,
+    patch_size: int | tuple[int, ...] | None,
+) -> tuple[int, ...]:
+    """(steps, rows, columns), checked against the number of tubelets and the clip (T, H, W)."""
+    frames = clip_size[0]
+    cells = grid or patch_size
+    if not isinstance(cells, tuple) or any(isinstance(x, tuple) and len(x) != 3 for x in (grid, patch_size)):
+        raise ValueError("a clip needs grid=(steps, rows, columns) or patch_size=(frames, height, width)")
+    steps = grid[0] if grid else frames // max(cells[0], 1)
+    if steps < 1 or frames % steps or (isinstance(patch_size, tuple) and patch_size[0] * steps != frames):
+        raise ValueError(f"{frames} frames do not part into {steps} steps of one length")
+    if tubelets % steps:
+        raise ValueError(f"{tubelets} tubelets do not fill {steps} steps: is `prefix` right?")
+    inner = patch_size[1:] if isinstance(patch_size, tuple) else None
+    return steps, *_grid(tubelets // steps, clip_size[1:], grid[1:] if grid else None, inner)
+
+
 def _grid(
     patches: int,
-    image_size: tuple[int, int],
-    grid: tuple[int, int] | None,
-    patch_size: int | tuple[int, int] | None,
+    image_size: tuple[int, ...],
+    grid: tuple[int, ...] | None,
+    patch_size: int | tuple[int, ...] | None,
 ) -> tuple[int, int]:
     """(rows, columns), checked against the number of patches and the image."""
     height, width = image_size
@@ -164,7 +244,7 @@ def _grid(
         if grid not in (None, by_size):
             raise ValueError(f"patch_size gives a grid of {by_size}, grid says {grid}")
         grid = by_size
-    rows, columns = grid or infer_grid(patches, image_size)
+    rows, columns = grid or infer_grid(patches, (height, width))
     if rows < 1 or columns < 1 or rows * columns != patches:
         raise ValueError(f"{patches} patches do not fill a grid of {rows} x {columns}: is `prefix` right?")
     if rows > height or columns > width:
@@ -173,7 +253,7 @@ def _grid(
 
 
 def _mean_colors(pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """uint8 [groups, 3]: mean of uint8 ``pixels`` [H, W, 3] over each group of ``labels`` [H, W]."""
+    """uint8 [groups, 3]: mean of uint8 ``pixels`` [..., 3] over each group of ``labels`` [...]."""
     flat = labels.reshape(-1)
     sums = [np.bincount(flat, weights=pixels[..., channel].reshape(-1)) for channel in range(3)]
     return np.rint(np.stack(sums, 1) / np.bincount(flat)[:, None]).astype(np.uint8)
