@@ -124,7 +124,7 @@ def test_tensors_are_made_once_and_leave_nothing_else_in_the_cache(cache: Path) 
         return {"w": np.arange(6, dtype=np.float32).reshape(2, 3).T}  # not contiguous
 
     for _ in range(2):
-        tensors = assets._cached_tensors("name.safetensors", make)
+        tensors = assets.cached_tensors("name.safetensors", make)
         assert torch.equal(tensors["w"], torch.arange(6.0).reshape(2, 3).T)
     assert len(made) == 1
     assert [path.name for path in cache.iterdir()] == ["name.safetensors"]
@@ -133,7 +133,7 @@ def test_tensors_are_made_once_and_leave_nothing_else_in_the_cache(cache: Path) 
 def test_a_damaged_cache_file_is_named(cache: Path) -> None:
     (cache / "name.safetensors").write_bytes(b"half a file")
     with pytest.raises(AssetError, match=r"name\.safetensors is damaged"):
-        assets._cached_tensors("name.safetensors", lambda scratch: {})
+        assets.cached_tensors("name.safetensors", lambda scratch: {})
 
 
 def test_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

