@@ -144,7 +144,9 @@ def loss(right: np.ndarray, plain: np.ndarray, seed: int = 0) -> dict[str, float
     return common.bootstrap(both, lambda rows: 100 * float((rows[:, 0] - rows[:, 1]).mean()), seed=seed)
 
 
-def largest_within(points: Iterable[Mapping[str, Any]], baseline: float, points_lost: float) -> Mapping[str, Any] | None:
+def largest_within(
+    points: Iterable[Mapping[str, Any]], baseline: float, points_lost: float
+) -> Mapping[str, Any] | None:
     """The point of a constant schedule with the largest r that loses at most `points_lost` of `baseline`.
 
     Every smaller r must do so too: a lucky large r is no find.

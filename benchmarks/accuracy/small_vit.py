@@ -61,6 +61,10 @@ class Recipe:
         return f"small_vit-w{self.width}-d{self.depth}-e{self.epochs}-r{self.r}-{digest}"
 
 
+SMALL = Recipe(width=32, depth=3, heads=2, epochs=2, images=1280)
+"""A net that runs in seconds and has learned next to nothing."""
+
+
 def build(recipe: Recipe) -> nn.Module:
     """The net with its first weights: float32 [B, 3, 32, 32] -> [B, 10]; 64 patches and a class token."""
     torch.manual_seed(recipe.seed)
@@ -262,7 +266,7 @@ def recipe_of(args: Any) -> Recipe:
     """What the command line asks for; with --small a net that learns in seconds."""
     if args.small:
         args.test = min(args.test, 500)
-        return Recipe(width=32, depth=3, heads=2, epochs=2, images=1280, seed=args.seed)
+        return SMALL
     return Recipe(width=args.width, depth=args.depth, heads=args.heads, epochs=args.epochs, seed=args.seed)
 
 
