@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -165,9 +164,8 @@ def main() -> int:
             }
             for r, out in merged.items()
         ]
-        worst = {
-            r: float((min if better == "higher" else max)(statistic(out.values, base))) for r, out in merged.items()
-        }
+        extreme = np.min if better == "higher" else np.max
+        worst = {r: float(extreme(statistic(out.values, base))) for r, out in merged.items()}
         result = {
             "title": f"Dense head: saliency, {measure}",
             "measure": measure,

@@ -141,7 +141,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
 
 
 def bars(points: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-    """Distances to the ends of the intervals, below and above; a statistic may lie outside of its bootstrap's by a bit."""
+    """Distances to the ends of the intervals, below and above; at least 0: a bootstrap may leave its value out."""
     low = [max(p["value"] - p["low"], 0.0) for p in points]
     return [low, [max(p["high"] - p["value"], 0.0) for p in points]]
 
