@@ -2,7 +2,7 @@
 #   make test PYTHON=python3.12        another interpreter for a new .venv
 #   make demo ARGS="--photo my.jpg"    arguments go through to the command
 #   make bench BENCH=NAME              another script of benchmarks/
-#   make bench-all ARGS=--fresh        measure again what has a result already
+#   make bench-all ARGS=--fresh        measure again what has a result already; make accuracy ARGS=--fresh too
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -14,10 +14,10 @@ PIP    := $(PY) -m pip install --quiet --quiet --disable-pip-version-check
 .DEFAULT_GOAL := help
 # Two installs into one .venv at the same time would break it, so no -j.
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint bench bench-all bench-gpu zoo clean
+.PHONY: help demo test test-all lint bench bench-all bench-gpu accuracy zoo clean
 
 help:
-	@echo "make demo | test | test-all | lint | bench | bench-all | bench-gpu | zoo | clean"
+	@echo "make demo | test | test-all | lint | bench | bench-all | bench-gpu | accuracy | zoo | clean"
 
 demo: $(VENV)/.stamp-demo
 	$(PY) -m tome_fx demo $(ARGS)
@@ -50,6 +50,12 @@ bench-gpu: $(VENV)/.stamp-bench
 	$(PY) benchmarks/speed.py vit_large_512 vit_huge_518 --device cuda --dtype bfloat16 --batch 32 --mode $(MODES) $(ARGS)
 	$(PY) benchmarks/speed.py deit_small_r13 --device cuda --dtype bfloat16 --batch 128 --mode $(MODES) $(ARGS)
 	$(PY) benchmarks/report.py
+
+# Two hours on two cores, most of it training. A script that fails does not keep the others from running.
+ACCURACY := images small_vit dense ablations
+accuracy: $(VENV)/.stamp-accuracy
+	status=0; for script in $(ACCURACY); do $(PY) benchmarks/accuracy/$$script.py $(ARGS) || status=1; done; \
+	$(PY) benchmarks/accuracy/report.py && exit $$status
 
 zoo: $(VENV)/.stamp-zoo
 	$(PY) benchmarks/zoo.py $(ARGS)
