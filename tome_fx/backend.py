@@ -105,7 +105,9 @@ def tome_backend(
     Raises: TypeError or ValueError on values that are not allowed.
     """
     return ToMeBackend(
-        ToMeConfig(r, flops, every, multiple, prop_attn, metric, protect, placement, padding_first, inner, strict)
+        ToMeConfig(
+            r, flops, every, multiple, prop_attn, metric, protect, placement, padding_first, inner, strict
+        )
     )
 
 

@@ -103,7 +103,9 @@ def merge_add(
     return out
 
 
-def merge_bias(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
+def merge_bias(
+    x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor
+) -> Tensor:
     """`tome::merge_bias` of `x` `[*sample, N, *rest]` of a dtype in `DTYPES`, read through its strides."""
     held = library()
     assert held is not None
