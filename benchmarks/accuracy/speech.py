@@ -26,7 +26,7 @@ import tome_fx
 import whisper
 from tome_fx import assets, timing
 
-GRID = (100, 200, 250, 300, 350)
+GRID = (100, 200, 300, 350)
 SMALL_GRID = (200,)
 POINTS, SAME = 1.0, 0.1
 """Points of word error rate that are asked for: most that merging may cost, and between two inner compilers."""
