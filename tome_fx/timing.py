@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import gc
 import datetime
+import gc
 import importlib
 import json
 import os
