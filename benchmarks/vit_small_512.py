@@ -1,6 +1,6 @@
 """ViT-S/16 at 512 px (1025 tokens), batch 2, r=64: does merging in the graph reach what merging can give?
 
-Claims: tome_fx runs at 0.95 or more of the slice oracle's speed, and 1.15 times as fast as ToMe as a compiled patch; its
+Claims: tome_fx runs at 0.95 or more of the slice oracle's speed, and 1.15 times as fast as a compiled ToMe patch; its
 passes take less than a tenth of plain Inductor's cold compile; its whole cold compile takes at most 1.5 times plain
 Inductor's.
 """
