@@ -70,7 +70,10 @@ def test_models_are_found_by_looking() -> None:
     assert len(zoo_models.names(sweep=True)) > 200
 
 
-@pytest.mark.parametrize("name", ["timm/pit_ti_224", "transformers/vit:sdpa", "torchvision/swin_t"])
+ONE_ROW = ["timm/pit_ti_224", "transformers/vit:sdpa", pytest.param("torchvision/swin_t", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("name", ONE_ROW)
 def test_one_row(name: str) -> None:
     """A row by the command that makes it, in its own process."""
     if name.startswith("timm/pit"):
