@@ -56,10 +56,11 @@ def schedule(r: Any) -> str:
 
 
 def rows(result: Mapping[str, Any]) -> Iterable[list[str]]:
-    """The baseline and every point of every curve, with its difference from the baseline."""
-    unit, base = result["unit"], result["baseline"]
-    yield ["no merging", "", "", interval(base, unit), "", str(base["n"]), "1", "1"]
+    """The baseline and every point of every curve, with its difference from the curve's r=0, or from the baseline."""
+    unit, plain = result["unit"], result["baseline"]
+    yield ["no merging", "", "", interval(plain, unit), "", str(plain["n"]), "1", "1"]
     for curve in result["curves"]:
+        base = next((p for p in curve["points"] if p["r"] == 0), plain)
         for p in curve["points"]:
             apart = f"{p['value'] - base['value']:+.{2 if unit == '%' else 3}f}"
             tokens = "-" if p["tokens"] is None else p["tokens"]
