@@ -26,7 +26,7 @@ LIMIT = 300_000
 WIDTH = 1600
 PHOTO_SIZE, PHOTO_R = 518, 96
 CLIP, CLIP_R, CLIP_SHAPE, CLIP_START = "bigbuckbunny", 160, (16, 96), 60
-DRAWN = 160
+DRAWN = 128
 """Pixels of each frame in the GIF."""
 
 
