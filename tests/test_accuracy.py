@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -343,3 +344,15 @@ def test_the_small_version_runs_to_the_page(tmp_path: Path, monkeypatch: pytest.
     assert correlation["curves"][0]["points"][0]["value"] > 0.8
     assert picture.stat().st_size < 300_000
     assert "is there" in run("images", "--small", *out)
+
+
+def test_make_accuracy_can_hand_its_options_to_every_script() -> None:
+    """`make accuracy ARGS=--fresh`: no script may end at an option that the others take."""
+    root = Path(__file__).parent.parent
+    (scripts,) = re.findall(r"^ACCURACY := (.*)$", (root / "Makefile").read_text(), re.M)
+    for script in scripts.split():
+        done = subprocess.run(
+            [sys.executable, root / "benchmarks/accuracy" / f"{script}.py", "--help"], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert {"--fresh", "--small", "--out"} <= set(re.findall(r"--\w+", done.stdout)), script

@@ -25,7 +25,8 @@ destinations, both ascending, neither fewer than half of the tokens rounded down
 Matcher = Callable[[Tensor, int, Tensor, Tensor, Similarity], tuple[Tensor, Tensor, Tensor]]
 """See `register_matcher`."""
 
-_SMALLEST_NORM = 1e-12
+SMALLEST_NORM = 1e-12
+"""Shorter vectors have no direction."""
 
 
 # -- similarity --------------------------------------------------------------------------------------------------------
@@ -33,7 +34,7 @@ _SMALLEST_NORM = 1e-12
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Cosine of the angle, what the paper takes (ToMe, arXiv 2210.09461, section 3 and table 1)."""
-    a, b = (x / x.norm(dim=-1, keepdim=True).clamp_min(_SMALLEST_NORM) for x in (a, b))
+    a, b = (x / x.norm(dim=-1, keepdim=True).clamp_min(SMALLEST_NORM) for x in (a, b))
     return dot(a, b)
 
 

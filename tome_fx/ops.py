@@ -114,14 +114,11 @@ def _match(metric: Tensor, size: Tensor | None, r: int, prefix: int, suffix: int
     return found if len(sample) == 1 else tuple(x.reshape(*sample, x.shape[-1]) for x in found)
 
 
-_SMALLEST_NORM = 1e-12
-
-
 def directions(metric: Tensor, prefix: int, suffix: int) -> Tensor:
     """`[batch, N, h, d]` -> float32 `[batch, N - prefix - suffix, d]`: the unit vectors that `match` compares."""
     # A sum has the direction of the mean.
     body = metric[:, prefix : metric.shape[1] - suffix].sum(-2, dtype=torch.float32)
-    return body / body.norm(dim=-1, keepdim=True).clamp_min(_SMALLEST_NORM)
+    return body / body.norm(dim=-1, keepdim=True).clamp_min(matching.SMALLEST_NORM)
 
 
 def best_partner_aten(unit: Tensor, first: int) -> tuple[Tensor, Tensor]:
@@ -473,7 +470,7 @@ def apart(metric: Tensor, kinds: Tensor, heads: bool, first: bool, similarity: s
     if similarity == "dot":  # one factor for all of a sample keeps the order of its products
         norm = norm.amax(-2, keepdim=True)
         kinds = kinds * (2 - kinds[..., :1]) if first else kinds
-    x = x / norm.clamp_min(_SMALLEST_NORM)
+    x = x / norm.clamp_min(matching.SMALLEST_NORM)
     x = x * kinds[..., :1] if first else x
     return torch.cat([x, _APART * kinds], -1)
 

@@ -19,14 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import common
 from tome_fx import assets
 
-PHOTOS = assets.PinnedWheel(
-    project="mvtb-data",
-    version="1.6.1",
-    filename="mvtb_data-1.6.1-py3-none-any.whl",
-    sha256="0ca9c30e100fa272421068a167ea6529085ff8f4afdca72e5fad681c52cabdbf",
-)
 TRAIN_PHOTOS = {
     "building2-1.png": "5f301b7940c8ab132b59bcfc716a6d39bdc9fd9b3bb796141dafa57154270bb0",
     "building2-2.png": "6299e94d71f1b98335053724652e5fddb190a4d3eaf89f5d982f502366e1f9f5",
@@ -112,7 +107,7 @@ def _photos(scratch: Path) -> dict[str, np.ndarray]:
 
     names = {**dict.fromkeys(TRAIN_PHOTOS, "train"), **dict.fromkeys(TEST_PHOTOS, "test")}
     members = {f"mvtbdata/images/{name}": sha256 for name, sha256 in {**TRAIN_PHOTOS, **TEST_PHOTOS}.items()}
-    paths = assets.wheel_members(PHOTOS, members, scratch)
+    paths = assets.wheel_members(common.PHOTOS, members, scratch)
     images = {f"{part}/{name}": Image.open(path) for (name, part), path in zip(names.items(), paths, strict=True)}
     images |= {f"test/{n}": image for n, image in zip(assets.SAMPLE_PHOTOS, assets.photos(), strict=True)}
     return {name: np.asarray(_smaller(image.convert("RGB"))) for name, image in images.items()}
@@ -132,7 +127,9 @@ def textures(part: str, count: int, seed: int) -> torch.Tensor:
         AssetError: the photos can not be had.
     """
     assets.require("PIL", "safetensors", "sklearn", extra="accuracy")
-    photos = assets.cached_tensors(f"motion_photos-{PHOTOS.project}-{PHOTOS.version}.safetensors", _photos)
+    photos = assets.cached_tensors(
+        f"motion_photos-{common.PHOTOS.project}-{common.PHOTOS.version}.safetensors", _photos
+    )
     sources = [photo.permute(2, 0, 1).float() for name, photo in sorted(photos.items()) if name.startswith(part)]
     return pieces(sources, count, np.random.default_rng(seed))
 

@@ -13,17 +13,26 @@ JSON, one file for each claim, `benchmarks/results/accuracy/NAME.json`:
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
-from tome_fx import timing
+from tome_fx import assets, timing
 
 RESULTS = Path(__file__).parent.parent / "results" / "accuracy"
+PHOTOS = assets.PinnedWheel(
+    project="mvtb-data",
+    version="1.6.1",
+    filename="mvtb_data-1.6.1-py3-none-any.whl",
+    sha256="0ca9c30e100fa272421068a167ea6529085ff8f4afdca72e5fad681c52cabdbf",
+)
+"""121 photos, MIT."""
 Z = 1.959964
 """Standard normal quantile of a two-sided 95 % interval."""
 
@@ -50,6 +59,29 @@ def speeds(steps: Mapping[str, timing.Step], baseline: str, rounds: int = 5) -> 
     """Throughput of each step over that of `baseline`, from interleaved rounds after a warm-up call each."""
     times = timing.interleaved(steps, rounds)
     return {name: timing.ratio(times[name], times[baseline]) for name in steps}
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that every script here takes."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--small", action="store_true", help="little data and no training to speak of: does it run?")
+    options.add_argument("--fresh", action="store_true", help="even where there is a result")
+    options.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
+    return options
+
+
+def pending(args: argparse.Namespace, name: str, console: Console) -> bool:
+    """Whether NAME.json is to be made; else a line says that it is there."""
+    path = args.out / f"{name}.json"
+    if path.exists() and not args.fresh:
+        console.print(f"{path.name} is there; --fresh measures again")
+        return False
+    return True
+
+
+def room_for(graphs: int) -> Any:
+    """A context in which one function may be compiled that often: past its limit Dynamo would run the rest eagerly."""
+    return torch._dynamo.config.patch(recompile_limit=8 * graphs, fail_on_recompile_limit_hit=True)
 
 
 def save(name: str, result: Mapping[str, Any], console: Console, out: Path = RESULTS) -> Path:

@@ -28,12 +28,6 @@ PICTURE = Path(__file__).parent.parent.parent / "docs" / "images" / "saliency.pn
 SHOWN = (8, 16)
 """r of the heat maps in the picture."""
 RS = (4, 8, 12, 16, 20)
-PHOTOS = assets.PinnedWheel(
-    project="mvtb-data",
-    version="1.6.1",
-    filename="mvtb_data-1.6.1-py3-none-any.whl",
-    sha256="0ca9c30e100fa272421068a167ea6529085ff8f4afdca72e5fad681c52cabdbf",
-)
 MEMBERS = {
     "castle.png": "a97f32f7220f25633c1498d2db45ec62b1b6d29e1741f2755ddef09e9d692671",
     "church.png": "da95c3bd662c84a41fc46bb4cf25d47deeafd6e545075585b5dacd1da9722c14",
@@ -91,7 +85,9 @@ def saliency(console: Console) -> Saliency:
 
 def _photo_arrays(scratch: Path) -> dict[str, np.ndarray]:
     """uint8 [224, 224, 3] of every photo of mvtb-data, by name."""
-    paths = assets.wheel_members(PHOTOS, {f"mvtbdata/images/{name}": sha for name, sha in MEMBERS.items()}, scratch)
+    paths = assets.wheel_members(
+        common.PHOTOS, {f"mvtbdata/images/{name}": sha for name, sha in MEMBERS.items()}, scratch
+    )
     return {path.stem: np.asarray(assets.crop(assets.photos(path)[0], SIDE)) for path in paths}
 
 
@@ -102,8 +98,10 @@ def photos(small: bool, console: Console) -> dict[str, Image.Image]:
     """
     found = {Path(n).stem: assets.crop(p, SIDE) for n, p in zip(assets.SAMPLE_PHOTOS, assets.photos(), strict=True)}
     if not small:
-        with console.status(f"photos out of {PHOTOS.requirement} (130 MB, 1 MB of it kept)"):
-            more = assets.cached_tensors(f"dense_photos-{PHOTOS.project}-{PHOTOS.version}.safetensors", _photo_arrays)
+        with console.status(f"photos out of {common.PHOTOS.requirement} (130 MB, 1 MB of it kept)"):
+            more = assets.cached_tensors(
+                f"dense_photos-{common.PHOTOS.project}-{common.PHOTOS.version}.safetensors", _photo_arrays
+            )
         found |= {name: Image.fromarray(more[name].numpy()) for name in sorted(more)}
     return found
 

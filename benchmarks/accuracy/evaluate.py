@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,10 +111,8 @@ def throughput(
 ) -> dict[str, float]:
     """Throughput of each way over plain Inductor's on one batch `x`, all interleaved in one process."""
     torch.compiler.reset()
-    # The ways share a code object: without room for all of them Dynamo would run the last ones eagerly.
-    room = {"recompile_limit": 8 * (len(ways) + 1), "fail_on_recompile_limit_hit": True}
     steps: dict[str, timing.Step] = {}
-    with torch.no_grad(), torch._dynamo.config.patch(room):
+    with torch.no_grad(), common.room_for(len(ways) + 1):
         for name, options in bar([("", None), *ways.items()], "compiling", console):
             steps[name] = partial(compiled(model, options, "inductor"), x)
             steps[name]()
@@ -169,11 +166,8 @@ def describe(best: Mapping[str, Any] | None, lost: Mapping[str, Any] | None) -> 
 
 
 def parser(description: str, rounds: int = 5) -> argparse.ArgumentParser:
-    """The options that every script here takes."""
-    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--small", action="store_true", help="few images, eager, no timing: does it run?")
-    options.add_argument("--fresh", action="store_true", help="even where there is a result")
-    options.add_argument("--out", type=Path, default=common.RESULTS, help="directory of the results")
+    """The options of a script on images."""
+    options = common.parser(description)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--threads", type=int, help="threads of torch (default: torch's)")
     options.add_argument("--rounds", type=int, default=rounds, help="timed rounds (default %(default)s)")
@@ -182,16 +176,12 @@ def parser(description: str, rounds: int = 5) -> argparse.ArgumentParser:
 
 
 def pending(args: argparse.Namespace, name: str, console: Console) -> bool:
-    """Whether NAME.json is to be made; else a line says that it is there. Sets the threads too."""
+    """`common.pending`. Sets the threads too."""
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.small:
         args.no_speed = True
-    path = args.out / f"{name}.json"
-    if path.exists() and not args.fresh:
-        console.print(f"{path.name} is there; --fresh measures again")
-        return False
-    return True
+    return common.pending(args, name, console)
 
 
 def machine() -> dict[str, Any]:

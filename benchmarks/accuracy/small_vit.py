@@ -194,9 +194,8 @@ def training_step(model: nn.Module, options: evaluate.Options, x: Tensor, y: Ten
 def step_ratio(recipe: Recipe, x: Tensor, y: Tensor, rounds: int) -> float:
     """Training steps a second with merging over those without, both compiled by Inductor."""
     torch.compiler.reset()
-    room = {"recompile_limit": 32, "fail_on_recompile_limit_hit": True}
     ways: dict[str, evaluate.Options] = {"": None, "merged": {"r": recipe.r}}
-    with torch._dynamo.config.patch(room):
+    with common.room_for(len(ways)):
         steps = {name: training_step(build(recipe).train(), options, x, y) for name, options in ways.items()}
         return common.speeds(steps, "", rounds)["merged"]
 

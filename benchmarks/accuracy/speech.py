@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,8 +29,6 @@ GRID = (100, 200, 300, 350)
 SMALL_GRID = (200,)
 POINTS, SAME = 1.0, 0.1
 """Points of word error rate that are asked for: most that merging may cost, and between two inner compilers."""
-RECOMPILE_LIMIT = 64
-"""Every r is one more graph of one function: Dynamo would run the ninth eagerly."""
 
 Encoder = Callable[[torch.Tensor], Any]
 
@@ -268,28 +265,28 @@ def _notes(alone: Curve, found: Mapping[int, Measured], args: argparse.Namespace
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__ or "")
     parser.add_argument("--r", type=int, nargs="+", help=f"default {' '.join(map(str, GRID))}")
     parser.add_argument("--batch", type=int, help="sounds at once (default 12)")
-    parser.add_argument("--small", action="store_true", help="6 prompts, one r: a check that all runs")
-    parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
     args.r = args.r or (SMALL_GRID if args.small else GRID)
     args.batch = args.batch or (3 if args.small else 12)
-    console = Console()
+    name, console = "speech-small" if args.small else "speech", Console()
+    if not common.pending(args, name, console):
+        return 0
     try:
         assets.require("jiwer", "transformers", extra="accuracy")
         from transformers.utils import logging
 
         logging.set_verbosity_error()  # it warns of a mask that nothing reads
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True):
+        with common.room_for(len(args.r) + 2):
             result = run(args, console)
     except assets.AssetError as error:
         print(error, file=sys.stderr)
         return 2
     for found in result["found"]:
         console.print(f"{found['text']}: {found['value']}", highlight=False)
-    common.save("speech-small" if args.small else "speech", result, console, args.out)
+    common.save(name, result, console, args.out)
     return 0
 
 

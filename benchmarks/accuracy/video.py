@@ -43,8 +43,6 @@ UNTRAINED = "A check that all runs: the network is hardly trained, the numbers s
 SMALL_GAIN = "Speed is of the whole network, one batch. Its tokens are few and narrow: there is little to gain."
 OTHER_KIND = f"""The network was trained on synthetic motion at {SHAPE[1]} px; these clips are larger and of another
     kind, so this says how much merging moves its features, not how good they are."""
-RECOMPILE_LIMIT = 64
-"""Every r is one more graph of one function: Dynamo would run the ninth eagerly."""
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 
@@ -234,15 +232,13 @@ def fidelity(model: clips.TubeletViT, args: argparse.Namespace, console: Console
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__ or "")
     parser.add_argument("--r", type=int, nargs="+", help=f"for accuracy, default {' '.join(map(str, GRID))}")
     parser.add_argument("--real-r", type=int, nargs="+", help=f"for features, default {' '.join(map(str, REAL_GRID))}")
     parser.add_argument("--clips", type=int, help="test clips (default 1000)")
     parser.add_argument("--batch", type=int, help="clips at once (default 40)")
     parser.add_argument("--rounds", type=int, help="timed rounds (default 5)")
-    parser.add_argument("--small", action="store_true", help="untrained, one r: a check that all runs")
     parser.add_argument("--train-only", action="store_true", help="train, or find the weights in the cache, and stop")
-    parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the results")
     args = parser.parse_args(argv)
     args.r = args.r or (SMALL_GRID if args.small else GRID)
     args.real_r = args.real_r or (SMALL_REAL_GRID if args.small else REAL_GRID)
@@ -254,12 +250,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = _train(SMALL_STAGES, console) if args.small else trained(console)
         if args.train_only:
             return 0
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True):
-            for name, measure in (("video", accuracy), ("video_real", fidelity)):
+        with common.room_for(len(args.r) + len(args.real_r) + 2):
+            for kind, measure in (("video", accuracy), ("video_real", fidelity)):
+                name = f"{kind}-small" if args.small else kind
+                if not common.pending(args, name, console):
+                    continue
                 result = measure(model, args, console)
                 for found in result["found"]:
                     console.print(f"{found['text']}: {found['value']}", highlight=False)
-                common.save(f"{name}-small" if args.small else name, result, console, args.out)
+                common.save(name, result, console, args.out)
     except assets.AssetError as error:
         print(error, file=sys.stderr)
         return 2

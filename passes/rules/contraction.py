@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from ..axes import expr as size_expr
-from ..layout import Run
 from ..trace import Traced
 from .base import (
     Call,
@@ -42,17 +41,14 @@ class Contraction(SignatureRule):
         """What tokens are summed with (a mask, weights) keeps its share of each group, of all that sizes count if these
         weigh the sum."""
         node, want = call.nodes[i], decision.ins[i]
-        summed = [d for d, letter in enumerate(sig.ins[i]) if letter is not None and sig.role(letter) is Role.SUM]
-        if fill_of(sig, call, env.facts, i) is not Fill.MEAN or all(env.layout(node)[d] == want[d] for d in summed):
+        summed = [
+            [d for d, x in enumerate(letters) if x is not None and sig.role(x) is Role.SUM] for letters in sig.ins
+        ]
+        if fill_of(sig, call, env.facts, i) is not Fill.MEAN or all(env.layout(node)[d] == want[d] for d in summed[i]):
             return super().operand(call, env, decision, sig, i)
-        runs = [run for j in range(len(sig.ins)) for run in self._summed(sig, decision, j)]
+        runs = [run for layout, dims in zip(decision.ins, summed, strict=True) for d in dims for run in layout[d]]
         fill = Fill.SHARE if any(run.extensive for run in runs) else Fill.COUNT
         return env.fetch(node, want, fill, frame_dims(sig, call, env.facts) if sig.frame is not None else None)
-
-    @staticmethod
-    def _summed(sig: Signature, decision: Decision, i: int) -> list[Run]:
-        dims = zip(sig.ins[i], decision.ins[i], strict=True)
-        return [run for letter, runs in dims if letter is not None and sig.role(letter) is Role.SUM for run in runs]
 
     def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
         sig = self.signature(call, env.facts)
