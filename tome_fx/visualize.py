@@ -26,19 +26,6 @@ MAX_CELL_ASPECT = 1.5
 
 @overload
 def visualize(
-    picture: Image.Image,
-    groups: torch.Tensor,
-    *,
-    prefix: int = 1,
-    grid: tuple[int, ...] | None = None,
-    patch_size: int | tuple[int, ...] | None = None,
-    border: int = 1,
-    border_color: RGB | None = None,
-) -> Image.Image: ...
-
-
-@overload
-def visualize(
     picture: Sequence[Image.Image] | np.ndarray,
     groups: torch.Tensor,
     *,
@@ -48,6 +35,19 @@ def visualize(
     border: int = 1,
     border_color: RGB | None = None,
 ) -> list[Image.Image]: ...
+
+
+@overload
+def visualize(
+    picture: Image.Image,
+    groups: torch.Tensor,
+    *,
+    prefix: int = 1,
+    grid: tuple[int, ...] | None = None,
+    patch_size: int | tuple[int, ...] | None = None,
+    border: int = 1,
+    border_color: RGB | None = None,
+) -> Image.Image: ...
 
 
 def visualize(
