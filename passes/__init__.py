@@ -12,6 +12,8 @@
 | `drop_unread`    | ops whose rows nobody reads -> on the rows that are read; only on request |
 | `lower`          | tome ops -> the form that is fastest on the device                |
 | `verify`         | what must hold of the result                                      |
+
+After AOTAutograd, on a CPU, `lengths` makes token counts symbols, so that layers share Inductor's kernels.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from .find_attention import find_attention, fuse_attention
 from .find_blocks import find_blocks
 from .flatten_grids import flatten_grids
 from .infer_axes import infer_axes
+from .lengths import lengths_to_share
 from .lower import lower
 from .plan import make_plan, site_reports
 from .rewrite import rewrite
@@ -49,7 +52,7 @@ PIPELINE = (
 @dataclass
 class Result:
     """gm: the rewritten graph, or None where the original is to be used. captured: the IR it came from. lengths: the
-    values of its inputs behind those of the original."""
+    lengths that merges leave, each once; none where layers would gain nothing by sharing kernels."""
 
     gm: fx.GraphModule | None
     report: ToMeReport
@@ -61,10 +64,9 @@ def run_pipeline(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
     config: ToMeConfig,
-    by_length: bool = False,
     every_row: bool = True,
 ) -> Result:
-    """All passes over one graph. by_length: see `rewrite`. every_row: what nobody reads is computed as well.
+    """All passes over one graph. every_row: what nobody reads is computed as well.
 
     Raises ValueError where the schedule does not fit, VerifyError on a bug of ours.
 
@@ -105,15 +107,15 @@ def run_pipeline(
             report.skipped.append(SkipReason("no attention", "", why))
         return Result(None, report, captured)
     with _timed(seconds, "rewrite"):
-        rewritten, lengths = rewrite(captured, facts, calls, plan, config, by_length)
+        rewritten = rewrite(captured, facts, calls, plan, config)
     if not every_row:
         with _timed(seconds, "drop_unread"):
             report.unread_ops = drop_unread(rewritten)
     with _timed(seconds, "lower"):
         lower(rewritten)
     with _timed(seconds, "verify"):
-        verify(captured.gm, rewritten, len(lengths))
-    return Result(rewritten, report, captured, lengths)
+        verify(captured.gm, rewritten)
+    return Result(rewritten, report, captured, lengths_to_share(captured.gm, plan))
 
 
 @contextmanager

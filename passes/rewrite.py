@@ -33,7 +33,7 @@ from .capture import Captured, is_impure
 from .find_blocks import PAPERS, Block
 from .layout import DimLayout, Layout, Run, Step, is_plain, plain
 from .masks import KeyMask, token_dims
-from .plan import Merge, Plan, size_hint
+from .plan import Merge, Plan
 from .reach import only_summed
 from .rules import Call, Facts, find
 from .rules.base import Fill, tensors_of
@@ -49,34 +49,11 @@ def rewrite(
     calls: dict[fx.Node, Call],
     plan: Plan,
     config: ToMeConfig,
-    by_length: bool = False,
-) -> tuple[fx.GraphModule, list[int]]:
-    """The rewritten graph, with the placeholders of `captured.gm`, and the values of those that follow.
-
-    by_length: the lengths that merges leave become inputs of the graph, so that layers which differ in nothing else
-    share the kernels that a compiler makes of them. Only where there are several, and no other size is symbolic.
-    """
-    emitter = Emitter(captured, facts, calls, plan, config)
-    lengths = _lengths(captured.gm, plan) if by_length else []
-    graph = emitter.run_graph(lengths)
+) -> fx.GraphModule:
+    """The rewritten graph, with the placeholders of `captured.gm`."""
+    graph = Emitter(captured, facts, calls, plan, config).run_graph()
     graph.eliminate_dead_code(is_impure_node=is_impure)
-    return _make_graph_module(torch.nn.Module(), graph), lengths
-
-
-FEWEST_LENGTHS = 3
-"""Lengths from which sharing kernels saves more than symbolic sizes cost."""
-
-
-def _lengths(gm: fx.GraphModule, plan: Plan) -> list[int]:
-    """The lengths that merges leave, each once; none where another size of the graph is symbolic."""
-    for node in gm.graph.find_nodes(op="placeholder"):
-        val = node.meta.get("val")
-        if isinstance(val, torch.SymInt) or (
-            isinstance(val, Tensor) and any(isinstance(size, torch.SymInt) for size in val.shape)
-        ):
-            return []
-    found = list(dict.fromkeys(size_hint(merge.step.after) for merge in plan.merges.values()))
-    return found if len(found) >= FEWEST_LENGTHS else []
+    return _make_graph_module(torch.nn.Module(), graph)
 
 
 @dataclass(frozen=True)
@@ -112,15 +89,11 @@ class Emitter:
         self._composed: dict[tuple[Step, Step], StepTensors] = {}
         self._weights: dict[Any, Traced] = {}
         self._met: dict[Step, tuple[Traced | None, Traced]] = {}
-        self.lengths: dict[Any, torch.SymInt] = {}
 
     # -- nodes -----------------------------------------------------------------------------------------------------
 
-    def run_graph(self, lengths: Sequence[int] = ()) -> fx.Graph:
-        """The new graph. lengths: those that are to be inputs of it, behind the others."""
-        for node in self.source.find_nodes(op="placeholder"):
-            self._visit(node)
-        self.lengths = dict(zip(lengths, self.builder.lengths(lengths), strict=True))
+    def run_graph(self) -> fx.Graph:
+        """The new graph."""
         for node in self.source.nodes:
             if node.op == "output":
                 self.builder.begin(node)
@@ -248,18 +221,10 @@ class Emitter:
     def _size_of(self, atoms: Sequence[Atom]) -> Any:
         return self.builder.size(size_of(atoms))
 
-    def _run_size(self, run: Run) -> Any:
-        length = self._length(run.step.base or run.step)
-        return run.step.after if length is None else length + sum(run.step.offset)
-
-    def _length(self, step: Step) -> torch.SymInt | None:
-        """The input that stands for the length that a step leaves, if there is one."""
-        return self.lengths[step.after] if self.lengths else None
-
     def _dim_size(self, atoms: Sequence[Atom], runs: DimLayout) -> Any:
         total: Any = 1
         for factor in _factors(atoms, runs):
-            total = total * (self._run_size(factor) if isinstance(factor, Run) else self._size_of([factor]))
+            total = total * (factor.step.after if isinstance(factor, Run) else self._size_of([factor]))
         return total
 
     # -- steps -----------------------------------------------------------------------------------------------------
@@ -349,10 +314,8 @@ class Emitter:
             kind = cat(kinds, -1) if len(kinds) > 1 else kinds[0]
             compared_by = () if config.similarity == "cosine" else (config.similarity,)
             metric, heads = call(tome.apart.default, metric, kind, heads, first, *compared_by), False
-        after = self._length(step)
-        r = merge.r if after is None else metric.shape[-3 if heads else -2] - after
         match, names = (tome.match.default, ()) if config.pairing == PAPERS else (tome.match_by.default, config.pairing)
-        assign, keep, moved, similarity = call(match, metric, r, step.prefix, step.suffix, heads, *names)
+        assign, keep, moved, similarity = call(match, metric, merge.r, step.prefix, step.suffix, heads, *names)
         similarity.node.args[0].meta["tome_merge"] = block.name
         size = call(tome.merge_size.default, before, assign, keep, moved) if config.counts else None
         seen = None
@@ -565,7 +528,7 @@ class Emitter:
             if len(own) == 1:
                 shape.append(x.shape[d])
             else:
-                shape += [self._run_size(f) if isinstance(f, Run) else self._size_of([f]) for f in own]
+                shape += [f.step.after if isinstance(f, Run) else self._size_of([f]) for f in own]
         return (x.reshape(shape) if len(shape) != x.dim() else x), factors
 
     @staticmethod
@@ -626,7 +589,7 @@ class Emitter:
             mine = [f for f in own if f in held or (e == d and isinstance(f, Run) and f.key == run.key)]
             for f in own if mine else []:
                 source = len(sample) if isinstance(f, Run) and f in mine else held.get(f, -1)
-                length = self._run_size(f) if isinstance(f, Run) else self._size_of([f])
+                length = f.step.after if isinstance(f, Run) else self._size_of([f])
                 if source >= 0:
                     order.append(source)
                     grown.append(length)

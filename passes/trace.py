@@ -18,9 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.node import map_aggregate
 from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._sympy.interp import sympy_interp
@@ -50,19 +48,6 @@ class Builder:
         """A copy of an input of the old graph."""
         new = self.graph.placeholder(str(node.target))
         return self._held(new, node.meta.get("val"))
-
-    def lengths(self, values: Sequence[int]) -> list[torch.SymInt]:
-        """New inputs for sizes that are these numbers: symbols of an environment of their own, each with its number as
-        the hint, so that no guard on them reaches the caller's."""
-        env, found = ShapeEnv(duck_shape=False), []
-        for i, value in enumerate(values):
-            name = f"tome_length_{i}"
-            source = ConstantSource(name)
-            symbol = env.create_symbol(value, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
-            node = self.graph.placeholder(name)
-            node._dynamo_source = source
-            found.append(self._held(node, env.create_symintnode(symbol, hint=value, source=source)))
-        return found
 
     def copy(self, target: Any, args: Any, kwargs: Any, val: Any) -> Any:
         """A node whose result is known: `val`, the old graph's fake value, or one made by `like`."""

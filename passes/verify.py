@@ -16,12 +16,12 @@ class VerifyError(Exception):
     """The rewritten graph breaks an invariant: a bug in the passes. The original graph is used instead."""
 
 
-def verify(before: fx.GraphModule, after: fx.GraphModule, lengths: int = 0) -> None:
-    """Raise VerifyError unless `after`, given so many lengths as last inputs, can stand in for `before`."""
+def verify(before: fx.GraphModule, after: fx.GraphModule) -> None:
+    """Raise VerifyError unless `after` can stand in for `before`."""
     after.graph.lint()
     count = [len(gm.graph.find_nodes(op="placeholder")) for gm in (before, after)]
-    if count[0] + lengths != count[1]:
-        raise VerifyError(f"the graph had {count[0]} inputs and has {count[1] - lengths}")
+    if count[0] != count[1]:
+        raise VerifyError(f"the graph had {count[0]} inputs and has {count[1]}")
     old, new = _outputs(before), _outputs(after)
     if len(old) != len(new):
         raise VerifyError(f"the graph had {len(old)} outputs and has {len(new)}")

@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tome_fx.config import ToMeConfig, updated
 from tome_fx.kernels import cpu
-from tome_fx.passes import Result, run_pipeline
+from tome_fx.passes import Result, lengths, run_pipeline
 from tome_fx.report import SkipReason, ToMeReport, record
 from tome_fx.schedule import ScheduleError
 
@@ -56,11 +56,12 @@ class ToMeBackend:
         options = dict(kwargs.pop("options", None) or {})
         own = {key.removeprefix("tome."): options.pop(key) for key in list(options) if key.startswith("tome.")}
         config = updated(self.config, own) if own else self.config
-        by_length = _shares_kernels(example_inputs, config)
-        rewritten, report = transform(gm, example_inputs, config, by_length)
+        rewritten, report = transform(gm, example_inputs, config)
         if rewritten is not None:
-            if by_length:
+            if _shares_kernels(example_inputs, config):
                 cpu.prepare()
+            else:
+                rewritten.meta.pop(LENGTHS)
             try:
                 compiled = compile_inner(rewritten, example_inputs, config.inner, options=options, **kwargs)
             except torch._dynamo.exc.TorchDynamoException:  # how Dynamo is asked to trace again
@@ -146,18 +147,17 @@ def transform(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
     config: ToMeConfig,
-    by_length: bool = False,
     every_row: bool = True,
 ) -> tuple[fx.GraphModule | None, ToMeReport]:
     """The rewritten graph with the placeholders of `gm`, or None where `gm` is to be used as it is, and the report.
 
-    by_length: the lengths that merges leave follow as inputs of their own; `meta[LENGTHS]` holds their values.
+    `meta[LENGTHS]` of the graph holds the lengths that merges leave, where layers can share kernels by them.
     every_row: compute what nobody reads too, so that every merge is in the graph.
 
     Warns (strict: raises ToMeError) where a site does not pay, nothing merges, or a pass fails.
     """
     try:
-        result = run_pipeline(gm, inputs, config, by_length, every_row)
+        result = run_pipeline(gm, inputs, config, every_row)
         rewritten = None if result.gm is None else finish(gm, result)
     except ScheduleError:
         raise
@@ -218,7 +218,7 @@ def finish(source: fx.GraphModule, result: Result) -> fx.GraphModule:
     placeholders = gm.graph.find_nodes(op="placeholder")
     originals = source.graph.find_nodes(op="placeholder")
     lifted = placeholders[: len(captured.attributes)]
-    inputs = placeholders[len(lifted) : len(placeholders) - len(result.lengths)]
+    inputs = placeholders[len(lifted) :]
     for (name, value), node in zip(captured.attributes.items(), lifted, strict=True):
         _attach(gm, name, value)
         with gm.graph.inserting_after(placeholders[-1]):
@@ -252,7 +252,7 @@ def _attach(gm: fx.GraphModule, name: str, value: torch.Tensor) -> None:
 
 
 LENGTHS = "tome_lengths"
-"""Key in the meta of a rewritten graph: the values of its last inputs."""
+"""Key in the meta of a rewritten graph: the lengths that merges leave, each once."""
 
 
 def _shares_kernels(inputs: Sequence[Any], config: ToMeConfig) -> bool:
@@ -276,29 +276,45 @@ def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], inner: str, **kwarg
         patches.update(list_mode_options(mode, kwargs.get("dynamic")))
     patches.update({key.replace("-", "_"): value for key, value in (kwargs.get("options") or {}).items()})
     patches.update(_cache_identity())
-    if lengths := gm.meta.get(LENGTHS):
-        return _by_length(gm, inputs, lengths, patches)
+    if counts := gm.meta.get(LENGTHS):
+        return _by_length(gm, inputs, counts, patches)
     return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=patches))
 
 
 def _by_length(
-    gm: fx.GraphModule, inputs: Sequence[Any], lengths: Sequence[int], patches: dict[str, Any]
+    gm: fx.GraphModule, inputs: Sequence[Any], counts: Sequence[int], patches: dict[str, Any]
 ) -> Callable[..., Any]:
-    """`compile_fx` for a graph whose last inputs are lengths: symbols to the compiler, the same numbers in every call.
+    """`compile_fx` for a graph that gets token counts as inputs: AOTAutograd sees numbers, Inductor symbols (see
+    `passes.lengths`), and every call gives the same numbers.
 
-    They live in a fake mode of their own, so that what the compiler assumes of them is no guard of Dynamo's.
+    The symbols live in a fake mode of their own, so that what the compiler assumes of them is no guard of Dynamo's.
     """
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    for i, _ in enumerate(counts):
+        last = gm.graph.find_nodes(op="placeholder")[-1]
+        with gm.graph.inserting_after(last):
+            gm.graph.placeholder(f"tome_length_{i}")
+    gm.recompile()
+    with_symbols = lengths.Lengths(counts)
 
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    mode.cache_enabled = False  # to copy a symbolic shape out of the cache costs more than to run the op
+
+    def inner_compile(graph: fx.GraphModule, values: Sequence[Any], **kwargs: Any) -> Any:
+        values = with_symbols(graph, values)
+        mode.cache_enabled = False  # to copy a symbolic shape out of the cache costs more than to run the op
+        try:
+            return compile_fx_inner(graph, values, **kwargs)
+        finally:
+            mode.cache_enabled = True
+
     context = TracingContext(mode)
     if (outer := TracingContext.try_get()) is not None:
         context.guards_context = outer.guards_context
     fakes = [mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in inputs]
     with tracing(context):
-        run = cast(Callable[..., Any], compile_fx(gm, [*fakes, *lengths], config_patches=patches))
-    return lambda *args: run(*args, *lengths)
+        run = cast(Callable[..., Any], compile_fx(gm, [*fakes, *counts], inner_compile, config_patches=patches))
+    return lambda *args: run(*args, *counts)
 
 
 class _CacheIdentity(CustomGraphPass):
@@ -324,5 +340,5 @@ def _cache_identity() -> dict[str, Any]:
 def source_digest() -> str:
     """sha256 over the sources that decide what our operators compute."""
     here = Path(__file__).parent
-    sources = ("ops.py", "matching.py", "attention.py", "kernels/gpu.py")
-    return hashlib.sha256(b"".join((here / name).read_bytes() for name in sources)).hexdigest()
+    sources = [here / name for name in ("ops.py", "matching.py", "attention.py", "kernels/gpu.py")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in (*sources, Path(lengths.__file__)))).hexdigest()
