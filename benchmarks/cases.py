@@ -212,7 +212,10 @@ def build(
     net = copy.deepcopy(original) if train else _sharing(original)
     torch.manual_seed(1)
     inputs = [x.to(device, kind) for x in models.inputs(original, batch)]
-    run = variant_of(net.train(train), variant, what.r if r is None else r, what.placement, **(backend or {}))
+    given = {"r": what.r if r is None else r, "placement": what.placement, **(backend or {})}
+    if isinstance(given["r"], list):
+        given["r"] = tuple(given["r"])  # JSON, by which a fresh process gets its arguments, has no tuples
+    run = variant_of(net.train(train), variant, **given)
     optimizer = torch.optim.AdamW(net.parameters()) if train else None
 
     def step() -> object:
@@ -254,7 +257,7 @@ def label(variant: str) -> str:
     return f"{LABELS[name]}, {mode}" if mode else LABELS[name]
 
 
-def variant_of(net: nn.Module, variant: str, r: int, placement: str = "auto", **backend: Any) -> nn.Module:
+def variant_of(net: nn.Module, variant: str, r: Any, placement: str = "auto", **backend: Any) -> nn.Module:
     """Apply a variant to a model, in place. backend: more arguments of `tome_backend`. Raises ValueError for an unknown
     one."""
     name, _, mode = variant.partition("+")

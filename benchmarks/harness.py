@@ -125,7 +125,7 @@ def measure(
     """
     failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="tome_fx_bench_") as root, Progress(console=console) as bar:
-        caches = {name: Path(root) / name for name in variants}
+        caches = {name: Path(root) / str(i) for i, name in enumerate(variants)}  # a compiler minds blanks and commas
         cold = _cold_compiles(variants, caches, device, bar, failed)
         steps, warm = _first_calls({name: variants[name] for name in cold}, caches, device, bar, failed)
         task = bar.add_task("rounds, interleaved", total=len(steps) * (rounds + 1))

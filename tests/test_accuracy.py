@@ -203,12 +203,6 @@ def test_outputs_keep_their_order_whatever_the_batch() -> None:
         assert merged.macs is not None and 0 < merged.macs < 1
 
 
-def test_an_option_that_the_backend_does_not_know_is_left_out_with_its_name() -> None:
-    able, unable = ablations.known({"fine": {"metric": "input"}, "odd": {"no_such_option": 1}})
-    assert able == {"fine": {"metric": "input"}}
-    assert len(unable) == 1 and "odd" in unable[0] and "no_such_option" in unable[0]
-
-
 def test_the_paper_is_agreed_with_where_the_interval_says_so() -> None:
     default = np.arange(400) < 320
     worse, same = np.arange(400) < 280, default.copy()

@@ -191,6 +191,18 @@ def test_every_case_has_an_oracle_of_its_shape(name: str, build: Callable[..., t
     assert not torch.allclose(limit, out, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", schedules.SCHEDULES)
+def test_a_schedule_reaches_the_backend_of_a_fresh_process(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict] = []
+    monkeypatch.setattr(cases, "tome_backend", lambda **options: seen.append(options))
+    monkeypatch.setattr(cases, "compiled", lambda net, **_: net)
+    setting, options = cases.Setting(schedules.CASE, batch=1), schedules.SCHEDULES[name]
+    job = cases.job(setting, "tome_fx", options=tiny(schedules.CASE), backend=options)
+    timing.load_object(job.target)(**json.loads(json.dumps(job.kwargs)))
+    case = cases.CASES[schedules.CASE]
+    assert seen == [{"r": case.r, "placement": case.placement, **options}]
+
+
 @pytest.mark.parametrize("name", STREAM)
 def test_a_stream_case_in_every_variant(name: str, build: Callable[..., timing.Step]) -> None:
     """Patch and tome_fx share no code and compute the same, which is not what the model does."""

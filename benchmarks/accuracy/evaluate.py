@@ -56,18 +56,12 @@ def compiled(model: nn.Module, options: Options, inner: str) -> Callable[[Tensor
     Raises ValueError or TypeError on options that `tome_backend` does not know.
     """
     if options is not None:
-        backend: Any = tome_fx.tome_backend(**_known(options), inner=inner)
+        backend: Any = tome_fx.tome_backend(**options, inner=inner)
     elif inner == "eager":
         return model
     else:
         backend = inner
     return torch.compile(model, backend=backend, dynamic=False)
-
-
-def _known(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, checked: an unknown keyword is a ValueError here, as on the command line, and no TypeError."""
-    tome_fx.config.config_from(options)
-    return dict(options)
 
 
 def outputs(
