@@ -19,6 +19,7 @@ from typing import Any, cast
 import sympy
 import torch
 from torch import Tensor, fx
+from torch._inductor import inductor_prims
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import _disable_current_modes
@@ -27,12 +28,11 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from .axes import Expr, quotient
 from .plan import Plan, size_hint
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 Shape = tuple[Expr, ...]
 
 _TO_THE_END = 2**62
 """From here a slice's end is no number of tokens."""
-
 
 FEWEST = 3
 """Lengths from which sharing kernels saves more than symbolic sizes cost."""
@@ -101,7 +101,6 @@ class _Walk:
             (x.fake_mode for x in tree_leaves(inputs) if isinstance(x, FakeTensor)), cast(FakeTensorMode, None)
         )
         self.shapes: dict[fx.Node, tuple[Shape | None, ...]] = {}
-        self.strides: dict[fx.Node, tuple[Shape | None, ...]] = {}
         self.nodes: dict[Expr, fx.Node] = {}
         self._ints: dict[Expr, Any] = {}
         self._fakes: dict[Any, Tensor] = {}
@@ -277,10 +276,12 @@ class _Walk:
         if size.is_Integer:
             return int(size)
         if size not in self.nodes:
-            target = {sympy.Add: operator.add, sympy.Mul: operator.mul}[size.func]
-            first, *rest = size.args
-            args = (self._node(first), self._node(size.func(*rest)))
-            self.nodes[size] = self._after_inputs(target, args, size)
+            if size.is_Pow:
+                target, first, rest = operator.mul, size.base, size / size.base
+            else:
+                target = {sympy.Add: operator.add, sympy.Mul: operator.mul}[size.func]
+                first, rest = size.args[0], size.func(*size.args[1:])
+            self.nodes[size] = self._after_inputs(target, (self._node(first), self._node(rest)), size)
         return self.nodes[size]
 
     def _after_inputs(self, target: Any, args: Any, size: Expr) -> fx.Node:
@@ -301,8 +302,9 @@ def _met(value: Any, around: dict[int, Expr]) -> Any:
 
 @functools.cache
 def _may_be_symbolic(op: Any) -> frozenset[str]:
-    """Names of the arguments that take a symbol; what `Argument.type` calls int may be an int and no more."""
-    return frozenset(re.findall(r"(?:SymInt|Scalar)\S* (\w+)", str(op._schema).partition("->")[0]))
+    """Names of the arguments that are sizes; what `Argument.type` calls int may be an int and no more. A number to
+    reckon with (`Scalar`) stays one: an exponent that became a symbol would be a call of pow."""
+    return frozenset(re.findall(r"SymInt\S* (\w+)", str(op._schema).partition("->")[0]))
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:
@@ -359,7 +361,7 @@ def _size(size: Any) -> Expr:
 
 
 def _product(walk: _Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
-    a, b = (walk.shape(n) for n in _tensors(node)[-2:])
+    a, b = (walk.shape(n) for n in cast(Sequence[fx.Node], node.args[-2:]))
     return (*a[:-1], b[-1])
 
 
@@ -367,6 +369,8 @@ def _view(walk: _Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
     """Dims are cut where the products from the front are equal; a group's symbols go where they fit."""
     before = list(walk.shape(_tensors(node)[0]))
     shape: list[Expr] = list(found)
+    if 0 in found:
+        return found
     i = j = 0
     while j < len(found):
         start, total, size = j, before[i] if i < len(before) else 1, found[j]
@@ -474,9 +478,12 @@ def _pad(walk: _Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _MATCHES = tuple(getattr(torch.ops.tome, name).default for name in ("match", "match_by", "match_size"))
 _MERGES = tuple(getattr(torch.ops.tome, name).default for name in ("merge", "merge_add", "merge_size", "merge_bias"))
-_NEW = (aten.full.default, aten.empty.memory_format, aten.zeros.default, aten.ones.default)
+_NEW = (
+    aten.full.default, aten.empty.memory_format, aten.zeros.default, aten.ones.default, aten.rand.default,
+    aten.randn.default, inductor_prims.random
+)  # fmt: skip
 _NEW_LIKE = (aten.new_zeros.default, aten.new_full.default, aten.new_empty.default)
-_MAKE_SIZES = frozenset((*_MATCHES, *_MERGES, aten.expand.default))
+_MAKE_SIZES = frozenset((*_MATCHES, *_MERGES, *_NEW, *_NEW_LIKE, aten.expand.default))
 """What can have a length where no operand has one."""
 _RULES: dict[Any, Rule] = {
     **dict.fromkeys(_MATCHES, _match),
@@ -490,7 +497,7 @@ _RULES: dict[Any, Rule] = {
     aten.split_with_sizes.default: _split,
     aten.constant_pad_nd.default: _pad,
     **dict.fromkeys(_MERGES, _merge),
-    **dict.fromkeys((*_NEW, *_NEW_LIKE, torch.ops.prims.iota.default, aten.arange.start_step), _new),
+    **dict.fromkeys((*_NEW, *_NEW_LIKE, prims.iota.default), _new),
 }
 
 # -- arguments that are no size of the result ------------------------------------------------------------------------
@@ -566,6 +573,6 @@ _ARGUMENTS: dict[Any, Callable[[_Walk, fx.Node, Sequence[Shape | None]], None]] 
     aten.constant_pad_nd.default: _pads,
     **dict.fromkeys(_NEW, _sizes_at(0)),
     **dict.fromkeys(_NEW_LIKE, _sizes_at(1)),
-    torch.ops.prims.iota.default: _iota_length,
+    prims.iota.default: _iota_length,
     **dict.fromkeys(_MATCHES, _merged_away),
 }

@@ -106,7 +106,7 @@ def test_random_transformers(seen: Seen, spec: Spec) -> None:
 
 
 NETS: dict[str, dict[str, Any]] = {
-    "vit_tiny_patch16_224": {"depth": 4},
+    "vit_tiny_patch16_224": {"depth": 4, "proj_drop_rate": 0.1},
     "eva02_tiny_patch14_224": {"depth": 4},  # rotary embeddings, prefix kept out: lengths less one, strided slices
     "beit_base_patch16_224": {"depth": 4, "embed_dim": 48, "num_heads": 3},
     "pit_ti_224": {},
