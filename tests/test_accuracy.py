@@ -344,9 +344,19 @@ def test_make_accuracy_can_hand_its_options_to_every_script() -> None:
     """`make accuracy ARGS=--fresh`: no script may end at an option that the others take."""
     root = Path(__file__).parent.parent
     (scripts,) = re.findall(r"^ACCURACY := (.*)$", (root / "Makefile").read_text(), re.M)
-    for script in scripts.split():
-        done = subprocess.run(
-            [sys.executable, root / "benchmarks/accuracy" / f"{script}.py", "--help"], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        assert {"--fresh", "--small", "--out"} <= set(re.findall(r"--\w+", done.stdout)), script
+    paths = [str(root / "benchmarks/accuracy" / f"{script}.py") for script in scripts.split()]
+    code = (
+        "import runpy, sys\n"
+        "for path in sys.argv[1:]:\n"
+        "    print('SCRIPT', path)\n"
+        "    sys.argv = [path, '--help']\n"
+        "    sys.path.insert(0, path.rpartition('/')[0])\n"
+        "    try: runpy.run_path(path, run_name='__main__')\n"
+        "    except SystemExit as end: assert not end.code"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    helps = done.stdout.split("SCRIPT")[1:]
+    assert len(helps) == len(paths)
+    for text in helps:
+        assert {"--fresh", "--small", "--out"} <= set(re.findall(r"--\w+", text)), text

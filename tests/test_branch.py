@@ -49,7 +49,7 @@ def test_the_law_can_fail() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::tome_fx.ToMeWarning")
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(st.data())
 def test_random_transformers(data: st.DataObject) -> None:
     spec = data.draw(strategies.specs())

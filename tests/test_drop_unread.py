@@ -70,7 +70,7 @@ def test_nothing_is_dropped_where_all_rows_are_read(readout: str) -> None:
     assert both(model.eval(), args)[2] == 0
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(specs(), st.sampled_from(["cls", "dist", "cls_mean"]), st.sampled_from(["cls", "cls_dist", "cls_reg", "late"]))
 def test_any_transformer_read_at_its_prefix(spec: models.Spec, readout: str, prefix: str) -> None:
     try:

@@ -114,12 +114,12 @@ NETS: dict[str, dict[str, Any]] = {
 }
 
 
-CONVOLVED = ("pit_ti_224", "swin_tiny_patch4_window7_224")
+IN_TESTS = [(name, False) for name in NETS if not name.startswith("swin")] + [("vit_tiny_patch16_224", True)]
+SWEEP = [(name, training) for name in NETS for training in (False, True) if (name, training) not in IN_TESTS]
 
 
 @pytest.mark.parametrize(
-    ("name", "training"),
-    [*((name, False) for name in NETS), *((name, True) for name in NETS if name not in CONVOLVED)],
+    ("name", "training"), [*IN_TESTS, *(pytest.param(*each, marks=pytest.mark.slow) for each in SWEEP)]
 )
 def test_nets(seen: Seen, name: str, training: bool) -> None:
     """Forward and backward, no symbol is given up, and a good part of all values has symbolic sizes."""

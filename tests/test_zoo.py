@@ -70,7 +70,10 @@ def test_models_are_found_by_looking() -> None:
     assert len(zoo_models.names(sweep=True)) > 200
 
 
-ONE_ROW = ["timm/pit_ti_224", "transformers/vit:sdpa", pytest.param("torchvision/swin_t", marks=pytest.mark.slow)]
+ONE_ROW = [
+    "transformers/vit:sdpa",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("timm/pit_ti_224", "torchvision/swin_t")),
+]
 
 
 @pytest.mark.parametrize("name", ONE_ROW)
