@@ -25,8 +25,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from .axes import Expr, quotient
+from .axes import Expr, expr, quotient
 from .plan import Plan, size_hint
+from .rules import Call
 
 aten, prims = torch.ops.aten, torch.ops.prims
 Shape = tuple[Expr, ...]
@@ -40,12 +41,10 @@ FEWEST = 3
 
 def lengths_to_share(gm: fx.GraphModule, plan: Plan) -> list[int]:
     """The lengths that merges leave, each once; none where another size of the captured graph is symbolic."""
-    for node in gm.graph.find_nodes(op="placeholder"):
-        val = node.meta.get("val")
-        if isinstance(val, torch.SymInt) or (
-            isinstance(val, Tensor) and any(isinstance(size, torch.SymInt) for size in val.shape)
-        ):
-            return []
+    for node in gm.graph.nodes:
+        for val in tree_leaves(node.meta.get("val")):
+            if any(isinstance(size, torch.SymInt) for size in (val.shape if isinstance(val, Tensor) else [val])):
+                return []
     found = list(dict.fromkeys(size_hint(merge.step.after) for merge in plan.merges.values()))
     return found if len(found) >= FEWEST else []
 
@@ -153,7 +152,7 @@ class _Walk:
     def _visit(self, node: fx.Node) -> None:
         val = node.meta.get("val")
         results = val if isinstance(val, (tuple, list)) else (val,)
-        read = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+        read = _tensors(node)
         makes_sizes = not read or node.target in _MAKE_SIZES
         if not makes_sizes and not any(n in self.shapes for n in read):
             return
@@ -235,7 +234,7 @@ class _Walk:
             held = source.meta.get("val")
             if isinstance(held, Tensor):
                 for size in held.stride():
-                    own = _size(size)
+                    own = expr(size)
                     if not isinstance(own, int) and self.number(own) == stride:
                         return own
         return stride
@@ -353,11 +352,7 @@ def _match(walk: _Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
 
 def _before_and_after(walk: _Walk, node: fx.Node) -> tuple[Expr, Expr]:
     assign, keep = node.meta["val"][:2]
-    return walk.shape(_tensors(node)[0])[assign.dim() - 1], walk.lengths.symbol(walk.number(_size(keep.shape[-1])))
-
-
-def _size(size: Any) -> Expr:
-    return size if isinstance(size, int) else size.node.expr
+    return walk.shape(_tensors(node)[0])[assign.dim() - 1], walk.lengths.symbol(walk.number(expr(keep.shape[-1])))
 
 
 def _product(walk: _Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
@@ -424,7 +419,7 @@ def _index_shape(walk: _Walk, node: fx.Node, found: tuple[int, ...], k: int) -> 
 def _cat(walk: _Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
     parts = [walk.shape(n) for n in cast(Sequence[fx.Node], node.args[0])]
     parts = [p for p in parts if len(p) == len(found)]
-    d = cast(int, node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % len(found)
+    d = Call(node).args["dim"] % len(found)
     shape = list(_like_the_operands(walk, node, found, k))
     shape[d] = sum(p[d] for p in parts)
     return tuple(shape)
@@ -442,17 +437,19 @@ def _part(walk: _Walk, whole: Expr, n: int) -> Expr:
 
 
 def _slice(walk: _Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
-    source, d, *_ = (*node.args, 0)
-    old = walk.shape(cast(fx.Node, source))
-    d = cast(int, d) % len(old)
+    old, d = _cut(walk, node)
     return (*old[:d], _part(walk, old[d], found[d]), *old[d + 1 :])
 
 
 def _split(walk: _Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
-    source, sizes = node.args[:2]
-    old = walk.shape(cast(fx.Node, source))
-    d = cast(int, node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)) % len(old)
-    return (*old[:d], _split_sizes(walk, old[d], cast(Sequence[int], sizes))[k], *old[d + 1 :])
+    old, d = _cut(walk, node)
+    return (*old[:d], _split_sizes(walk, old[d], cast(Sequence[int], node.args[1]))[k], *old[d + 1 :])
+
+
+def _cut(walk: _Walk, node: fx.Node) -> tuple[Shape, int]:
+    """The sizes of what a slice or split cuts, and the dim along which."""
+    old = walk.shape(_tensors(node)[0])
+    return old, Call(node).args["dim"] % len(old)
 
 
 def _split_sizes(walk: _Walk, whole: Expr, sizes: Sequence[int]) -> list[Expr]:
@@ -528,26 +525,23 @@ def _iota_length(walk: _Walk, node: fx.Node, shapes: Sequence[Shape | None]) -> 
 
 
 def _slice_bounds(walk: _Walk, node: fx.Node, shapes: Sequence[Shape | None]) -> None:
-    given: list[Any] = list(node.args)
-    source, d, start, end, step = given + [0, None, None, 1][len(given) - 1 :]
-    old = walk.shape(cast(fx.Node, source))
-    d = cast(int, d) % len(old)
+    old, d = _cut(walk, node)
+    start, end, step = (Call(node).args[name] for name in ("start", "end", "step"))
     whole, size = old[d], cast(Shape, shapes[0])[d]
     if step != 1 or isinstance(whole, int):
         return
     n = walk.number(whole)
-    first = cast(int, start or 0)
+    first = start or 0
     first = max(first + n, 0) if first < 0 else min(first, n)
     begin = whole - (n - first) if 2 * first > n else first
     if not isinstance(begin, int):
         node.update_arg(2, walk.named(begin))
-    if end is not None and cast(int, end) < _TO_THE_END:
+    if end is not None and end < _TO_THE_END:
         node.update_arg(3, walk.named(begin + size))
 
 
 def _split_lengths(walk: _Walk, node: fx.Node, shapes: Sequence[Shape | None]) -> None:
-    old = walk.shape(_tensors(node)[0])
-    d = cast(int, node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)) % len(old)
+    _, d = _cut(walk, node)
     node.update_arg(1, walk.named([cast(Shape, shape)[d] for shape in shapes]))
 
 

@@ -137,14 +137,14 @@ def test_nets(seen: Seen, name: str, training: bool) -> None:
 
 
 def test_a_length_that_is_a_width(seen: Seen) -> None:
-    """48 tokens meet a width of 48: a number again, and nothing else changes."""
+    """48 tokens beside a width of 48 are told apart by where they stand."""
     torch.manual_seed(0)
     net = {"depth": 4, "img_size": 112, "embed_dim": 48, "num_heads": 3, "class_token": False, "global_pool": "avg"}
     model = timm.create_model("vit_tiny_patch16_224", **net).eval()
     with torch.no_grad():
         call(model, (torch.randn(1, 3, 112, 112),), [1, 1, 1, 1])
     assert seen.equal == [True]
-    assert {int(n) for n in seen.numbers[0].values()} <= {48}
+    assert seen.numbers == [{}]
 
 
 def test_other_symbols_leave_it_alone(seen: Seen) -> None:

@@ -302,11 +302,12 @@ def _by_length(
 
     def inner_compile(graph: fx.GraphModule, values: Sequence[Any], **kwargs: Any) -> Any:
         values = with_symbols(graph, values)
+        cached = mode.cache_enabled
         mode.cache_enabled = False  # to copy a symbolic shape out of the cache costs more than to run the op
         try:
             return compile_fx_inner(graph, values, **kwargs)
         finally:
-            mode.cache_enabled = True
+            mode.cache_enabled = cached
 
     context = TracingContext(mode)
     if (outer := TracingContext.try_get()) is not None:
