@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from tome_fx.config import ToMeConfig
 from tome_fx.report import SkipReason
@@ -138,7 +139,7 @@ def _mlps(
             continue
         prefix, suffix = protected(facts, tokens) if protect == "auto" else (int(protect), 0)
         length = size_of(tokens)
-        if isinstance(length, int) and length - prefix - suffix < SHORTEST_AXIS:
+        if _unfit(mlp.site, length, prefix + suffix):
             continue
         alone = leaves(facts.dims(value)[mlp.dim]) == tokens
         size = value.meta["val"].shape[mlp.dim] if alone else length
@@ -149,6 +150,16 @@ def _mlps(
         found.append(Block(mlp.site, tokens, sample, mlp.merge, value, prefix, suffix, size, True, False, operands,
                            True, masks))  # fmt: skip
     return found
+
+
+def _unfit(site: AttentionSite, length: Any, kept: int) -> SkipReason | None:
+    """Why nothing can merge on an axis of so many tokens, `kept` of them protected."""
+    if isinstance(length, int) and length - kept < SHORTEST_AXIS:
+        why = f"{length} tokens, {kept} of them protected: fewer than {SHORTEST_AXIS} to merge"
+        return SkipReason("short axis", site.name, why)
+    if free_unbacked_symbols(length):
+        return SkipReason("unknown token count", site.name, f"only the values of an input tell its {length} tokens")
+    return None
 
 
 def _keeps_apart(
@@ -193,13 +204,8 @@ def _block(
     node, stream, branch, operands = placed
     sample = _sample(site, facts, stream if operands else node, tokens, crossed, reach.features)
     prefix, suffix = protected(facts, tokens) if protect == "auto" else (int(protect), 0)
-    length = size_of(tokens)
-    if isinstance(length, int) and length - prefix - suffix < SHORTEST_AXIS:
-        return SkipReason(
-            "short axis",
-            site.name,
-            f"{length} tokens, {prefix + suffix} of them protected: fewer than {SHORTEST_AXIS} to merge",
-        )
+    if unfit := _unfit(site, size_of(tokens), prefix + suffix):
+        return unfit
     pairs = _pair_mask(site, facts, calls, tokens, sample, (prefix, suffix), reach)
     if pairs is not None and not isinstance(pairs, str):
         pairs = _unkept(pairs[0], branch, pairing) or pairs
@@ -275,8 +281,8 @@ def _stream_of_its_own(
     """The block of one of the streams that an attention joins."""
     prefix, suffix = protected(facts, tokens) if protect == "auto" else (int(protect), 0)
     length = size_of(tokens)
-    if length - prefix - suffix < SHORTEST_AXIS:
-        return SkipReason("short axis", site.name, f"{length} tokens in the longest of its streams")
+    if unfit := _unfit(site, length, prefix + suffix):
+        return unfit
     keys = {leaf for dim in facts.dims(site.k) for leaf in leaves(dim)}
     sample = tuple(leaf for dim in facts.dims(node) for leaf in leaves(dim) if leaf in keys)
     return Block(site, tokens, sample, node, stream, prefix, suffix, length)

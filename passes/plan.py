@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._sympy.value_ranges import bound_sympy
 
 from tome_fx.config import ToMeConfig
 from tome_fx.report import SiteReport, SkipReason, Unmerge
@@ -183,12 +184,14 @@ def _profitable(
 
 
 def size_hint(size: Any) -> int:
-    """A size as a number: symbolic ones by the value they were traced with."""
-    if isinstance(size, int):
-        return size
-    if isinstance(size, torch.SymInt):
-        return int(size.node.hint) if size.node.hint is not None else int(size)
-    return int(size)
+    """A size as a number: a symbolic one by the value it was traced with, one that only values tell (nonzero) by its
+    least."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    node: Any = size.node
+    if node.hint is not None:
+        return int(node.hint)
+    return int(max(bound_sympy(node.expr, node.shape_env.var_to_range).lower, 0))
 
 
 class _Walk:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import tome_fx
 from tests.library import CASES
@@ -130,3 +131,36 @@ def test_real_models_dynamic_batch(name: str) -> None:
         check(fast, case.model, (palette_image(batch, 96, 16, k=3, seed=batch),), tol=3e-5)
     assert compilations(start) == 2
     assert tome_fx.reports()[-1].merged_sites == 3
+
+
+class Chosen(nn.Module):
+    """A net for those samples (dim 0) or tokens (dim 1) that `keep` names: only its values tell how many there are."""
+
+    def __init__(self, net: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.net, self.dim = net, dim
+
+    def forward(self, x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        index = torch.nonzero(keep)[:, 0]
+        torch._check(index.shape[0] >= 2)
+        y = self.net(x.index_select(self.dim, index) if self.dim >= 0 else x)
+        return y, torch.nonzero(y > 0)
+
+
+@pytest.mark.parametrize("dim", [-1, 0, 1], ids=["outputs", "samples", "tokens"])
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_sizes_that_only_values_tell(dim: int) -> None:
+    """With nonzero in the graph all merges, or, where it makes the tokens, the report says why nothing does."""
+    spec = Spec(stem="tokens", prefix="none", readout="tokens", batch=4)
+    model = Chosen(model_of(spec), dim)
+    fast = compiled(model, R)
+    (x,) = palette_input(spec)
+    for step in (2, 3):
+        keep = torch.arange(x.shape[max(dim, 0)]) % step == 0
+        told = pytest.warns(tome_fx.ToMeWarning) if (dim, step) == (1, 2) else nullcontext()
+        with torch.no_grad(), told:
+            for got, want in zip(fast(x, keep), model(x, keep), strict=True):
+                assert distance(got, want) < 2e-5
+    report = tome_fx.reports()[-1]
+    assert report.merged_sites == (0 if dim == 1 else spec.depth)
+    assert [s.kind for s in report.skipped] == (["unknown token count"] * spec.depth if dim == 1 else [])
