@@ -56,19 +56,41 @@ def test_match_and_sizes(case: tuple[torch.Tensor, int, int, int]) -> None:
         torch.testing.assert_close(index[5], expected.log())
 
 
-@given(cases(), st.integers(1, 9))
-def test_match_in_blocks(case: tuple[torch.Tensor, int, int, int], rows: int) -> None:
-    """Any number of sources at a time finds what all at once find."""
-    keys, r, prefix, suffix = case
-    whole = cpu.match_size(keys, None, r, prefix, suffix)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_BLOCK", 1)
-        patch.setattr(cpu, "_FEWEST_ROWS", rows)
-        blocks = cpu.match_size(keys, None, r, prefix, suffix)
-    torch.testing.assert_close(blocks[3], whole[3])
-    if narrowest_choice(keys, prefix, suffix) > 1e-5:
-        for a, b in zip(blocks[:3], whole[:3], strict=True):
-            assert torch.equal(a, b)
+@pytest.mark.parametrize(("batch", "n", "width"), [(7, 901, 16), (40, 400, 96), (2, 1200, 1000)])
+def test_long_sequences_and_many_samples(batch: int, n: int, width: int) -> None:
+    """Over many tiles, in turns where the samples are many, and of more than a thread keeps: as each sample alone."""
+    keys = torch.randn(batch, n, 1, width)
+    whole = cpu.match_size(keys, None, n // 3, 1, 2)
+    for b in range(0, batch, 13):
+        alone = cpu.match_size(keys[b : b + 1], None, n // 3, 1, 2)
+        assert all(torch.equal(x[b], y[0]) for x, y in zip(whole, alone, strict=True))
+        torch.testing.assert_close(alone[3], ops.match_aten(keys[b : b + 1], n // 3, 1, 2)[3])
+        assign, keep, moved, similarity = (x[0] for x in alone[:4])
+        unit = torch.nn.functional.normalize(keys[b, :, 0], dim=-1)
+        torch.testing.assert_close((unit[moved] * unit[keep[assign[moved]]]).sum(-1), similarity)
+
+
+@pytest.mark.parametrize("wide", [16, 32, 64])
+def test_vectors_of_other_processors(wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles for registers of 16, 32 and 64 bytes compute the same."""
+    held = cpu.build((*cpu._FLAGS, f"-DTOME_BYTES={wide}"))
+    monkeypatch.setattr(cpu, "library", lambda: held)
+    for n in (5, 130, 403):
+        keys = torch.randn(3, n, 2, 24)
+        got, want = cpu.match_size(keys, None, n // 4, 1, 0), ops.match_aten(keys, n // 4, 1, 0)
+        torch.testing.assert_close(got[3], want[3])
+        if narrowest_choice(keys, 1, 0) > 1e-6:
+            assert all(torch.equal(a, b) for a, b in zip(got[:3], want[:3], strict=True))
+
+
+def test_destinations_unlike_all_are_chosen() -> None:
+    """Negative similarities are no less than what fills a tile up."""
+    keys = torch.ones(1, 41, 1, 4)
+    keys[:, 1::2] = -1
+    keys[:, 7] = torch.tensor([-1.0, -1.0, -1.0, 0.5])
+    assign, keep, moved, similarity, *_ = cpu.match_size(keys, None, 20, 0, 0)
+    assert keep[0, assign[0, moved[0]]].tolist() == [7] * 20
+    torch.testing.assert_close(similarity, torch.full((1, 20), -2.5 / (2 * 3.25**0.5)))
 
 
 @given(cases(), st.booleans())
@@ -105,7 +127,11 @@ def test_merge_bias(case: tuple[torch.Tensor, int, int, int], sized: bool, sprea
 
 
 def test_equal_similarities_take_the_earlier_source() -> None:
-    """Equal keys everywhere: which tokens go is settled, whatever the number of threads."""
+    """Equal keys everywhere: which tokens go, and to where, is settled, whatever the number of threads."""
+    far = torch.ones(1, 400, 1, 8)
+    assign, keep, moved, *_ = cpu.match_size(far, None, 100, 0, 0)
+    assert moved.tolist() == [list(range(0, 200, 2))]
+    assert keep[0, assign[0, moved[0]]].unique().tolist() == [1]
     keys = torch.ones(1, 20, 1, 8)
     assign, keep, moved, *_ = cpu.match_size(keys, None, 4, 0, 0)
     assert moved.tolist() == [[0, 2, 4, 6]]

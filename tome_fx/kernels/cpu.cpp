@@ -1,8 +1,9 @@
 // The CPU form of tome::match and tome::merge, built by Inductor's own C++ compiler at first use (cpu.py).
 //
 // Between the matrix products of a transformer, two dozen ATen calls cost more than their arithmetic: here matching is
-// a product between two passes, in blocks of rows, and merging is one pass. All loops are parallel over rows, each row
-// is summed in the order of `moved`, so results do not depend on the number of threads.
+// one call, that keeps the largest similarity of each source and never writes the others, and merging is one pass. All
+// loops are parallel over rows, each row is summed in the order of `moved`, so results do not depend on the number of
+// threads.
 
 #include <algorithm>
 #include <cmath>
@@ -38,67 +39,134 @@ inline void store(bfloat16* at, float x) {
 constexpr float kSmallestNorm = 1e-12f;
 constexpr int64_t kLanes = 32;
 
-// The largest entry of a row and the first place where it stands; 0 in a row of NaN.
-float largest(const float* row, int64_t length, int64_t* place) {
-    float top[kLanes];
-    int32_t where[kLanes] = {};
-    std::fill_n(top, kLanes, -std::numeric_limits<float>::infinity());
-    const int64_t whole = length - length % kLanes;
-    for (int64_t j = 0; j < whole; j += kLanes) {
-        for (int64_t l = 0; l < kLanes; ++l) {
-            const bool more = row[j + l] > top[l];
-            top[l] = more ? row[j + l] : top[l];
-            where[l] = more ? static_cast<int32_t>(j + l) : where[l];
+// A tile of similarities, kRows sources by kPanel destinations, fills the vector registers but for a few.
+#if !defined(TOME_BYTES)
+#if defined(__AVX512F__)
+#define TOME_BYTES 64
+#elif defined(__AVX__)
+#define TOME_BYTES 32
+#else
+#define TOME_BYTES 16
+#endif
+#endif
+constexpr int64_t kBytes = TOME_BYTES, kRows = kBytes == 64 ? 8 : 6, kVectors = kBytes == 64 ? 3 : 2;
+using Floats = float __attribute__((vector_size(kBytes)));
+using Unaligned = float __attribute__((vector_size(kBytes), aligned(4), may_alias));
+using Ints = int32_t __attribute__((vector_size(kBytes)));
+constexpr int64_t kWidth = kBytes / static_cast<int64_t>(sizeof(float));
+constexpr int64_t kPanel = kVectors * kWidth;
+constexpr int64_t kGroup = 8 * kRows;  // sources that go through a panel while it is in the first cache
+
+// Tokens that may merge in one sample: positions `prefix` to `n - suffix`; the even ones of the whole sequence are
+// sources.
+struct Body {
+    int64_t prefix, odd, length, sources, destinations, panels;
+
+    Body(int64_t n, int64_t prefix, int64_t suffix)
+        : prefix(prefix),
+          odd(prefix % 2),
+          length(n - prefix - suffix),
+          sources((length - odd + 1) / 2),
+          destinations(length - sources),
+          panels((destinations + kPanel - 1) / kPanel) {}
+
+    int64_t source(int64_t rank) const { return prefix + odd + 2 * rank; }
+    int64_t destination(int64_t rank) const { return prefix + 1 - odd + 2 * rank; }
+    // Floats that the directions of one sample take: a row for each source, and panels [panels, d, kPanel].
+    int64_t floats(int64_t d) const { return (sources + panels * kPanel) * d; }
+};
+
+// The sum over heads of one token divided by its norm, to out[0], out[step], ...
+template <class T>
+void direction(const T* row, int64_t heads, int64_t d, int64_t step_h, float* sum, float* out, int64_t step) {
+    float squares[kLanes] = {};
+    for (int64_t c = 0; c < d; c += kLanes) {
+        const int64_t width = std::min(kLanes, d - c);
+        float part[kLanes] = {};
+        for (int64_t h = 0; h < heads; ++h) {
+            const T* at = row + h * step_h + c;
+            if (width == kLanes) {  // a constant length is what the compiler turns into vectors
+                for (int64_t l = 0; l < kLanes; ++l) part[l] += load(at[l]);
+            } else {
+                for (int64_t l = 0; l < width; ++l) part[l] += load(at[l]);
+            }
         }
+        std::memcpy(sum + c, part, width * sizeof(float));
+        for (int64_t l = 0; l < kLanes; ++l) squares[l] += part[l] * part[l];
     }
-    for (int64_t j = whole; j < length; ++j) {
-        if (row[j] > top[j - whole]) {
-            top[j - whole] = row[j];
-            where[j - whole] = static_cast<int32_t>(j);
-        }
+    float square = 0;
+    for (int64_t l = 0; l < kLanes; ++l) square += squares[l];
+    const float scale = 1.0f / std::max(std::sqrt(square), kSmallestNorm);
+    if (step == 1) {
+        for (int64_t c = 0; c < d; ++c) out[c] = sum[c] * scale;
+    } else {
+        for (int64_t c = 0; c < d; ++c) out[c * step] = sum[c] * scale;
     }
-    int64_t best = 0;
-    for (int64_t l = 1; l < kLanes; ++l) {
-        if (top[l] > top[best] || (top[l] == top[best] && where[l] < where[best])) best = l;
-    }
-    *place = where[best];
-    return top[best];
 }
 
-// Sum over heads, then divide by the norm: even positions of the body to src, odd ones to dst.
-template <class T>
-void directions(const T* metric, int64_t batch, int64_t n, int64_t heads, int64_t d, int64_t step_b, int64_t step_n,
-                int64_t step_h, int64_t prefix, int64_t suffix, float* src, float* dst, int threads) {
-    const int64_t body = n - prefix - suffix;
-    const int64_t odd = prefix % 2;  // sources stand at even positions of the whole sequence
-    const int64_t sources = (body - odd + 1) / 2, destinations = body - sources;
-#pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
-    for (int64_t b = 0; b < batch; ++b) {
-        for (int64_t i = 0; i < body; ++i) {
-            const bool source = (i % 2) == odd;
-            const int64_t rank = source ? (i - odd) / 2 : (i - 1 + odd) / 2;
-            float* out = source ? src + (b * sources + rank) * d : dst + (b * destinations + rank) * d;
-            const T* row = metric + b * step_b + (prefix + i) * step_n;
-            float squares[kLanes] = {};
-            for (int64_t c = 0; c < d; c += kLanes) {
-                const int64_t width = std::min(kLanes, d - c);
-                float sum[kLanes] = {};
-                for (int64_t h = 0; h < heads; ++h) {
-                    const T* at = row + h * step_h + c;
-                    if (width == kLanes) {  // a constant length is what the compiler turns into vectors
-                        for (int64_t l = 0; l < kLanes; ++l) sum[l] += load(at[l]);
-                    } else {
-                        for (int64_t l = 0; l < width; ++l) sum[l] += load(at[l]);
-                    }
-                }
-                std::memcpy(out + c, sum, width * sizeof(float));
-                for (int64_t l = 0; l < kLanes; ++l) squares[l] += sum[l] * sum[l];
-            }
-            float square = 0;
-            for (int64_t l = 0; l < kLanes; ++l) square += squares[l];
-            const float scale = 1.0f / std::max(std::sqrt(square), kSmallestNorm);
-            for (int64_t c = 0; c < d; ++c) out[c] *= scale;
+// Similarities of kRows sources with one panel, added to what `top` and `where` hold: the largest of each lane so far.
+inline void tile(const float* const* rows, const float* panel, int64_t d, const Floats* bound, int32_t place,
+                 Floats (*top)[kVectors], Ints (*where)[kVectors]) {
+    Floats sum[kRows][kVectors] = {};
+    for (int64_t c = 0; c < d; ++c) {
+        Floats along[kVectors];
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < kVectors; ++v) {
+            along[v] = *reinterpret_cast<const Unaligned*>(panel + c * kPanel + v * kWidth);
         }
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+            for (int64_t v = 0; v < kVectors; ++v) sum[i][v] += rows[i][c] * along[v];
+        }
+    }
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < kVectors; ++v) {
+            const Floats found = sum[i][v] + bound[v];
+            const Ints more = found > top[i][v];
+            top[i][v] = more ? found : top[i][v];
+            where[i][v] = more ? Ints{} + place : where[i][v];
+        }
+    }
+}
+
+// best and partner of the sources [begin, end): the largest similarity and the rank of its destination, the earlier one
+// of equal ones; -inf and 0 where all are NaN. Each pair is summed in one order, whatever the tile or thread.
+void best_partners(const Body& body, const float* src, const float* panels, int64_t d, int64_t begin, int64_t end,
+                   float* best, int64_t* partner) {
+    Floats top[kGroup][kVectors], bound[kVectors] = {};
+    Ints where[kGroup][kVectors] = {};
+    for (auto& row : top) {
+        for (Floats& lane : row) lane = Floats{} - std::numeric_limits<float>::infinity();
+    }
+    const int64_t count = end - begin;
+    for (int64_t p = 0; p < body.panels; ++p) {
+        if (p == body.panels - 1) {  // what fills the last panel up is no destination
+            for (int64_t l = body.destinations - p * kPanel; l < kPanel; ++l) {
+                bound[l / kWidth][l % kWidth] = -std::numeric_limits<float>::infinity();
+            }
+        }
+        for (int64_t i = 0; i < count; i += kRows) {
+            const float* rows[kRows];
+            for (int64_t k = 0; k < kRows; ++k) rows[k] = src + (begin + std::min(i + k, count - 1)) * d;
+            tile(rows, panels + p * d * kPanel, d, bound, static_cast<int32_t>(p), top + i, where + i);
+        }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+        float most = -std::numeric_limits<float>::infinity();
+        int64_t place = 0;
+        for (int64_t l = 0; l < kPanel; ++l) {
+            const float found = top[i][l / kWidth][l % kWidth];
+            const int64_t at = where[i][l / kWidth][l % kWidth] * kPanel + l;
+            if (found > most || (found == most && at < place)) {
+                most = found;
+                place = at;
+            }
+        }
+        best[begin + i] = most;
+        partner[begin + i] = place;
     }
 }
 
@@ -106,6 +174,95 @@ void merge_sizes(const float* size, const int64_t* assign, const int64_t* keep, 
                  int64_t m, int64_t r) {
     for (int64_t k = 0; k < m; ++k) out[k] = size ? size[keep[k]] : 1.0f;
     for (int64_t j = 0; j < r; ++j) out[assign[moved[j]]] += size ? size[moved[j]] : 1.0f;
+}
+
+// What `best_partners` found -> what `match_size` returns, for one sample.
+void select(const Body& body, const float* best, const int64_t* partner, const float* size, int64_t n, int64_t r,
+            int64_t* assign, int64_t* keep, int64_t* moved, float* similarity, float* size_out, float* log_size) {
+    std::vector<int64_t> order(body.sources);
+    std::vector<char> gone(body.sources, 0);
+    for (int64_t i = 0; i < body.sources; ++i) order[i] = i;
+    std::partial_sort(order.begin(), order.begin() + r, order.end(), [best](int64_t i, int64_t j) {
+        return best[i] > best[j] || (best[i] == best[j] && i < j);
+    });
+    for (int64_t j = 0; j < r; ++j) gone[order[j]] = 1;
+
+    int64_t place = 0;
+    const auto stays = [&](int64_t position) {
+        assign[position] = place;
+        keep[place++] = position;
+    };
+    for (int64_t p = 0; p < body.prefix; ++p) stays(p);
+    for (int64_t i = 0; i < body.sources; ++i) {
+        if (!gone[i]) stays(body.source(i));
+    }
+    const int64_t begin = place;
+    for (int64_t j = 0; j < body.destinations; ++j) stays(body.destination(j));
+    for (int64_t p = body.prefix + body.length; p < n; ++p) stays(p);
+    for (int64_t j = 0; j < r; ++j) {
+        moved[j] = body.source(order[j]);
+        similarity[j] = best[order[j]];
+        assign[moved[j]] = begin + partner[order[j]];
+    }
+    merge_sizes(size, assign, keep, moved, size_out, n - r, r);
+    for (int64_t k = 0; k < n - r; ++k) log_size[k] = std::log(size_out[k]);
+}
+
+constexpr int64_t kScratch = 1 << 20;  // floats that a thread keeps from call to call; samples beyond it take turns
+
+template <class T>
+void match(const T* metric, int64_t batch, int64_t n, int64_t heads, int64_t d, int64_t step_b, int64_t step_n,
+           int64_t step_h, const float* size, int64_t r, int64_t prefix, int64_t suffix, int64_t* assign, int64_t* keep,
+           int64_t* moved, float* similarity, float* size_out, float* log_size, int threads) {
+    static thread_local std::vector<float> kept;
+    const Body body(n, prefix, suffix);
+    const int64_t floats = body.floats(d), most = std::clamp(kScratch / std::max<int64_t>(floats, 1), int64_t{1}, batch);
+    std::vector<float> large;
+    std::vector<float>& scratch = most * floats > kScratch ? large : kept;
+    if (static_cast<int64_t>(scratch.size()) < most * floats) scratch.resize(most * floats);
+    std::vector<float> best(most * body.sources);
+    std::vector<int64_t> partner(most * body.sources);
+    const int64_t even = (body.sources + threads - 1) / threads;  // a few sources on many threads: smaller groups
+    const int64_t group = std::min(kGroup, (even + kRows - 1) / kRows * kRows);
+    float* const directions = scratch.data();  // not `scratch` itself: threads would each see their own
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> sum(d);
+        for (int64_t start = 0; start < batch; start += most) {
+            const int64_t samples = std::min(most, batch - start);
+#pragma omp for collapse(2) schedule(static)
+            for (int64_t b = 0; b < samples; ++b) {
+                for (int64_t i = 0; i < body.length; ++i) {
+                    const T* row = metric + (start + b) * step_b + (prefix + i) * step_n;
+                    float* src = directions + b * floats;
+                    float* panels = src + body.sources * d;
+                    const bool source = (i % 2) == body.odd;
+                    const int64_t rank = (source ? i - body.odd : i - 1 + body.odd) / 2;
+                    if (source) {
+                        direction(row, heads, d, step_h, sum.data(), src + rank * d, 1);
+                    } else {
+                        float* out = panels + rank / kPanel * kPanel * d + rank % kPanel;
+                        direction(row, heads, d, step_h, sum.data(), out, kPanel);
+                    }
+                }
+            }
+#pragma omp for collapse(2) schedule(static)
+            for (int64_t b = 0; b < samples; ++b) {
+                for (int64_t i = 0; i < body.sources; i += group) {
+                    const float* src = directions + b * floats;
+                    best_partners(body, src, src + body.sources * d, d, i, std::min(i + group, body.sources),
+                                  best.data() + b * body.sources, partner.data() + b * body.sources);
+                }
+            }
+#pragma omp for schedule(static)
+            for (int64_t b = 0; b < samples; ++b) {
+                const int64_t at = start + b;
+                select(body, best.data() + b * body.sources, partner.data() + b * body.sources,
+                       size ? size + at * n : nullptr, n, r, assign + at * n, keep + at * (n - r), moved + at * r,
+                       similarity + at * r, size_out + at * (n - r), log_size + at * (n - r));
+            }
+        }
+    }
 }
 
 template <class T>
@@ -282,69 +439,19 @@ void merge_bias_rows(const T* x, const int64_t* steps, const float* size, const 
 extern "C" {
 
 // Both kinds of element, by their size in bytes: 4 is float32, 2 is bfloat16.
-void tome_directions(const void* metric, int64_t bytes, int64_t batch, int64_t n, int64_t heads, int64_t d,
-                     int64_t step_b, int64_t step_n, int64_t step_h, int64_t prefix, int64_t suffix, float* src,
-                     float* dst, int64_t threads) {
+
+// metric [batch, n, heads, d] with its first three strides -> what `match_size` returns. Equal similarities: the earlier
+// source first. size [batch, n] may be null: all tokens are one original token each.
+void tome_match(const void* metric, int64_t bytes, int64_t batch, int64_t n, int64_t heads, int64_t d, int64_t step_b,
+                int64_t step_n, int64_t step_h, const float* size, int64_t r, int64_t prefix, int64_t suffix,
+                int64_t* assign, int64_t* keep, int64_t* moved, float* similarity, float* size_out, float* log_size,
+                int64_t threads) {
     if (bytes == 4) {
-        directions(static_cast<const float*>(metric), batch, n, heads, d, step_b, step_n, step_h, prefix, suffix, src,
-                   dst, static_cast<int>(threads));
+        match(static_cast<const float*>(metric), batch, n, heads, d, step_b, step_n, step_h, size, r, prefix, suffix,
+              assign, keep, moved, similarity, size_out, log_size, static_cast<int>(threads));
     } else {
-        directions(static_cast<const bfloat16*>(metric), batch, n, heads, d, step_b, step_n, step_h, prefix, suffix,
-                   src, dst, static_cast<int>(threads));
-    }
-}
-
-// scores [batch, rows, destinations], the sources from `begin` on -> best and partner, both [batch, sources].
-// Equal similarities: the earlier destination.
-void tome_best(const float* scores, int64_t batch, int64_t rows, int64_t destinations, int64_t sources, int64_t begin,
-               float* best, int64_t* partner, int64_t threads) {
-#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
-    for (int64_t row = 0; row < batch * rows; ++row) {
-        const int64_t to = row / rows * sources + begin + row % rows;
-        best[to] = largest(scores + row * destinations, destinations, partner + to);
-    }
-}
-
-// What `tome_best` found -> what `match_size` returns. Equal similarities: the earlier source first.
-// size [batch, n] may be null: all tokens are one original token each.
-void tome_select(const float* best, const int64_t* partner, const float* size, int64_t batch, int64_t n, int64_t r,
-                 int64_t prefix, int64_t suffix, int64_t* assign, int64_t* keep, int64_t* moved, float* similarity,
-                 float* size_out, float* log_size, int64_t threads) {
-    const int64_t body = n - prefix - suffix, odd = prefix % 2;
-    const int64_t sources = (body - odd + 1) / 2, destinations = body - sources, m = n - r;
-#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static)
-    for (int64_t b = 0; b < batch; ++b) {
-        std::vector<int64_t> order(sources);
-        std::vector<char> gone(sources, 0);
-        const float* score = best + b * sources;
-        for (int64_t i = 0; i < sources; ++i) order[i] = i;
-        std::partial_sort(order.begin(), order.begin() + r, order.end(), [score](int64_t i, int64_t j) {
-            return score[i] > score[j] || (score[i] == score[j] && i < j);
-        });
-        for (int64_t j = 0; j < r; ++j) gone[order[j]] = 1;
-
-        int64_t* to = assign + b * n;
-        int64_t* from = keep + b * m;
-        int64_t place = 0;
-        const auto stays = [&](int64_t position) {
-            to[position] = place;
-            from[place++] = position;
-        };
-        for (int64_t p = 0; p < prefix; ++p) stays(p);
-        for (int64_t i = 0; i < sources; ++i) {
-            if (!gone[i]) stays(prefix + odd + 2 * i);
-        }
-        const int64_t begin = place;
-        for (int64_t j = 0; j < destinations; ++j) stays(prefix + 1 - odd + 2 * j);
-        for (int64_t p = n - suffix; p < n; ++p) stays(p);
-        for (int64_t j = 0; j < r; ++j) {
-            const int64_t position = prefix + odd + 2 * order[j];
-            moved[b * r + j] = position;
-            similarity[b * r + j] = score[order[j]];
-            to[position] = begin + partner[b * sources + order[j]];
-        }
-        merge_sizes(size ? size + b * n : nullptr, to, from, moved + b * r, size_out + b * m, m, r);
-        for (int64_t k = 0; k < m; ++k) log_size[b * m + k] = std::log(size_out[b * m + k]);
+        match(static_cast<const bfloat16*>(metric), batch, n, heads, d, step_b, step_n, step_h, size, r, prefix, suffix,
+              assign, keep, moved, similarity, size_out, log_size, static_cast<int>(threads));
     }
 }
 

@@ -12,6 +12,7 @@ import ctypes
 import functools
 import logging
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,19 +23,12 @@ log = logging.getLogger(__name__)
 DTYPES = frozenset({torch.float32, torch.bfloat16})
 """Floating dtypes that the kernels read and write."""
 
-_BLOCK = 1 << 21
-"""Similarities held at a time, eight MiB: a matrix of all of them would be the largest tensor of a long sequence."""
-_FEWEST_ROWS = 64
-"""Sources to a product at least: with fewer it is slow."""
-
 # Inductor writes its loops with vector intrinsics and turns the compiler's own vectors off.
-_FLAGS = ("-O3", "-march=native", "-ftree-loop-vectorize", "-fno-math-errno")
+_FLAGS = ("-O3", "-march=native", "-ftree-loop-vectorize", "-fno-math-errno", "-ffp-contract=fast")
 
 # Each function's arguments in order: p a pointer, i an int64.
 _SIGNATURES = {
-    "tome_directions": "p" + 10 * "i" + "pp" + "i",
-    "tome_best": "p" + 5 * "i" + "ppi",
-    "tome_select": "ppp" + 5 * "i" + 6 * "p" + "i",
+    "tome_match": "p" + 8 * "i" + "piii" + 6 * "p" + "i",
     "tome_merge": "ppi" + 6 * "p" + 5 * "i",
     "tome_merge_bias": "ppi" + 6 * "p" + 6 * "i",
     "tome_merge_size": 5 * "p" + 3 * "i",
@@ -57,12 +51,17 @@ def prepare() -> None:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
+    return build(_FLAGS)
+
+
+def build(flags: Sequence[str]) -> ctypes.CDLL | None:
+    """The kernels, compiled with more flags than Inductor's own; None where they cannot be."""
     from torch._inductor.codecache import CppCodeCache  # here: a second of imports
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
     source = Path(__file__).with_name("cpu.cpp").read_text()
     try:
-        held = CppCodeCache.load(source, extra_flags=_FLAGS)
+        held = CppCodeCache.load(source, extra_flags=tuple(flags))
     except (CppCompileError, InvalidCxxCompiler, OSError) as error:
         log.warning("no C++ kernels, the ATen forms are used: %s", error)
         return None
@@ -81,22 +80,12 @@ def match_size(metric: Tensor, size: Tensor | None, r: int, prefix: int, suffix:
     if d > 1 and metric.stride(-1) != 1:
         metric = metric.contiguous()
     size = None if size is None else size.contiguous()
-    body, odd, threads = n - prefix - suffix, prefix % 2, torch.get_num_threads()
-    sources = (body - odd + 1) // 2
     new, index = functools.partial(torch.empty, dtype=torch.float32), functools.partial(torch.empty, dtype=torch.int64)
-    src, dst = new((batch, sources, d)), new((batch, body - sources, d))
-    held.tome_directions(metric.data_ptr(), metric.element_size(), batch, n, heads, d, *metric.stride()[:3], prefix,
-                         suffix, src.data_ptr(), dst.data_ptr(), threads)  # fmt: skip
-    best, partner = new((batch, sources)), index((batch, sources))
-    step = max(_BLOCK // max(batch * dst.shape[1], 1), _FEWEST_ROWS)
-    for begin in range(0, sources, step):
-        scores = torch.bmm(src[:, begin : begin + step], dst.transpose(1, 2))
-        held.tome_best(scores.data_ptr(), *scores.shape, sources, begin, best.data_ptr(), partner.data_ptr(), threads)
     assign, keep, moved, similarity = index((batch, n)), index((batch, n - r)), index((batch, r)), new((batch, r))
     size_out, log_size = new((batch, n - r)), new((batch, n - r))
-    held.tome_select(best.data_ptr(), partner.data_ptr(), _pointer(size), batch, n, r, prefix, suffix,
-                     assign.data_ptr(), keep.data_ptr(), moved.data_ptr(), similarity.data_ptr(),
-                     size_out.data_ptr(), log_size.data_ptr(), threads)  # fmt: skip
+    held.tome_match(metric.data_ptr(), metric.element_size(), batch, n, heads, d, *metric.stride()[:3], _pointer(size),
+                    r, prefix, suffix, assign.data_ptr(), keep.data_ptr(), moved.data_ptr(), similarity.data_ptr(),
+                    size_out.data_ptr(), log_size.data_ptr(), torch.get_num_threads())  # fmt: skip
     return assign, keep, moved, similarity, size_out, log_size
 
 
