@@ -60,13 +60,8 @@ class Result:
     lengths: list[int] = field(default_factory=list)
 
 
-def run_pipeline(
-    gm: fx.GraphModule,
-    inputs: Sequence[Any],
-    config: ToMeConfig,
-    every_row: bool = True,
-) -> Result:
-    """All passes over one graph. every_row: what nobody reads is computed as well.
+def run_pipeline(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig) -> Result:
+    """All passes over one graph.
 
     Raises ValueError where the schedule does not fit, VerifyError on a bug of ours.
 
@@ -108,7 +103,7 @@ def run_pipeline(
         return Result(None, report, captured)
     with _timed(seconds, "rewrite"):
         rewritten = rewrite(captured, facts, calls, plan, config)
-    if not every_row:
+    if config.drop_unread:
         with _timed(seconds, "drop_unread"):
             report.unread_ops = drop_unread(rewritten)
     with _timed(seconds, "lower"):

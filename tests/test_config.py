@@ -49,6 +49,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"r": 4, "protect": "class"}, ValueError, "auto"),
     ({"r": 4, "protect": 1.5}, (ValueError, TypeError), "auto"),
     ({"r": 4, "prop_attn": 1}, TypeError, "True or False"),
+    ({"r": 4, "drop_unread": 1}, TypeError, "drop_unread must be True or False"),
     ({"r": 4, "strict": "no"}, TypeError, "True or False"),
 ]
 

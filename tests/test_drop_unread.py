@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,8 +28,9 @@ def both(model: nn.Module, args: tuple[Any, ...], r: Any = 4) -> tuple[fx.GraphM
     """The rewritten graph, the one with every row, and how many ops of the first compute fewer."""
     source = _module(torch.export.export(model, args, strict=False))
     flat = [_flat_value(node) for node in source.graph.find_nodes(op="placeholder")]
-    config = config_from({"r": r, "inner": "eager"})
-    made = [transform(source, flat, config, every_row=every) for every in (False, True)]
+    made = [
+        transform(source, flat, config_from({"r": r, "inner": "eager", "drop_unread": drop})) for drop in (True, False)
+    ]
     (short, report), (whole, _) = made
     assert short is not None and whole is not None
     return short, whole, report.unread_ops
@@ -99,16 +99,21 @@ def test_gradients_are_those_of_every_row() -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_through_inductor(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tome_fx.backend.transform", functools.partial(transform, every_row=False))
+def test_through_inductor(training: bool) -> None:
     model, args = models.build(models.Spec(depth=4))
     model = model.train(training)
     tome_fx.clear_reports()
     with torch.set_grad_enabled(training):
-        found = torch.compile(model, backend=tome_fx.tome_backend(r=3, strict=True))(*args)
-        want = torch.compile(model, backend=tome_fx.tome_backend(r=3, inner="eager"))(*args)
+        found = torch.compile(model, backend=tome_fx.tome_backend(r=3, drop_unread=True, strict=True))(*args)
+        want = torch.compile(model, backend=tome_fx.tome_backend(r=3, drop_unread=True, inner="eager"))(*args)
     assert [report.unread_ops > 0 for report in tome_fx.reports()] == [True, True]
     torch.testing.assert_close(found, want, atol=1e-4, rtol=1e-4)
+
+
+def test_a_trace_shows_every_merge() -> None:
+    """Also those that compiled code would leave out."""
+    model, args = models.build(models.Spec(depth=4))
+    assert len(tome_fx.trace_tokens(model.eval(), args, r=2, drop_unread=True).merges) == 4
 
 
 # -- single graphs -----------------------------------------------------------------------------------------------------

@@ -90,6 +90,7 @@ def tome_backend(
     protect: str | int = "auto",
     placement: str = "auto",
     padding_first: bool = False,
+    drop_unread: bool = False,
     inner: str = "inductor",
     strict: bool = False,
 ) -> ToMeBackend:
@@ -112,6 +113,7 @@ def tome_backend(
             there is one, a branch elsewhere, and either only where it pays.
         padding_first: merge the tokens that a mask of keys leaves out before all others. Their outputs are then those
             of other padding; valid tokens do not notice.
+        drop_unread: compute only the rows of the last block that are read (the class token, mostly).
         inner: "inductor", "aot_eager" or "eager".
         strict: raise ToMeError where the default is a ToMeWarning.
 
@@ -132,6 +134,7 @@ def tome_backend(
             protect=protect,
             placement=placement,
             padding_first=padding_first,
+            drop_unread=drop_unread,
             inner=inner,
             strict=strict,
         )
@@ -144,20 +147,16 @@ def tome(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Ca
 
 
 def transform(
-    gm: fx.GraphModule,
-    inputs: Sequence[Any],
-    config: ToMeConfig,
-    every_row: bool = True,
+    gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig
 ) -> tuple[fx.GraphModule | None, ToMeReport]:
     """The rewritten graph with the placeholders of `gm`, or None where `gm` is to be used as it is, and the report.
 
     `meta[LENGTHS]` of the graph holds the lengths that merges leave, where layers can share kernels by them.
-    every_row: compute what nobody reads too, so that every merge is in the graph.
 
     Warns (strict: raises ToMeError) where a site does not pay, nothing merges, or a pass fails.
     """
     try:
-        result = run_pipeline(gm, inputs, config, every_row)
+        result = run_pipeline(gm, inputs, config)
         rewritten = None if result.gm is None else finish(gm, result)
     except ScheduleError:
         raise

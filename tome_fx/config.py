@@ -59,6 +59,9 @@ class ToMeConfig:
     padding_first: bool = False
     """Merge the tokens that a mask of keys leaves out before all others, however alike they are. They never mix into
     the others in any case."""
+    drop_unread: bool = False
+    """Compute only the rows that are read: where a model reads its class token alone, queries, projection and MLP
+    of the last block on that row, and no last merge. Reports keep the last merge of the plan and its FLOPs."""
     inner: str = "inductor"
     """What compiles the rewritten graph: "inductor", "aot_eager" or "eager"."""
     strict: bool = False
@@ -95,7 +98,7 @@ class ToMeConfig:
         for name in ("every", "multiple"):
             if not _whole(getattr(self, name)) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be an int of 1 or more, got {getattr(self, name)!r}")
-        for name in ("prop_attn", "padding_first", "strict"):
+        for name in ("prop_attn", "padding_first", "drop_unread", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.padding_first and self.matcher == "random":

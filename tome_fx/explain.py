@@ -185,11 +185,11 @@ def trace_tokens(
     r: Any = None,
     **config: Any,
 ) -> TokenTrace:
-    """Run the rewritten model eagerly and read off every merge.
+    """Run the rewritten model eagerly and read off every merge, those that `drop_unread` would leave out too.
 
     Raises what `rewrite` raises.
     """
-    gm, report = _rewritten(model, args, kwargs, {"r": r, **config})
+    gm, report = _rewritten(model, args, kwargs, {"r": r, **config, "drop_unread": False})
     recorder = _MatchRecorder(gm)
     with torch.no_grad():
         recorder.run(*_flat_inputs(gm, args, kwargs), enable_io_processing=False)
