@@ -340,6 +340,25 @@ def test_the_small_version_runs_to_the_page(tmp_path: Path, monkeypatch: pytest.
     assert "is there" in run("images", "--small", *out)
 
 
+@pytest.mark.slow
+def test_a_folder_of_images_and_a_model_of_timm(tmp_path: Path) -> None:
+    """What a user runs on data of their own: folders named as ImageNet's, the model's own head."""
+    from PIL import Image
+
+    for i, name in enumerate(("n01440764", "n02123045", "n07753592")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for k in range(3):
+            pixels = np.random.default_rng(10 * i + k).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{k}.jpg")
+    command = [sys.executable, str(FOLDER / "images.py"), "--data", str(tmp_path / "data"), "--threads", "1"]
+    command += ["--model", "vit_tiny_patch16_224", "--r", "4", "8", "--no-speed", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    result = json.loads((tmp_path / "images_vit_tiny_patch16_224.json").read_text())
+    assert result["baseline"]["n"] == 9
+    assert [point["tokens"] for point in result["curves"][0]["points"]] == [149, 101]
+    assert "9 of the 9 images in data, 3 classes" in result["data"]
+
+
 def test_make_accuracy_can_hand_its_options_to_every_script() -> None:
     """`make accuracy ARGS=--fresh`: no script may end at an option that the others take."""
     root = Path(__file__).parent.parent
