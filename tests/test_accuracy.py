@@ -285,11 +285,13 @@ def result(speeds: tuple[float | None, ...], labels: tuple[str, ...] = ("constan
 
 
 def test_the_page_has_every_figure_caveat_and_verdict() -> None:
-    page = report.render({"made_up": result((1.25, None))}, "../results")
+    made = {**result((1.25, None)), "pictures": {"a photo": "../../pictures/photo.png"}}
+    page = report.render({"made_up": made}, "../results/accuracy")
     for part in (
         "## Made up",
         "Nothing real.",
-        "(../results/made_up.png)",
+        "(../results/accuracy/made_up.png)",
+        "![a photo](../pictures/photo.png)",
         "| asked | answer | **no** |",
         "- A caveat.",
     ):

@@ -7,7 +7,7 @@ JSON, one file for each claim, `benchmarks/results/accuracy/NAME.json`:
  "curves": [{"label", "points": [{"r", "tokens": tokens after the last merge or null, "value", "low", "high", "n",
                                   "speed": throughput over plain Inductor's or null, "macs": ratio or null}]}],
  "found": [{"text": what was asked, "value": text of the answer, "holds": true, false or null}],
- "notes": [sentence]}
+ "notes": [sentence], "pictures", where there are any: {caption: path from the result's folder}}
 `low` and `high` bound 95 % confidence intervals. `report.py` makes docs/accuracy.md and the plots of these files alone.
 """
 

@@ -8,6 +8,7 @@ Two cores, quiet: about 5 minutes.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -183,9 +184,13 @@ def main() -> int:
             "notes": [
                 "Few photos: the interval is that of their mean, and says little of photos of another kind.",
                 "The decoder's conversion is checked for shapes and range alone, not against another runtime.",
+                "In the picture: china.jpg by danielbuechele, flower.jpg by vultilion, CC BY 2.0, as in scikit-learn.",
                 "Heat maps lie in 0 to 1. The merged tokens are given back to all their patches before the decoder.",
             ],
         }
+        if name == "dense_correlation":
+            where = os.path.relpath(args.picture, args.out)
+            result["pictures"] = {"saliency of the original and of the merged model": Path(where).as_posix()}
         common.save(name, result, console, args.out)
     heats = {"no merging": base, **{f"r={r}": merged[r].values for r in SHOWN if r in merged}}
     draw(list(found.values())[: len(assets.SAMPLE_PHOTOS)], heats, args.picture)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import posixpath
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -72,6 +73,8 @@ def section(name: str, result: Mapping[str, Any], folder: str) -> list[str]:
     """What the page says of one result. `folder`: where the plots lie, seen from the page."""
     what = f"{result['measure']}{', ' + result['unit'] if result['unit'] else ''} ({result['better']} is better)"
     lines = [f"## {result['title']}", "", result["data"], "", f"![{what}]({folder}/{name}.png)", ""]
+    for caption, path in result.get("pictures", {}).items():
+        lines += [f"![{caption}]({posixpath.normpath(f'{folder}/{path}')})", ""]
     if result["found"]:
         found = ([row["text"], row["value"], VERDICT[row["holds"]]] for row in result["found"])
         lines += table(("asked", "found", "holds"), found)
