@@ -59,7 +59,7 @@ PAPER = (
     Expected("merging: plain mean", "weighted over plain mean", 0.7),
     Expected("prune at random", "merging over pruning at random", 5.0),
 )
-TEST = 1000
+TRAIN, TEST = 1000, 1000
 R = {"dinov2": 4, "small_vit": 8}
 """Tokens merged in each block: of 65 about 17 are left after the last in both nets."""
 
@@ -150,7 +150,7 @@ def main() -> int:
             continue
         info = evaluate.machine()
         if net == "dinov2":
-            train, test = (50, 32) if args.small else (images.TRAIN[112], args.test or TEST)
+            train, test = (50, 32) if args.small else (TRAIN, args.test or TEST)
             task = images.cifar_task(112, train, test, args.seed, (), console)
         else:
             recipe = small_vit.SMALL if args.small else small_vit.Recipe(epochs=args.epochs, seed=args.seed)
