@@ -9,8 +9,8 @@ With --data DIR --model NAME [--pretrained]: an ImageNet-style folder (DIR/class
 classes are those of the folder in order, or ImageNet's by their WordNet id.
 
 Writes images_PX.json, or images_NAME.json. Two quiet cores with AVX-512: about 9 minutes at 112 px, 18 at 224 px; three
-or four times as long without. Of that, compiling for the throughput takes two (`--no-speed` leaves it out). Fewer images
-(`--train`, `--test`) are for a first look: to tell half a point takes thousands.
+or four times as long without. Compiling for the throughput takes two of them (`--no-speed` leaves it out). Fewer
+images (`--train`, `--test`) are for a first look: to tell half a point takes thousands.
 """
 
 from __future__ import annotations
