@@ -6,8 +6,9 @@ schedule is trained with `tome_backend(r)`, at the r that costs off the shelf `H
 
 Weights and a checkpoint of every epoch lie in the cache folder, so a stopped training goes on where it was, with the
 same batches. `--train-only` trains without merging and stops there. An epoch takes 11 minutes of one core (AMD EPYC,
-AVX2; 3 with AVX-512), so both trainings about 75 minutes of two (or 25); the rest 15 (or 4). Width 192 and depth 9 would take 50 minutes of a core
-for each epoch: a result that can be made again on two cores is worth more here than a few points of accuracy.
+AVX2; 3 with AVX-512), so both trainings about 75 minutes of two (or 25); the rest 15 (or 4). Width 192 and depth 9
+would take 50 minutes of a core for each epoch: a result that can be made again on two cores is worth more here than a
+few points of accuracy.
 """
 
 from __future__ import annotations
