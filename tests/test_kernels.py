@@ -70,6 +70,16 @@ def test_long_sequences_and_many_samples(batch: int, n: int, width: int) -> None
         torch.testing.assert_close((unit[moved] * unit[keep[assign[moved]]]).sum(-1), similarity)
 
 
+@pytest.mark.parametrize(("batch", "n", "prefix"), [(0, 20, 1), (2, 1, 1), (2, 2, 1), (2, 1, 0)])
+def test_nothing_to_compare(batch: int, n: int, prefix: int) -> None:
+    """No sample, no token that may merge, or one alone."""
+    keys = torch.randn(batch, n, 1, 8)
+    assign, keep, moved, similarity, size_out, _ = cpu.match_size(keys, None, 0, prefix, 0)
+    assert moved.shape == similarity.shape == (batch, 0)
+    assert torch.equal(keep.gather(1, assign), torch.arange(n).expand(batch, n))
+    assert torch.equal(size_out, torch.ones(batch, n))
+
+
 @pytest.mark.parametrize("wide", [16, 32, 64])
 def test_vectors_of_other_processors(wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles for registers of 16, 32 and 64 bytes compute the same."""

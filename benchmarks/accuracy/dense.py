@@ -149,6 +149,7 @@ def main() -> int:
     merged = {r: evaluate.outputs(model, {"r": r}, load, samples, 2, console) for r in grid}
     ways = {str(r): {"r": r} for r in grid}
     speeds = {} if args.no_speed else evaluate.throughput(model, ways, x[:4], args.rounds, console)
+    shown = Path(os.path.relpath(args.picture, args.out)).as_posix()
     for name, measure, statistic, exact, better in (
         ("dense_correlation", "correlation of heat maps", correlation, 1.0, "higher"),
         ("dense_error", "mean absolute error of heat maps", error, 0.0, "lower"),
@@ -187,10 +188,8 @@ def main() -> int:
                 "In the picture: china.jpg by danielbuechele, flower.jpg by vultilion, CC BY 2.0, as in scikit-learn.",
                 "Heat maps lie in 0 to 1. The merged tokens are given back to all their patches before the decoder.",
             ],
+            "pictures": {"saliency of the original and of the merged model": shown},
         }
-        if name == "dense_correlation":
-            where = os.path.relpath(args.picture, args.out)
-            result["pictures"] = {"saliency of the original and of the merged model": Path(where).as_posix()}
         common.save(name, result, console, args.out)
     heats = {"no merging": base, **{f"r={r}": merged[r].values for r in SHOWN if r in merged}}
     draw(list(found.values())[: len(assets.SAMPLE_PHOTOS)], heats, args.picture)

@@ -104,7 +104,7 @@ void direction(const T* row, int64_t heads, int64_t d, int64_t step_h, float* su
     }
 }
 
-// Similarities of kRows sources with one panel, added to what `top` and `where` hold: the largest of each lane so far.
+// Similarities of kRows sources with panel `place`; `top` and `where` keep the largest of each lane so far, and its panel.
 inline void tile(const float* const* rows, const float* panel, int64_t d, const Floats* bound, int32_t place,
                  Floats (*top)[kVectors], Ints (*where)[kVectors]) {
     Floats sum[kRows][kVectors] = {};
@@ -216,14 +216,15 @@ void match(const T* metric, int64_t batch, int64_t n, int64_t heads, int64_t d, 
            int64_t* moved, float* similarity, float* size_out, float* log_size, int threads) {
     static thread_local std::vector<float> kept;
     const Body body(n, prefix, suffix);
-    const int64_t floats = body.floats(d), most = std::clamp(kScratch / std::max<int64_t>(floats, 1), int64_t{1}, batch);
+    const int64_t floats = body.floats(d);
+    const int64_t most = std::min(batch, std::max<int64_t>(kScratch / std::max<int64_t>(floats, 1), 1));
     std::vector<float> large;
     std::vector<float>& scratch = most * floats > kScratch ? large : kept;
     if (static_cast<int64_t>(scratch.size()) < most * floats) scratch.resize(most * floats);
     std::vector<float> best(most * body.sources);
     std::vector<int64_t> partner(most * body.sources);
     const int64_t even = (body.sources + threads - 1) / threads;  // a few sources on many threads: smaller groups
-    const int64_t group = std::min(kGroup, (even + kRows - 1) / kRows * kRows);
+    const int64_t group = std::clamp((even + kRows - 1) / kRows * kRows, kRows, kGroup);
     float* const directions = scratch.data();  // not `scratch` itself: threads would each see their own
 #pragma omp parallel num_threads(threads)
     {
