@@ -78,6 +78,10 @@ def test_nothing_to_compare(batch: int, n: int, prefix: int) -> None:
     assert moved.shape == similarity.shape == (batch, 0)
     assert torch.equal(keep.gather(1, assign), torch.arange(n).expand(batch, n))
     assert torch.equal(size_out, torch.ones(batch, n))
+    assert torch.equal(
+        cpu.merge_add(keys, None, None, size_out, assign, keep, moved),
+        keys.gather(1, keep[..., None, None].expand_as(keys)),
+    )
 
 
 @pytest.mark.parametrize("wide", [16, 32, 64])

@@ -84,6 +84,16 @@ def test_second_resolution(spec: Spec) -> None:
         assert tome_fx.reports()[-1].merged_sites > 0
 
 
+@pytest.mark.parametrize("placement", ["stream", "branch"])
+def test_no_samples(placement: str) -> None:
+    """An empty batch gives what the model gives for it."""
+    case = CASES["timm-siglip"]()
+    x = case.args[0][:0]
+    with torch.no_grad():
+        assert compiled(case.model, R, placement=placement)(x).shape == case.model(x).shape
+    assert tome_fx.reports()[-1].merged_sites == 3
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_dynamic_true(spec: Spec) -> None:
     """torch.compile(dynamic=True): every size and Python float is symbolic from the start."""

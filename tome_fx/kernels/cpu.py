@@ -13,6 +13,7 @@ import functools
 import logging
 import threading
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 import torch
@@ -102,7 +103,7 @@ def merge_add(
     out = x.new_empty((*keep.shape, *x.shape[assign.dim() :]))
     held.tome_merge(x.data_ptr(), _pointer(y), x.element_size(), _pointer(size), size_out.data_ptr(),
                     assign.data_ptr(), keep.data_ptr(), moved.data_ptr(), out.data_ptr(), batch, n, r,
-                    x.numel() // assign.numel(), torch.get_num_threads())  # fmt: skip
+                    prod(x.shape[assign.dim() :]), torch.get_num_threads())  # fmt: skip
     return out
 
 
