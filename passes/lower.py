@@ -18,6 +18,11 @@ its only mask takes the form that `tome_fx.attention.ROWS` says (none as long as
 What is left, and all on other devices, is spelled out in ATen, so that it fuses:
 
     other: merge, merge_bias, merge_size, log_size  ->  merge_aten, merge_bias_aten, merge_size_aten, log
+
+That is before AOTAutograd, which needs the ops' derivatives. After it `call_kernels` lets Inductor call the compiled
+CPU kernels themselves, not the Python that chooses between them and ATen:
+
+    cpu:   match_size, merge, merge_add, ...      ->  tome_cpu::match_size, ...   in float32 and bfloat16
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ import torch
 from torch import Tensor, fx
 
 from tome_fx import attention
+from tome_fx.kernels import cpu
 
 from .axes import expr, same
 from .capture import is_impure
@@ -105,6 +111,25 @@ def _device(node: fx.Node) -> str | None:
     value = node.meta.get("val")
     first = value[0] if isinstance(value, (tuple, list)) and value else value
     return first.device.type if isinstance(first, Tensor) else None
+
+
+KERNELS = {getattr(tome, name).default: getattr(torch.ops.tome_cpu, name).default for name in cpu.SCHEMAS}
+
+
+def call_kernels(graph: fx.Graph) -> int:
+    """Put calls of the compiled CPU kernels into a graph that AOTAutograd made; returns how many.
+
+    Does not wait until they are compiled: the operators stand for the opaque calls until then, or without a compiler.
+    """
+    nodes = [node for node in graph.nodes if node.target in KERNELS and _has_kernel(node)]
+    for node in nodes:
+        node.target = KERNELS[node.target]
+    return len(nodes)
+
+
+def _has_kernel(node: fx.Node) -> bool:
+    first = next(x.meta["val"] for x in node.args if isinstance(x, fx.Node))
+    return first.device.type == "cpu" and (first.dtype in cpu.DTYPES or not first.dtype.is_floating_point)
 
 
 def _fuse_sizes(graph: fx.Graph, match: fx.Node) -> bool:

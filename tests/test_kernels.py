@@ -11,11 +11,13 @@ from tome_fx import ops
 from tome_fx.kernels import cpu
 
 OPS = torch.ops.tome
+CPU = torch.ops.tome_cpu
 
 
 def test_they_are_built_here() -> None:
     """This machine has a compiler: all other tests run on the kernels, not on the forms that stand in for them."""
-    assert cpu.library() is not None
+    assert cpu.library() is CPU
+    assert all(torch._C._dispatch_has_kernel_for_dispatch_key(f"tome_cpu::{name}", "CPU") for name in cpu.SCHEMAS)
 
 
 @st.composite
@@ -43,16 +45,16 @@ def narrowest_choice(keys: torch.Tensor, prefix: int, suffix: int) -> float:
 def test_match_and_sizes(case: tuple[torch.Tensor, int, int, int]) -> None:
     """Same pairs, same similarity, same order; sizes from none and from sizes of an earlier merge."""
     keys, r, prefix, suffix = case
-    got, want = cpu.match_size(keys, None, r, prefix, suffix), ops.match_aten(keys, r, prefix, suffix)
+    got, want = CPU.match_size(keys, None, r, prefix, suffix, True), ops.match_aten(keys, r, prefix, suffix)
     torch.testing.assert_close(got[3], want[3])
     if narrowest_choice(keys, prefix, suffix) > 1e-5:  # near ties may go either way
         for a, b in zip(got[:3], want[:3], strict=True):
             assert torch.equal(a, b)
     for size in (None, torch.randint(1, 9, keys.shape[:2]).float()):
-        index = cpu.match_size(keys, size, r, prefix, suffix)
+        index = CPU.match_size(keys, size, r, prefix, suffix, True)
         expected = ops.merge_size_aten(size, *index[:3])
         assert torch.equal(index[4], expected)
-        assert torch.equal(cpu.merge_size(size, *index[:3]), expected)
+        assert torch.equal(CPU.merge_size(size, *index[:3]), expected)
         torch.testing.assert_close(index[5], expected.log())
 
 
@@ -60,9 +62,9 @@ def test_match_and_sizes(case: tuple[torch.Tensor, int, int, int]) -> None:
 def test_long_sequences_and_many_samples(batch: int, n: int, width: int) -> None:
     """Over many tiles, in turns where the samples are many, and of more than a thread keeps: as each sample alone."""
     keys = torch.randn(batch, n, 1, width)
-    whole = cpu.match_size(keys, None, n // 3, 1, 2)
+    whole = CPU.match_size(keys, None, n // 3, 1, 2, True)
     for b in range(0, batch, 13):
-        alone = cpu.match_size(keys[b : b + 1], None, n // 3, 1, 2)
+        alone = CPU.match_size(keys[b : b + 1], None, n // 3, 1, 2, True)
         assert all(torch.equal(x[b], y[0]) for x, y in zip(whole, alone, strict=True))
         torch.testing.assert_close(alone[3], ops.match_aten(keys[b : b + 1], n // 3, 1, 2)[3])
         assign, keep, moved, similarity = (x[0] for x in alone[:4])
@@ -74,24 +76,25 @@ def test_long_sequences_and_many_samples(batch: int, n: int, width: int) -> None
 def test_nothing_to_compare(batch: int, n: int, prefix: int) -> None:
     """No sample, no token that may merge, or one alone."""
     keys = torch.randn(batch, n, 1, 8)
-    assign, keep, moved, similarity, size_out, _ = cpu.match_size(keys, None, 0, prefix, 0)
+    assign, keep, moved, similarity, size_out, _ = CPU.match_size(keys, None, 0, prefix, 0, True)
     assert moved.shape == similarity.shape == (batch, 0)
     assert torch.equal(keep.gather(1, assign), torch.arange(n).expand(batch, n))
     assert torch.equal(size_out, torch.ones(batch, n))
     assert torch.equal(
-        cpu.merge_add(keys, None, None, size_out, assign, keep, moved),
+        CPU.merge(keys, None, size_out, assign, keep, moved),
         keys.gather(1, keep[..., None, None].expand_as(keys)),
     )
 
 
 @pytest.mark.parametrize("wide", [16, 32, 64])
-def test_vectors_of_other_processors(wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors_of_other_processors(wide: int) -> None:
     """Tiles for registers of 16, 32 and 64 bytes compute the same."""
-    held = cpu.build((*cpu._FLAGS, f"-DTOME_BYTES={wide}"))
-    monkeypatch.setattr(cpu, "library", lambda: held)
+    defined = cpu.define(f"tome_cpu_{wide}")
+    held = cpu.build((*cpu._FLAGS, f"-DTOME_BYTES={wide}"), defined.ns)
+    assert held is not None
     for n in (5, 130, 403):
         keys = torch.randn(3, n, 2, 24)
-        got, want = cpu.match_size(keys, None, n // 4, 1, 0), ops.match_aten(keys, n // 4, 1, 0)
+        got, want = held.match_size(keys, None, n // 4, 1, 0, True), ops.match_aten(keys, n // 4, 1, 0)
         torch.testing.assert_close(got[3], want[3])
         if narrowest_choice(keys, 1, 0) > 1e-6:
             assert all(torch.equal(a, b) for a, b in zip(got[:3], want[:3], strict=True))
@@ -102,7 +105,7 @@ def test_destinations_unlike_all_are_chosen() -> None:
     keys = torch.ones(1, 41, 1, 4)
     keys[:, 1::2] = -1
     keys[:, 7] = torch.tensor([-1.0, -1.0, -1.0, 0.5])
-    assign, keep, moved, similarity, *_ = cpu.match_size(keys, None, 20, 0, 0)
+    assign, keep, moved, similarity, *_ = CPU.match_size(keys, None, 20, 0, 0, True)
     assert keep[0, assign[0, moved[0]]].tolist() == [7] * 20
     torch.testing.assert_close(similarity, torch.full((1, 20), -2.5 / (2 * 3.25**0.5)))
 
@@ -113,9 +116,10 @@ def test_merge(case: tuple[torch.Tensor, int, int, int], sized: bool) -> None:
     keys, r, prefix, suffix = case
     x, y = keys.flatten(2), keys.flip(-1).flatten(2)
     size = torch.randint(1, 9, keys.shape[:2]).float() if sized else None
-    assign, keep, moved, _, size_out, _ = cpu.match_size(keys, size, r, prefix, suffix)
+    assign, keep, moved, _, size_out, _ = CPU.match_size(keys, size, r, prefix, suffix, True)
     for other in (None, y):
-        got = cpu.merge_add(x, other, size, size_out, assign, keep, moved)
+        given = (size, size_out, assign, keep, moved)
+        got = CPU.merge(x, *given) if other is None else CPU.merge_add(x, other, *given)
         want = ops.merge_aten(x if other is None else x + other, size, size_out, assign, keep, moved)
         assert got.dtype == x.dtype
         torch.testing.assert_close(got, want, rtol=1.6e-2 if x.dtype is torch.bfloat16 else 1e-5, atol=1e-5)
@@ -126,13 +130,13 @@ def test_merge_bias(case: tuple[torch.Tensor, int, int, int], sized: bool, sprea
     """Terms of two samples and several heads, in memory in any order, shared by the samples, some masked out."""
     keys, r, prefix, suffix = case
     size = torch.randint(1, 9, keys.shape[:2]).float() if sized else None
-    assign, keep, moved, _, size_out, _ = cpu.match_size(keys, size, r, prefix, suffix)
+    assign, keep, moved, _, size_out, _ = CPU.match_size(keys, size, r, prefix, suffix, True)
     n = keys.shape[1]
     order = data.draw(st.permutations(range(4)))
     shape = [1 if data.draw(st.booleans()) else 2, n, 3, 5]
     x = (torch.randn([shape[d] for d in order]) * spread).permute([order.index(d) for d in range(4)]).to(keys.dtype)
     x = x.masked_fill(torch.rand(x.shape) < 0.2, -torch.inf).expand(2, -1, -1, -1)
-    got = cpu.merge_bias(x, size, size_out, assign, keep, moved)
+    got = CPU.merge_bias(x, size, size_out, assign, keep, moved)
     want = ops.merge_bias_aten(x, size, size_out, assign, keep, moved)
     assert got.dtype == x.dtype
     lowest = torch.finfo(torch.float32).min / 2  # as good as -inf to a softmax
@@ -143,11 +147,11 @@ def test_merge_bias(case: tuple[torch.Tensor, int, int, int], sized: bool, sprea
 def test_equal_similarities_take_the_earlier_source() -> None:
     """Equal keys everywhere: which tokens go, and to where, is settled, whatever the number of threads."""
     far = torch.ones(1, 400, 1, 8)
-    assign, keep, moved, *_ = cpu.match_size(far, None, 100, 0, 0)
+    assign, keep, moved, *_ = CPU.match_size(far, None, 100, 0, 0, True)
     assert moved.tolist() == [list(range(0, 200, 2))]
     assert keep[0, assign[0, moved[0]]].unique().tolist() == [1]
     keys = torch.ones(1, 20, 1, 8)
-    assign, keep, moved, *_ = cpu.match_size(keys, None, 4, 0, 0)
+    assign, keep, moved, *_ = CPU.match_size(keys, None, 4, 0, 0, True)
     assert moved.tolist() == [[0, 2, 4, 6]]
     assert keep[0, :6].tolist() == [8, 10, 12, 14, 16, 18]
     assert assign[0, moved[0]].tolist() == [6] * 4
@@ -159,8 +163,8 @@ def test_threads_do_not_change_the_result() -> None:
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            index = cpu.match_size(keys, None, 40, 1, 0)
-            found.append((*index, cpu.merge_add(keys, None, None, index[4], *index[:3])))
+            index = CPU.match_size(keys, None, 40, 1, 0, True)
+            found.append((*index, CPU.merge(keys, None, index[4], *index[:3])))
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:
@@ -168,15 +172,44 @@ def test_threads_do_not_change_the_result() -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("sample", [(), (1,), (6,), (2, 3), (2, 1, 3)])
+@pytest.mark.parametrize("heads", [False, True])
+def test_sample_axes(sample: tuple[int, ...], heads: bool) -> None:
+    """Any number of them, in memory one behind the other or not, and values that do not lie in their own order."""
+    n, shape = 24, (*sample, 24, *(2,) * heads, 8)
+    values = torch.randn(*shape[::-1]).permute(*reversed(range(len(shape))))
+    sizes = torch.randint(1, 5, (n, *sample)).float().movedim(0, -1)
+    for x, size in ((values, sizes), (values.contiguous(), None)):
+        index = CPU.match_size(x, size, 7, 1, 0, heads)
+        flat = x.reshape(-1, n, *shape[len(sample) + 1 :])
+        plain = None if size is None else size.reshape(-1, n).contiguous()
+        want = CPU.match_size(flat.contiguous(), plain, 7, 1, 0, heads)
+        for got, expected in zip(index, want, strict=True):
+            assert torch.equal(got, expected.reshape(*sample, -1))
+        near = {"rtol": 1e-5, "atol": 1e-5}
+        for name, args in (("merge", (x,)), ("merge_add", (x, x.cos())), ("merge_bias", (x,))):
+            got = getattr(CPU, name)(*args, size, index[4], *index[:3])
+            whole = x + x.cos() if len(args) == 2 else x
+            form = ops.merge_bias_aten if name == "merge_bias" else ops.merge_aten
+            assert got.is_contiguous()
+            torch.testing.assert_close(got, form(whole, size, index[4], *index[:3]), **near)
+
+
+def test_a_dtype_they_do_not_know() -> None:
+    keys = torch.randn(1, 10, 4, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="float32 or bfloat16 only"):
+        CPU.match_size(keys, None, 2, 0, 0)
+
+
 def test_nan_keys_do_not_crash() -> None:
     """A model that overflowed merges something, and its output is NaN as it was."""
     keys = torch.randn(2, 30, 2, 8)
     keys[0, 5] = torch.nan
     keys[1] = torch.nan
-    assign, keep, moved, _, size_out, _ = cpu.match_size(keys, None, 9, 1, 0)
+    assign, keep, moved, _, size_out, _ = CPU.match_size(keys, None, 9, 1, 0, True)
     for b in range(2):
         assert sorted(keep[b].tolist() + moved[b].tolist()) == list(range(30))
-    assert cpu.merge_add(keys, None, None, size_out, assign, keep, moved)[1].isnan().all()
+    assert CPU.merge(keys, None, size_out, assign, keep, moved)[1].isnan().all()
 
 
 def test_without_a_compiler_the_aten_forms_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from tests.models import Spec, build
 from tests.recording import record
+from tome_fx import tome_backend
 from tome_fx.passes.lower import FORMS, fuse, spell_out
 
 CPU_FORM = {"tome.match_size": 2, "tome.merge_add": 2}
@@ -25,3 +26,20 @@ def test_every_form_computes_the_same(form: str, monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(got, want)
     ops = {name: count for name, count in seen.ops().items() if name.startswith("tome.") or name == "aten.log"}
     assert ops == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("train", [False, True])
+def test_compiled_code_calls_the_kernels(dtype: torch.dtype, train: bool) -> None:
+    """Inductor's code reaches the C++ operators without Python between, where they know the dtype."""
+    from torch._inductor.utils import fresh_cache, run_and_get_code
+
+    model, args = build(Spec(depth=2, mlp="gelu", readout="cls"))
+    model, args = model.to(dtype), tuple(x.to(dtype) for x in args)
+    fast = torch.compile(model, backend=tome_backend(r=4))
+    with fresh_cache(), torch.set_grad_enabled(train):
+        _, (code, *_) = run_and_get_code(fast, *args)
+    for name in CPU_FORM:
+        kernel = name.replace("tome.", "tome_cpu.")
+        called = [op for op in (name, kernel) if f"torch.ops.{op}.default(" in code]
+        assert called == [name if dtype is torch.float64 else kernel]

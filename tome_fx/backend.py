@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from tome_fx.config import ToMeConfig, updated
 from tome_fx.kernels import cpu
 from tome_fx.passes import Result, lengths, run_pipeline
+from tome_fx.passes.lower import KERNELS, call_kernels
 from tome_fx.report import SkipReason, ToMeReport, record
 from tome_fx.schedule import ScheduleError
 
@@ -274,7 +275,7 @@ def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], inner: str, **kwarg
     if mode := kwargs.get("mode"):
         patches.update(list_mode_options(mode, kwargs.get("dynamic")))
     patches.update({key.replace("-", "_"): value for key, value in (kwargs.get("options") or {}).items()})
-    patches.update(_cache_identity())
+    patches.update(_post_grad())
     if counts := gm.meta.get(LENGTHS):
         return _by_length(gm, inputs, counts, patches)
     return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=patches))
@@ -317,28 +318,31 @@ def _by_length(
     return lambda *args: run(*args, *counts)
 
 
-class _CacheIdentity(CustomGraphPass):
-    """A pass that does nothing but put our sources into Inductor's cache keys: the keys hold only the names of ops."""
+class _PostGrad(CustomGraphPass):
+    """`lower.call_kernels` on the graphs that AOTAutograd made; and puts our sources into Inductor's cache keys, which
+    hold only the names of ops."""
 
     def __init__(self, user: Any) -> None:
         self.user = user
 
     def __call__(self, graph: fx.Graph) -> None:
+        call_kernels(graph)
         if self.user is not None:
             self.user(graph)
 
     def uuid(self) -> Any:
         own = self.user.uuid() if isinstance(self.user, CustomGraphPass) else None
-        return (source_digest(), own)
+        return (source_digest(), bool(KERNELS), own)
 
 
-def _cache_identity() -> dict[str, Any]:
-    return {"post_grad_custom_pre_pass": _CacheIdentity(torch._inductor.config.post_grad_custom_pre_pass)}
+def _post_grad() -> dict[str, Any]:
+    return {"post_grad_custom_pre_pass": _PostGrad(torch._inductor.config.post_grad_custom_pre_pass)}
 
 
 @functools.cache
 def source_digest() -> str:
     """sha256 over the sources that decide what our operators compute."""
-    here = Path(__file__).parent
+    here, passes = Path(__file__).parent, Path(lengths.__file__).parent
     sources = [here / name for name in ("ops.py", "matching.py", "attention.py", "kernels/gpu.py")]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in (*sources, Path(lengths.__file__)))).hexdigest()
+    sources += [passes / name for name in ("lengths.py", "lower.py")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()

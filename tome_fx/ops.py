@@ -29,6 +29,7 @@ from tome_fx import matching
 from tome_fx.kernels import cpu
 
 _LIB = torch.library.Library("tome", "DEF")
+_CPU = cpu.define(cpu.NAMESPACE)
 
 
 def _opaque(
@@ -44,6 +45,9 @@ def _opaque(
         _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         _LIB.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"tome::{name}", fake, lib=_LIB)
+        if name in cpu.SCHEMAS:  # compiled code out of a cache may call it before, or without, the kernels
+            _CPU.impl(name, kernel, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"{cpu.NAMESPACE}::{name}", fake, lib=_CPU)
         return kernel
 
     return wrap
@@ -95,23 +99,19 @@ def match(
         return _match(metric, None, r, prefix, suffix, heads)[:4]  # type: ignore[return-value]
 
 
-def _native(x: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether the compiled CPU kernels can work where `x` is, in a dtype (that of `x`)."""
-    return x.device.type == "cpu" and (dtype or x.dtype) in cpu.DTYPES and cpu.library() is not None
+def _native(x: Tensor, dtype: torch.dtype | None = None) -> Any | None:
+    """The compiled kernels, where they can work on the device of `x` and in a dtype (that of `x`)."""
+    return cpu.library() if x.device.type == "cpu" and (dtype or x.dtype) in cpu.DTYPES else None
 
 
 def _match(metric: Tensor, size: Tensor | None, r: int, prefix: int, suffix: int, heads: bool) -> tuple[Tensor, ...]:
-    """`match_size` with any number of sample axes; from the ATen form the first four results only."""
+    """`match_size`; from the ATen form the first four results only."""
+    if (kernels := _native(metric)) is not None:
+        return kernels.match_size(metric, size, r, prefix, suffix, heads)
     sample = metric.shape[: -3 if heads else -2]
     metric = metric if heads else metric.unsqueeze(-2)
-    if len(sample) != 1:
-        metric = metric.reshape(-1, *metric.shape[-3:])
-        size = None if size is None else size.reshape(-1, size.shape[-1])
-    if _native(metric):
-        found = cpu.match_size(metric, size, r, prefix, suffix)
-    else:
-        found = match_aten(metric, r, prefix, suffix)
-    return found if len(sample) == 1 else tuple(x.reshape(*sample, x.shape[-1]) for x in found)
+    found = match_aten(metric.reshape(-1, *metric.shape[-3:]), r, prefix, suffix)
+    return tuple(x.reshape(*sample, x.shape[-1]) for x in found)
 
 
 def directions(metric: Tensor, prefix: int, suffix: int) -> Tensor:
@@ -262,7 +262,7 @@ def _merge_fake(
 _INDEX = "Tensor assign, Tensor keep, Tensor moved"
 
 
-@_opaque(f"merge(Tensor x, Tensor? size, Tensor size_out, {_INDEX}) -> Tensor", _merge_fake)
+@_opaque("merge" + cpu.SCHEMAS["merge"], _merge_fake)
 def merge(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
     """Size-weighted mean of each group: sum(x * size) / sum(size) (ToMe section 3, "Tracking Token Size").
 
@@ -276,9 +276,8 @@ def merge(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep
 
     Returns: `[*sample, N', *rest]`, the dtype of `x`, contiguous; the sums run in float32 at least.
     """
-    if _native(x):
-        return cpu.merge_add(x, None, size, size_out, assign, keep, moved)
-    return merge_aten(x, size, size_out, assign, keep, moved)
+    kernels = _native(x)
+    return (kernels.merge if kernels else merge_aten)(x, size, size_out, assign, keep, moved)
 
 
 def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -306,11 +305,11 @@ def _merge_size_fake(size: Tensor | None, assign: Tensor, keep: Tensor, moved: T
     return keep.new_empty(keep.shape, dtype=torch.float32)
 
 
-@_opaque(f"merge_size(Tensor? size, {_INDEX}) -> Tensor", _merge_size_fake)
+@_opaque("merge_size" + cpu.SCHEMAS["merge_size"], _merge_size_fake)
 def merge_size(size: Tensor | None, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
     """Original tokens behind each new token: float32 `[*sample, N']`. size: as in `merge`. No gradient."""
-    form = cpu.merge_size if _native(assign, torch.float32) else merge_size_aten
-    return form(size, assign, keep, moved)
+    kernels = _native(assign, torch.float32)
+    return (kernels.merge_size if kernels else merge_size_aten)(size, assign, keep, moved)
 
 
 @_opaque("log_size(Tensor size) -> Tensor", torch.empty_like)
@@ -339,7 +338,7 @@ def merge_bias_aten(
     return (mean.log() + top).clamp(min=lowest).to(x.dtype)
 
 
-@_opaque(f"merge_bias(Tensor x, Tensor? size, Tensor size_out, {_INDEX}) -> Tensor", _merge_fake)
+@_opaque("merge_bias" + cpu.SCHEMAS["merge_bias"], _merge_fake)
 def merge_bias(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
     """Size-weighted log-mean-exp of an additive score term over each group; exact when the group's scores are equal.
 
@@ -349,8 +348,8 @@ def merge_bias(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor,
     Args: as in `merge`; `x` `[*sample, N, *rest]`, floating, may hold -inf.
     Returns: `[*sample, N', *rest]`, the dtype of `x`; computed in float32.
     """
-    form = cpu.merge_bias if _native(x) else merge_bias_aten
-    return form(x, size, size_out, assign, keep, moved)
+    kernels = _native(x)
+    return (kernels.merge_bias if kernels else merge_bias_aten)(x, size, size_out, assign, keep, moved)
 
 
 def _merge_bias_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -382,11 +381,7 @@ def _match_size_fake(
     return (*found, *sizes)
 
 
-@_opaque(
-    "match_size(Tensor metric, Tensor? size, SymInt r, int prefix, int suffix, bool heads=False)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _match_size_fake,
-)
+@_opaque("match_size" + cpu.SCHEMAS["match_size"], _match_size_fake)
 def match_size(
     metric: Tensor, size: Tensor | None, r: int, prefix: int, suffix: int, heads: bool = False
 ) -> tuple[Tensor, ...]:
@@ -408,13 +403,14 @@ def _merge_add_fake(
     return _merge_fake(x, size, size_out, assign, keep, moved)
 
 
-@_opaque(f"merge_add(Tensor x, Tensor y, Tensor? size, Tensor size_out, {_INDEX}) -> Tensor", _merge_add_fake)
+@_opaque("merge_add" + cpu.SCHEMAS["merge_add"], _merge_add_fake)
 def merge_add(
     x: Tensor, y: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor
 ) -> Tensor:
     """`merge(x + y, ...)` for x and y of one shape and dtype, without writing the sum."""
-    if _native(x):
-        return cpu.merge_add(x, y, size, size_out, assign, keep, moved)
+    kernels = _native(x)
+    if kernels is not None:
+        return kernels.merge_add(x, y, size, size_out, assign, keep, moved)
     return merge_aten(x + y, size, size_out, assign, keep, moved)
 
 

@@ -4,13 +4,22 @@
 // one call, that keeps the largest similarity of each source and never writes the others, and merging is one pass. All
 // loops are parallel over rows, each row is summed in the order of `moved`, so results do not depend on the number of
 // threads.
+//
+// First the kernels, on pointers; then the operators of the namespace `tome_cpu`, on tensors. Those go through torch's
+// stable ABI: its headers compile in half a second, where torch/library.h takes many.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <optional>
+#include <tuple>
 #include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 namespace {
 
@@ -435,58 +444,199 @@ void merge_bias_rows(const T* x, const int64_t* steps, const float* size, const 
     }
 }
 
+// -- operators --------------------------------------------------------------------------------------------------------
+//
+// Arguments and results are those of the same operators in tome_fx/ops.py; floating ones are float32 or bfloat16.
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Shape = std::vector<int64_t>;
+
+Tensor empty(const Shape& shape, ScalarType dtype) {
+    Shape strides(shape.size());
+    for (int64_t d = static_cast<int64_t>(shape.size()) - 1, step = 1; d >= 0; --d) {
+        strides[d] = step;
+        step *= std::max<int64_t>(shape[d], 1);
+    }
+    const auto kind = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+    AtenTensorHandle made;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                           strides.data(), kind, aoti_torch_device_type_cpu(), 0, &made));
+    return Tensor(made);
+}
+
+Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+template <class T>
+T* data(const Tensor& x) {
+    return static_cast<T*>(x.data_ptr());
+}
+
+// The sizes of an optional argument, kept alive: null where all are 1.
+struct Sizes {
+    std::optional<Tensor> held;
+
+    explicit Sizes(const std::optional<Tensor>& size) {
+        if (size) held = dense(*size);
+    }
+    const float* data() const { return held ? ::data<const float>(*held) : nullptr; }
+};
+
+// Calls with T{} for the element type of x.
+template <class F>
+void by_dtype(const Tensor& x, F call) {
+    const ScalarType dtype = x.scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "tome_cpu: float32 or bfloat16 only");
+    if (dtype == ScalarType::Float) {
+        call(float{});
+    } else {
+        call(bfloat16{});
+    }
+}
+
+int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+// What a merge needs of a matching: assign [*sample, n], keep [*sample, n - r], moved [*sample, r].
+struct Index {
+    Tensor assign, keep, moved;
+    int64_t lead, n, r, batch;
+
+    Index(const Tensor& assign, const Tensor& keep, const Tensor& moved)
+        : assign(dense(assign)),
+          keep(dense(keep)),
+          moved(dense(moved)),
+          lead(assign.dim() - 1),
+          n(assign.size(lead)),
+          r(moved.size(lead)),
+          batch(n ? assign.numel() / n : 0) {}
+
+    // [*sample, n - r, *rest] of an x [*sample, n, *rest].
+    Shape merged(const Tensor& x) const {
+        Shape shape(x.sizes().begin(), x.sizes().end());
+        shape[lead] = n - r;
+        return shape;
+    }
+};
+
+struct Axis {
+    int64_t length = 1, step = 0;
+};
+
+// The dims from `start` to `stop` as the fewest axes that address them; those of length 1 are left out.
+std::vector<Axis> axes(const Tensor& x, int64_t start, int64_t stop) {
+    std::vector<Axis> found;
+    for (int64_t d = start; d < stop; ++d) {
+        const int64_t length = x.size(d), step = x.stride(d);
+        if (length == 1) continue;
+        if (!found.empty() && found.back().step == length * step) {
+            found.back() = {found.back().length * length, step};
+        } else {
+            found.push_back({length, step});
+        }
+    }
+    return found;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> match_size(Tensor metric, std::optional<Tensor> size,
+                                                                      int64_t r, int64_t prefix, int64_t suffix,
+                                                                      bool heads) {
+    const int64_t lead = metric.dim() - (heads ? 3 : 2), n = metric.size(lead), d = metric.size(metric.dim() - 1);
+    std::vector<Axis> samples = axes(metric, 0, lead);
+    if (samples.size() > 1 || (d > 1 && metric.stride(metric.dim() - 1) != 1)) {
+        metric = dense(metric);
+        samples = axes(metric, 0, lead);
+    }
+    const Axis sample = samples.empty() ? Axis{} : samples[0];
+    const int64_t many = heads ? metric.size(lead + 1) : 1, step_h = heads ? metric.stride(lead + 1) : 0;
+    Shape shape(metric.sizes().begin(), metric.sizes().begin() + lead);
+    const auto result = [&shape](int64_t length, ScalarType dtype) {
+        shape.push_back(length);
+        Tensor out = empty(shape, dtype);
+        shape.pop_back();
+        return out;
+    };
+    const Tensor assign = result(n, ScalarType::Long), keep = result(n - r, ScalarType::Long);
+    const Tensor moved = result(r, ScalarType::Long), similarity = result(r, ScalarType::Float);
+    const Tensor size_out = result(n - r, ScalarType::Float), log_size = result(n - r, ScalarType::Float);
+    const Sizes sizes(size);
+    by_dtype(metric, [&](auto element) {
+        match(data<const decltype(element)>(metric), sample.length, n, many, d, sample.step, metric.stride(lead),
+              step_h, sizes.data(), r, prefix, suffix, data<int64_t>(assign), data<int64_t>(keep),
+              data<int64_t>(moved), data<float>(similarity), data<float>(size_out), data<float>(log_size), threads());
+    });
+    return {assign, keep, moved, similarity, size_out, log_size};
+}
+
+Tensor merge_both(Tensor x, std::optional<Tensor> y, const std::optional<Tensor>& size, const Tensor& size_out,
+                  const Index& index) {
+    x = dense(x);
+    if (y) y = dense(*y);
+    const Tensor shares = dense(size_out), out = empty(index.merged(x), x.scalar_type());
+    const Sizes sizes(size);
+    const int64_t rows = index.batch * index.n, width = rows ? x.numel() / rows : 0;
+    by_dtype(x, [&](auto element) {
+        using T = decltype(element);
+        merge_rows(data<const T>(x), y ? data<const T>(*y) : nullptr, sizes.data(), data<const float>(shares),
+                   data<const int64_t>(index.assign), data<const int64_t>(index.keep),
+                   data<const int64_t>(index.moved), data<T>(out), index.batch, index.n, index.r, width, threads());
+    });
+    return out;
+}
+
+Tensor merge(Tensor x, std::optional<Tensor> size, Tensor size_out, Tensor assign, Tensor keep, Tensor moved) {
+    return merge_both(x, std::nullopt, size, size_out, Index(assign, keep, moved));
+}
+
+Tensor merge_add(Tensor x, Tensor y, std::optional<Tensor> size, Tensor size_out, Tensor assign, Tensor keep,
+                 Tensor moved) {
+    return merge_both(x, y, size, size_out, Index(assign, keep, moved));
+}
+
+// x is read through its strides: terms that all samples share are expanded, and those of windows transposed.
+Tensor merge_bias(Tensor x, std::optional<Tensor> size, Tensor size_out, Tensor assign, Tensor keep, Tensor moved) {
+    const Index index(assign, keep, moved);
+    std::vector<Axis> samples = axes(x, 0, index.lead), rest = axes(x, index.lead + 1, x.dim());
+    if (samples.size() > 1 || rest.size() > 2) {
+        x = dense(x);
+        samples = axes(x, 0, index.lead);
+        rest = axes(x, index.lead + 1, x.dim());
+    }
+    rest.insert(rest.begin(), 2 - rest.size(), Axis{});
+    const int64_t steps[] = {samples.empty() ? 0 : samples[0].step, x.stride(index.lead), rest[0].step, rest[1].step};
+    const Tensor shares = dense(size_out), out = empty(index.merged(x), x.scalar_type());
+    const Sizes sizes(size);
+    by_dtype(x, [&](auto element) {
+        using T = decltype(element);
+        merge_bias_rows(data<const T>(x), steps, sizes.data(), data<const float>(shares),
+                        data<const int64_t>(index.assign), data<const int64_t>(index.keep),
+                        data<const int64_t>(index.moved), data<T>(out), index.batch, index.n, index.r, rest[0].length,
+                        rest[1].length, threads());
+    });
+    return out;
+}
+
+Tensor merge_size(std::optional<Tensor> size, Tensor assign, Tensor keep, Tensor moved) {
+    const Index index(assign, keep, moved);
+    const Tensor out = empty(index.merged(assign), ScalarType::Float);
+    const Sizes sizes(size);
+    const int64_t m = index.n - index.r;
+    for (int64_t b = 0; b < index.batch; ++b) {
+        merge_sizes(sizes.data() ? sizes.data() + b * index.n : nullptr, data<const int64_t>(index.assign) + b * index.n,
+                    data<const int64_t>(index.keep) + b * m, data<const int64_t>(index.moved) + b * index.r,
+                    data<float>(out) + b * m, m, index.r);
+    }
+    return out;
+}
+
 }  // namespace
 
-extern "C" {
-
-// Both kinds of element, by their size in bytes: 4 is float32, 2 is bfloat16.
-
-// metric [batch, n, heads, d] with its first three strides -> what `match_size` returns. Equal similarities: the earlier
-// source first. size [batch, n] may be null: all tokens are one original token each.
-void tome_match(const void* metric, int64_t bytes, int64_t batch, int64_t n, int64_t heads, int64_t d, int64_t step_b,
-                int64_t step_n, int64_t step_h, const float* size, int64_t r, int64_t prefix, int64_t suffix,
-                int64_t* assign, int64_t* keep, int64_t* moved, float* similarity, float* size_out, float* log_size,
-                int64_t threads) {
-    if (bytes == 4) {
-        match(static_cast<const float*>(metric), batch, n, heads, d, step_b, step_n, step_h, size, r, prefix, suffix,
-              assign, keep, moved, similarity, size_out, log_size, static_cast<int>(threads));
-    } else {
-        match(static_cast<const bfloat16*>(metric), batch, n, heads, d, step_b, step_n, step_h, size, r, prefix, suffix,
-              assign, keep, moved, similarity, size_out, log_size, static_cast<int>(threads));
-    }
-}
-
-void tome_merge(const void* x, const void* y, int64_t bytes, const float* size, const float* size_out,
-                const int64_t* assign, const int64_t* keep, const int64_t* moved, void* out, int64_t batch, int64_t n,
-                int64_t r, int64_t width, int64_t threads) {
-    if (bytes == 4) {
-        merge_rows(static_cast<const float*>(x), static_cast<const float*>(y), size, size_out, assign, keep, moved,
-                   static_cast<float*>(out), batch, n, r, width, static_cast<int>(threads));
-    } else {
-        merge_rows(static_cast<const bfloat16*>(x), static_cast<const bfloat16*>(y), size, size_out, assign, keep,
-                   moved, static_cast<bfloat16*>(out), batch, n, r, width, static_cast<int>(threads));
-    }
-}
-
-// x [batch, n, outer, inner] with the strides `steps` (elements) -> out [batch, n - r, outer, inner], contiguous.
-void tome_merge_bias(const void* x, const int64_t* steps, int64_t bytes, const float* size, const float* size_out,
-                     const int64_t* assign, const int64_t* keep, const int64_t* moved, void* out, int64_t batch,
-                     int64_t n, int64_t r, int64_t outer, int64_t inner, int64_t threads) {
-    if (bytes == 4) {
-        merge_bias_rows(static_cast<const float*>(x), steps, size, size_out, assign, keep, moved,
-                        static_cast<float*>(out), batch, n, r, outer, inner, static_cast<int>(threads));
-    } else {
-        merge_bias_rows(static_cast<const bfloat16*>(x), steps, size, size_out, assign, keep, moved,
-                        static_cast<bfloat16*>(out), batch, n, r, outer, inner, static_cast<int>(threads));
-    }
-}
-
-// float32 [batch, N']: how many original tokens stand behind each new one.
-void tome_merge_size(const float* size, const int64_t* assign, const int64_t* keep, const int64_t* moved, float* out,
-                     int64_t batch, int64_t n, int64_t r) {
-    const int64_t m = n - r;
-    for (int64_t b = 0; b < batch; ++b) {
-        merge_sizes(size ? size + b * n : nullptr, assign + b * n, keep + b * m, moved + b * r, out + b * m, m, r);
-    }
-}
+// Registers the operators for CPU tensors, for good, in a namespace that has their schemas (cpu.py).
+extern "C" void tome_register(const char* name) {
+    using torch::stable::detail::StableLibrary;
+    auto* library = new StableLibrary(StableLibrary::Kind::IMPL, name, "CPU", __FILE__, __LINE__);
+    library->impl("match_size", TORCH_BOX(&match_size));
+    library->impl("merge", TORCH_BOX(&merge));
+    library->impl("merge_add", TORCH_BOX(&merge_add));
+    library->impl("merge_bias", TORCH_BOX(&merge_bias));
+    library->impl("merge_size", TORCH_BOX(&merge_size));
 }

@@ -1,46 +1,59 @@
-"""Calls into `cpu.cpp`: the CPU kernels of the `tome` operators.
+"""Builds `cpu.cpp`: the CPU kernels of the `tome` operators, as operators of the namespace `tome_cpu`.
 
-Inductor's C++ compiler builds them at first use (about a second, afterwards from Inductor's cache). `library()` is
-None where there is no compiler; `tome_fx.ops` then uses the ATen forms, which compute the same.
+Inductor's C++ compiler builds them at first use (some two seconds, afterwards from Inductor's cache), and they register
+themselves with the dispatcher, so that compiled code calls them without a way through Python. Where there is no
+compiler `library()` is None and `tome_fx.ops` uses the ATen forms, which compute the same.
 
-Shapes are those of `tome_fx.ops` with all sample axes in one: `batch`.
+Arguments and results are those of the operators of the same names in `tome_fx.ops`. They carry no gradient.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
 import threading
 from collections.abc import Sequence
-from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+NAMESPACE = "tome_cpu"
 
 DTYPES = frozenset({torch.float32, torch.bfloat16})
 """Floating dtypes that the kernels read and write."""
 
+_INDEX = "Tensor assign, Tensor keep, Tensor moved"
+SCHEMAS = {
+    "match_size": "(Tensor metric, Tensor? size, SymInt r, int prefix, int suffix, bool heads=False)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "merge": f"(Tensor x, Tensor? size, Tensor size_out, {_INDEX}) -> Tensor",
+    "merge_add": f"(Tensor x, Tensor y, Tensor? size, Tensor size_out, {_INDEX}) -> Tensor",
+    "merge_bias": f"(Tensor x, Tensor? size, Tensor size_out, {_INDEX}) -> Tensor",
+    "merge_size": f"(Tensor? size, {_INDEX}) -> Tensor",
+}
+"""Those of `tome_fx.ops` too."""
+
 # Inductor writes its loops with vector intrinsics and turns the compiler's own vectors off.
 _FLAGS = ("-O3", "-march=native", "-ftree-loop-vectorize", "-fno-math-errno", "-ffp-contract=fast")
 
-# Each function's arguments in order: p a pointer, i an int64.
-_SIGNATURES = {
-    "tome_match": "p" + 8 * "i" + "piii" + 6 * "p" + "i",
-    "tome_merge": "ppi" + 6 * "p" + 5 * "i",
-    "tome_merge_bias": "ppi" + 6 * "p" + 6 * "i",
-    "tome_merge_size": 5 * "p" + 3 * "i",
-}
+
+def define(namespace: str) -> torch.library.Library:
+    """A namespace of operators for `build` to fill; they are gone when the result is."""
+    made = torch.library.Library(namespace, "DEF")
+    for name, schema in SCHEMAS.items():
+        made.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        made.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    return made
 
 
 _BUILDING = threading.Lock()
 
 
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None, with one line in the log, where they cannot be built."""
+def library() -> Any | None:
+    """`torch.ops.tome_cpu` with its kernels; None, with one line in the log, where they cannot be built."""
     with _BUILDING:
         return _library()
 
@@ -51,12 +64,15 @@ def prepare() -> None:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    return build(_FLAGS)
+def _library() -> Any | None:
+    return build(_FLAGS, NAMESPACE)
 
 
-def build(flags: Sequence[str]) -> ctypes.CDLL | None:
-    """The kernels, compiled with more flags than Inductor's own; None where they cannot be."""
+def build(flags: Sequence[str], namespace: str) -> Any | None:
+    """Compile the kernels with more flags than Inductor's own, and register them in a namespace that `define` made.
+
+    Returns the namespace, as an attribute of `torch.ops`; None where they cannot be compiled.
+    """
     from torch._inductor.codecache import CppCodeCache  # here: a second of imports
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
@@ -66,93 +82,5 @@ def build(flags: Sequence[str]) -> ctypes.CDLL | None:
     except (CppCompileError, InvalidCxxCompiler, OSError) as error:
         log.warning("no C++ kernels, the ATen forms are used: %s", error)
         return None
-    kinds = {"p": ctypes.c_void_p, "i": ctypes.c_int64}
-    for name, letters in _SIGNATURES.items():
-        function = getattr(held, name)
-        function.argtypes, function.restype = [kinds[letter] for letter in letters], None
-    return held
-
-
-def match_size(metric: Tensor, size: Tensor | None, r: int, prefix: int, suffix: int) -> tuple[Tensor, ...]:
-    """`tome::match_size` on `[batch, N, h, d]` of a dtype in `DTYPES`."""
-    held = library()
-    assert held is not None
-    batch, n, heads, d = metric.shape
-    if d > 1 and metric.stride(-1) != 1:
-        metric = metric.contiguous()
-    size = None if size is None else size.contiguous()
-    new, index = functools.partial(torch.empty, dtype=torch.float32), functools.partial(torch.empty, dtype=torch.int64)
-    assign, keep, moved, similarity = index((batch, n)), index((batch, n - r)), index((batch, r)), new((batch, r))
-    size_out, log_size = new((batch, n - r)), new((batch, n - r))
-    held.tome_match(metric.data_ptr(), metric.element_size(), batch, n, heads, d, *metric.stride()[:3], _pointer(size),
-                    r, prefix, suffix, assign.data_ptr(), keep.data_ptr(), moved.data_ptr(), similarity.data_ptr(),
-                    size_out.data_ptr(), log_size.data_ptr(), torch.get_num_threads())  # fmt: skip
-    return assign, keep, moved, similarity, size_out, log_size
-
-
-def merge_add(
-    x: Tensor, y: Tensor | None, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor
-) -> Tensor:
-    """`tome::merge_add` of `x` and `y` (None: `tome::merge`), `[*sample, N, *rest]` of one dtype in `DTYPES`."""
-    held = library()
-    assert held is not None
-    x, size_out, assign, keep, moved = (t.contiguous() for t in (x, size_out, assign, keep, moved))
-    y, size = (None if t is None else t.contiguous() for t in (y, size))
-    n, r = assign.shape[-1], moved.shape[-1]
-    batch = assign.numel() // n
-    out = x.new_empty((*keep.shape, *x.shape[assign.dim() :]))
-    held.tome_merge(x.data_ptr(), _pointer(y), x.element_size(), _pointer(size), size_out.data_ptr(),
-                    assign.data_ptr(), keep.data_ptr(), moved.data_ptr(), out.data_ptr(), batch, n, r,
-                    prod(x.shape[assign.dim() :]), torch.get_num_threads())  # fmt: skip
-    return out
-
-
-def merge_bias(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
-    """`tome::merge_bias` of `x` `[*sample, N, *rest]` of a dtype in `DTYPES`, read through its strides."""
-    held = library()
-    assert held is not None
-    size_out, assign, keep, moved = (t.contiguous() for t in (size_out, assign, keep, moved))
-    size = None if size is None else size.contiguous()
-    n, r, lead = assign.shape[-1], moved.shape[-1], assign.dim() - 1
-    samples, rest = _strided(x, 0, lead), _strided(x, lead + 1, x.dim())
-    if len(samples) > 1 or len(rest) > 2:
-        x = x.contiguous()
-        samples, rest = _strided(x, 0, lead), _strided(x, lead + 1, x.dim())
-    (batch, step_b), *_ = samples or [(1, 0)]
-    (outer, step_o), (inner, step_i) = [*[(1, 0)] * (2 - len(rest)), *rest]
-    steps = (ctypes.c_int64 * 4)(step_b, x.stride(lead), step_o, step_i)
-    out = x.new_empty((*keep.shape, *x.shape[lead + 1 :]))
-    held.tome_merge_bias(x.data_ptr(), ctypes.addressof(steps), x.element_size(), _pointer(size), size_out.data_ptr(),
-                         assign.data_ptr(), keep.data_ptr(), moved.data_ptr(), out.data_ptr(), batch, n, r, outer,
-                         inner, torch.get_num_threads())  # fmt: skip
-    return out
-
-
-def _strided(x: Tensor, start: int, stop: int) -> list[tuple[int, int]]:
-    """(length, stride) of the dims from `start` to `stop`, as few as can address them; those of length 1 left out."""
-    found: list[tuple[int, int]] = []
-    for length, step in zip(x.shape[start:stop], x.stride()[start:stop], strict=True):
-        if length == 1:
-            continue
-        if found and found[-1][1] == length * step:
-            found[-1] = (found[-1][0] * length, step)
-        else:
-            found.append((length, step))
-    return found
-
-
-def merge_size(size: Tensor | None, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
-    """`tome::merge_size`: float32 `[*sample, N']`."""
-    held = library()
-    assert held is not None
-    assign, keep, moved = assign.contiguous(), keep.contiguous(), moved.contiguous()
-    size = None if size is None else size.contiguous()
-    n = assign.shape[-1]
-    out = torch.empty(keep.shape, dtype=torch.float32)
-    held.tome_merge_size(_pointer(size), assign.data_ptr(), keep.data_ptr(), moved.data_ptr(), out.data_ptr(),
-                         assign.numel() // n, n, moved.shape[-1])  # fmt: skip
-    return out
-
-
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+    held.tome_register(namespace.encode())
+    return getattr(torch.ops, namespace)
