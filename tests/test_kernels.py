@@ -12,6 +12,8 @@ from tome_fx.kernels import cpu
 
 OPS = torch.ops.tome
 CPU = torch.ops.tome_cpu
+# for the whole process: torch.export walks through all namespaces that there ever were
+WIDE = {wide: cpu.define(f"tome_cpu_{wide}") for wide in (16, 32, 64)}
 
 
 def test_they_are_built_here() -> None:
@@ -86,11 +88,10 @@ def test_nothing_to_compare(batch: int, n: int, prefix: int) -> None:
     )
 
 
-@pytest.mark.parametrize("wide", [16, 32, 64])
+@pytest.mark.parametrize("wide", WIDE)
 def test_vectors_of_other_processors(wide: int) -> None:
     """Tiles for registers of 16, 32 and 64 bytes compute the same."""
-    defined = cpu.define(f"tome_cpu_{wide}")
-    held = cpu.build((*cpu._FLAGS, f"-DTOME_BYTES={wide}"), defined.ns)
+    held = cpu.build((*cpu._FLAGS, f"-DTOME_BYTES={wide}"), WIDE[wide].ns)
     assert held is not None
     for n in (5, 130, 403):
         keys = torch.randn(3, n, 2, 24)

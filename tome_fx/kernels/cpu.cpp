@@ -460,8 +460,9 @@ Tensor empty(const Shape& shape, ScalarType dtype) {
     }
     const auto kind = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
     AtenTensorHandle made;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
-                                                           strides.data(), kind, aoti_torch_device_type_cpu(), 0, &made));
+    const AOTITorchError failed = aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                           strides.data(), kind, aoti_torch_device_type_cpu(), 0, &made);
+    STD_TORCH_CHECK(failed == AOTI_TORCH_SUCCESS, "tome_cpu: no memory for a result");
     return Tensor(made);
 }
 

@@ -41,7 +41,7 @@ _FLAGS = ("-O3", "-march=native", "-ftree-loop-vectorize", "-fno-math-errno", "-
 
 
 def define(namespace: str) -> torch.library.Library:
-    """A namespace of operators for `build` to fill; they are gone when the result is."""
+    """A namespace of operators for `build` to fill, there as long as the result is."""
     made = torch.library.Library(namespace, "DEF")
     for name, schema in SCHEMAS.items():
         made.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
