@@ -198,7 +198,7 @@ def test_sample_axes(sample: tuple[int, ...], heads: bool) -> None:
 
 def test_a_dtype_they_do_not_know() -> None:
     keys = torch.randn(1, 10, 4, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="float32 or bfloat16 only"):
+    with pytest.raises(ValueError, match="float32 or bfloat16 only"):
         CPU.match_size(keys, None, 2, 0, 0)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
+from torch._inductor import compile_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 import tome_fx
@@ -37,15 +38,17 @@ class Seen:
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
     """Runs each graph both ways in the place of Inductor, after a run over fake tensors as Inductor makes it."""
     found, plain = Seen(), []
-    rewrite = Lengths.__call__
+    rewrite, inductor = Lengths.__call__, compile_fx.compile_fx_inner
 
     def keep(self: Lengths, gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
         plain.append(copy.deepcopy(gm))
         return rewrite(self, gm, inputs)
 
-    def compile_both(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+    def compile_both(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        if not plain:  # a graph without lengths
+            return inductor(gm, inputs, **kwargs)
         gm.graph.lint()
-        mode, with_numbers = detect_fake_mode(inputs), plain[-1]
+        mode, with_numbers = detect_fake_mode(inputs), plain.pop()
         found.symbolic.append(sum(has_symbol(node) for node in gm.graph.nodes))
         with enable_python_dispatcher(), torch.no_grad():
             FakeTensorProp(copy.deepcopy(gm), mode).propagate_dont_convert_inputs(*inputs)
@@ -65,7 +68,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
         return run
 
     monkeypatch.setattr(Lengths, "__call__", keep)
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", compile_both)
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", compile_both)
     with torch._functorch.config.patch(enable_autograd_cache=False):
         yield found
     torch._dynamo.reset()

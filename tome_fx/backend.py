@@ -275,10 +275,19 @@ def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], inner: str, **kwarg
     if mode := kwargs.get("mode"):
         patches.update(list_mode_options(mode, kwargs.get("dynamic")))
     patches.update({key.replace("-", "_"): value for key, value in (kwargs.get("options") or {}).items()})
-    patches.update(_post_grad())
+    patches.update(_cache_identity())
     if counts := gm.meta.get(LENGTHS):
         return _by_length(gm, inputs, counts, patches)
-    return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=patches))
+    return cast(Callable[..., Any], compile_fx(gm, list(inputs), _compile_traced, config_patches=patches))
+
+
+def _compile_traced(graph: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+    """Inductor on a graph that AOTAutograd made."""
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    if call_kernels(graph.graph):
+        graph.recompile()
+    return compile_fx_inner(graph, inputs, **kwargs)
 
 
 def _by_length(
@@ -289,7 +298,7 @@ def _by_length(
 
     The symbols live in a fake mode of their own, so that what the compiler assumes of them is no guard of Dynamo's.
     """
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.compile_fx import compile_fx
 
     for i, _ in enumerate(counts):
         last = gm.graph.find_nodes(op="placeholder")[-1]
@@ -305,7 +314,7 @@ def _by_length(
         cached = mode.cache_enabled
         mode.cache_enabled = False  # to copy a symbolic shape out of the cache costs more than to run the op
         try:
-            return compile_fx_inner(graph, values, **kwargs)
+            return _compile_traced(graph, values, **kwargs)
         finally:
             mode.cache_enabled = cached
 
@@ -318,15 +327,13 @@ def _by_length(
     return lambda *args: run(*args, *counts)
 
 
-class _PostGrad(CustomGraphPass):
-    """`lower.call_kernels` on the graphs that AOTAutograd made; and puts our sources into Inductor's cache keys, which
-    hold only the names of ops."""
+class _CacheIdentity(CustomGraphPass):
+    """A pass that does nothing but put our sources into Inductor's cache keys: the keys hold only the names of ops."""
 
     def __init__(self, user: Any) -> None:
         self.user = user
 
     def __call__(self, graph: fx.Graph) -> None:
-        call_kernels(graph)
         if self.user is not None:
             self.user(graph)
 
@@ -335,8 +342,8 @@ class _PostGrad(CustomGraphPass):
         return (source_digest(), bool(KERNELS), own)
 
 
-def _post_grad() -> dict[str, Any]:
-    return {"post_grad_custom_pre_pass": _PostGrad(torch._inductor.config.post_grad_custom_pre_pass)}
+def _cache_identity() -> dict[str, Any]:
+    return {"post_grad_custom_pre_pass": _CacheIdentity(torch._inductor.config.post_grad_custom_pre_pass)}
 
 
 @functools.cache

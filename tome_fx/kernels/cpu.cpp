@@ -5,21 +5,19 @@
 // loops are parallel over rows, each row is summed in the order of `moved`, so results do not depend on the number of
 // threads.
 //
-// First the kernels, on pointers; then the operators of the namespace `tome_cpu`, on tensors. Those go through torch's
-// stable ABI: its headers compile in half a second, where torch/library.h takes many.
+// First the kernels, on pointers; then the operators of the namespace `tome_cpu`, on tensors. Those use the C functions of
+// torch's stable ABI alone: its C++ headers and their boxing take twice the kernels' time to compile.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <optional>
-#include <tuple>
+#include <stdexcept>
+#include <utility>
 #include <vector>
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include <torch/csrc/stable/c/shim.h>
 
 namespace {
 
@@ -446,66 +444,127 @@ void merge_bias_rows(const T* x, const int64_t* steps, const float* size, const 
 
 // -- operators --------------------------------------------------------------------------------------------------------
 //
-// Arguments and results are those of the same operators in tome_fx/ops.py; floating ones are float32 or bfloat16.
+// Arguments and results are those of the same operators in tome_fx/ops.py; floating ones are float32 or bfloat16. All
+// have the signature that the dispatcher calls: `stack` holds the arguments, then the results.
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Shape = std::vector<int64_t>;
 
-Tensor empty(const Shape& shape, ScalarType dtype) {
+void check(AOTITorchError failed) {
+    if (failed) throw std::runtime_error("tome_cpu: torch could not do what a kernel asked for");
+}
+
+// What a function of the C ABI writes to its last argument.
+template <class T, class F>
+T asked(F function, AtenTensorHandle of) {
+    T found;
+    check(function(of, &found));
+    return found;
+}
+
+// A reference to a tensor; none for an optional argument that is not there.
+class Tensor {
+   public:
+    explicit Tensor(AtenTensorHandle held = nullptr) : held(held) {}
+    Tensor(Tensor&& other) noexcept : held(std::exchange(other.held, nullptr)) {}
+    Tensor& operator=(Tensor&& other) noexcept {
+        std::swap(held, other.held);
+        return *this;
+    }
+    ~Tensor() {
+        if (held) aoti_torch_delete_tensor_object(held);
+    }
+
+    explicit operator bool() const { return held != nullptr; }
+    int64_t dim() const { return asked<int64_t>(aoti_torch_get_dim, held); }
+    int64_t numel() const { return asked<int64_t>(aoti_torch_get_numel, held); }
+    int32_t dtype() const { return asked<int32_t>(aoti_torch_get_dtype, held); }
+    int64_t size(int64_t d) const { return asked<int64_t*>(aoti_torch_get_sizes, held)[d]; }
+    int64_t stride(int64_t d) const { return asked<int64_t*>(aoti_torch_get_strides, held)[d]; }
+    Shape shape() const {
+        const int64_t* sizes = asked<int64_t*>(aoti_torch_get_sizes, held);
+        return Shape(sizes, sizes + dim());
+    }
+    // Null for no tensor.
+    template <class T>
+    T* data() const {
+        return held ? static_cast<T*>(asked<void*>(aoti_torch_get_data_ptr, held)) : nullptr;
+    }
+    // The same values in the order of their dims.
+    Tensor dense() &&;
+    StableIValue result() && { return reinterpret_cast<StableIValue>(std::exchange(held, nullptr)); }
+
+   private:
+    AtenTensorHandle held;
+};
+
+Tensor empty(const Shape& shape, int32_t dtype) {
     Shape strides(shape.size());
     for (int64_t d = static_cast<int64_t>(shape.size()) - 1, step = 1; d >= 0; --d) {
         strides[d] = step;
         step *= std::max<int64_t>(shape[d], 1);
     }
-    const auto kind = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
     AtenTensorHandle made;
-    const AOTITorchError failed = aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
-                                                           strides.data(), kind, aoti_torch_device_type_cpu(), 0, &made);
-    STD_TORCH_CHECK(failed == AOTI_TORCH_SUCCESS, "tome_cpu: no memory for a result");
+    check(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype,
+                                   aoti_torch_device_type_cpu(), 0, &made));
     return Tensor(made);
 }
 
-Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
-
-template <class T>
-T* data(const Tensor& x) {
-    return static_cast<T*>(x.data_ptr());
+Tensor Tensor::dense() && {
+    if (!held || asked<bool>(aoti_torch_is_contiguous, held)) return std::move(*this);
+    Tensor out = empty(shape(), dtype());
+    check(aoti_torch_copy_(out.held, held, false));
+    return out;
 }
 
-// The sizes of an optional argument, kept alive: null where all are 1.
-struct Sizes {
-    std::optional<Tensor> held;
+// The arguments of a call in their order. Each is ours and is taken once.
+struct Arguments {
+    const StableIValue* next;
 
-    explicit Sizes(const std::optional<Tensor>& size) {
-        if (size) held = dense(*size);
+    Tensor tensor() { return Tensor(reinterpret_cast<AtenTensorHandle>(*next++)); }
+    // An optional argument is a pointer to its value, on the heap.
+    Tensor optional() {
+        auto* at = reinterpret_cast<StableIValue*>(*next++);
+        if (!at) return Tensor();
+        Tensor held(reinterpret_cast<AtenTensorHandle>(*at));
+        delete at;
+        return held;
     }
-    const float* data() const { return held ? ::data<const float>(*held) : nullptr; }
+    int64_t number() { return static_cast<int64_t>(*next++); }
+    bool flag() {
+        bool found;
+        std::memcpy(&found, next++, sizeof found);
+        return found;
+    }
 };
 
 // Calls with T{} for the element type of x.
 template <class F>
 void by_dtype(const Tensor& x, F call) {
-    const ScalarType dtype = x.scalar_type();
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "tome_cpu: float32 or bfloat16 only");
-    if (dtype == ScalarType::Float) {
+    const int32_t dtype = x.dtype();
+    if (dtype == aoti_torch_dtype_float32()) {
         call(float{});
-    } else {
+    } else if (dtype == aoti_torch_dtype_bfloat16()) {
         call(bfloat16{});
+    } else {
+        throw std::invalid_argument("tome_cpu: float32 or bfloat16 only");
     }
 }
 
-int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+int threads() {
+    uint32_t found;
+    check(torch_get_num_threads(&found));
+    return static_cast<int>(found);
+}
 
 // What a merge needs of a matching: assign [*sample, n], keep [*sample, n - r], moved [*sample, r].
 struct Index {
     Tensor assign, keep, moved;
     int64_t lead, n, r, batch;
 
-    Index(const Tensor& assign, const Tensor& keep, const Tensor& moved)
-        : assign(dense(assign)),
-          keep(dense(keep)),
-          moved(dense(moved)),
+    explicit Index(Arguments& given)
+        : assign(given.tensor().dense()),
+          keep(given.tensor().dense()),
+          moved(given.tensor().dense()),
           lead(assign.dim() - 1),
           n(assign.size(lead)),
           r(moved.size(lead)),
@@ -513,7 +572,7 @@ struct Index {
 
     // [*sample, n - r, *rest] of an x [*sample, n, *rest].
     Shape merged(const Tensor& x) const {
-        Shape shape(x.sizes().begin(), x.sizes().end());
+        Shape shape = x.shape();
         shape[lead] = n - r;
         return shape;
     }
@@ -538,106 +597,115 @@ std::vector<Axis> axes(const Tensor& x, int64_t start, int64_t stop) {
     return found;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> match_size(Tensor metric, std::optional<Tensor> size,
-                                                                      int64_t r, int64_t prefix, int64_t suffix,
-                                                                      bool heads) {
-    const int64_t lead = metric.dim() - (heads ? 3 : 2), n = metric.size(lead), d = metric.size(metric.dim() - 1);
+void match_size(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments given{stack};
+    Tensor metric = given.tensor();
+    const Tensor size = given.optional().dense();
+    const int64_t r = given.number(), prefix = given.number(), suffix = given.number();
+    const bool heads = given.flag();
+
+    const int64_t last = metric.dim() - 1, lead = last - (heads ? 2 : 1);
     std::vector<Axis> samples = axes(metric, 0, lead);
-    if (samples.size() > 1 || (d > 1 && metric.stride(metric.dim() - 1) != 1)) {
-        metric = dense(metric);
+    if (samples.size() > 1 || (metric.size(last) > 1 && metric.stride(last) != 1)) {
+        metric = std::move(metric).dense();
         samples = axes(metric, 0, lead);
     }
     const Axis sample = samples.empty() ? Axis{} : samples[0];
-    const int64_t many = heads ? metric.size(lead + 1) : 1, step_h = heads ? metric.stride(lead + 1) : 0;
-    Shape shape(metric.sizes().begin(), metric.sizes().begin() + lead);
-    const auto result = [&shape](int64_t length, ScalarType dtype) {
-        shape.push_back(length);
-        Tensor out = empty(shape, dtype);
-        shape.pop_back();
-        return out;
+    const int64_t n = metric.size(lead), many = heads ? metric.size(lead + 1) : 1;
+    const int64_t step_h = heads ? metric.stride(lead + 1) : 0;
+    Shape shape = metric.shape();
+    shape.resize(lead + 1);
+    const auto made = [&shape](int64_t length, int32_t dtype) {
+        shape.back() = length;
+        return empty(shape, dtype);
     };
-    const Tensor assign = result(n, ScalarType::Long), keep = result(n - r, ScalarType::Long);
-    const Tensor moved = result(r, ScalarType::Long), similarity = result(r, ScalarType::Float);
-    const Tensor size_out = result(n - r, ScalarType::Float), log_size = result(n - r, ScalarType::Float);
-    const Sizes sizes(size);
+    const int32_t whole = aoti_torch_dtype_int64(), real = aoti_torch_dtype_float32();
+    Tensor assign = made(n, whole), keep = made(n - r, whole), moved = made(r, whole);
+    Tensor similarity = made(r, real), size_out = made(n - r, real), log_size = made(n - r, real);
     by_dtype(metric, [&](auto element) {
-        match(data<const decltype(element)>(metric), sample.length, n, many, d, sample.step, metric.stride(lead),
-              step_h, sizes.data(), r, prefix, suffix, data<int64_t>(assign), data<int64_t>(keep),
-              data<int64_t>(moved), data<float>(similarity), data<float>(size_out), data<float>(log_size), threads());
+        match(metric.data<const decltype(element)>(), sample.length, n, many, metric.size(last), sample.step,
+              metric.stride(lead), step_h, size.data<const float>(), r, prefix, suffix, assign.data<int64_t>(),
+              keep.data<int64_t>(), moved.data<int64_t>(), similarity.data<float>(), size_out.data<float>(),
+              log_size.data<float>(), threads());
     });
-    return {assign, keep, moved, similarity, size_out, log_size};
+    for (Tensor* out : {&assign, &keep, &moved, &similarity, &size_out, &log_size}) *stack++ = std::move(*out).result();
 }
 
-Tensor merge_both(Tensor x, std::optional<Tensor> y, const std::optional<Tensor>& size, const Tensor& size_out,
-                  const Index& index) {
-    x = dense(x);
-    if (y) y = dense(*y);
-    const Tensor shares = dense(size_out), out = empty(index.merged(x), x.scalar_type());
-    const Sizes sizes(size);
+void merge_of(const Tensor& x, const Tensor& y, Arguments given, StableIValue* stack) {
+    const Tensor size = given.optional().dense(), size_out = given.tensor().dense();
+    const Index index(given);
+    Tensor out = empty(index.merged(x), x.dtype());
     const int64_t rows = index.batch * index.n, width = rows ? x.numel() / rows : 0;
     by_dtype(x, [&](auto element) {
         using T = decltype(element);
-        merge_rows(data<const T>(x), y ? data<const T>(*y) : nullptr, sizes.data(), data<const float>(shares),
-                   data<const int64_t>(index.assign), data<const int64_t>(index.keep),
-                   data<const int64_t>(index.moved), data<T>(out), index.batch, index.n, index.r, width, threads());
+        merge_rows(x.data<const T>(), y.data<const T>(), size.data<const float>(), size_out.data<const float>(),
+                   index.assign.data<const int64_t>(), index.keep.data<const int64_t>(),
+                   index.moved.data<const int64_t>(), out.data<T>(), index.batch, index.n, index.r, width, threads());
     });
-    return out;
+    *stack = std::move(out).result();
 }
 
-Tensor merge(Tensor x, std::optional<Tensor> size, Tensor size_out, Tensor assign, Tensor keep, Tensor moved) {
-    return merge_both(x, std::nullopt, size, size_out, Index(assign, keep, moved));
+void merge(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments given{stack};
+    const Tensor x = given.tensor().dense();
+    merge_of(x, Tensor(), given, stack);
 }
 
-Tensor merge_add(Tensor x, Tensor y, std::optional<Tensor> size, Tensor size_out, Tensor assign, Tensor keep,
-                 Tensor moved) {
-    return merge_both(x, y, size, size_out, Index(assign, keep, moved));
+void merge_add(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments given{stack};
+    const Tensor x = given.tensor().dense(), y = given.tensor().dense();
+    merge_of(x, y, given, stack);
 }
 
 // x is read through its strides: terms that all samples share are expanded, and those of windows transposed.
-Tensor merge_bias(Tensor x, std::optional<Tensor> size, Tensor size_out, Tensor assign, Tensor keep, Tensor moved) {
-    const Index index(assign, keep, moved);
+void merge_bias(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments given{stack};
+    Tensor x = given.tensor();
+    const Tensor size = given.optional().dense(), size_out = given.tensor().dense();
+    const Index index(given);
     std::vector<Axis> samples = axes(x, 0, index.lead), rest = axes(x, index.lead + 1, x.dim());
     if (samples.size() > 1 || rest.size() > 2) {
-        x = dense(x);
+        x = std::move(x).dense();
         samples = axes(x, 0, index.lead);
         rest = axes(x, index.lead + 1, x.dim());
     }
     rest.insert(rest.begin(), 2 - rest.size(), Axis{});
     const int64_t steps[] = {samples.empty() ? 0 : samples[0].step, x.stride(index.lead), rest[0].step, rest[1].step};
-    const Tensor shares = dense(size_out), out = empty(index.merged(x), x.scalar_type());
-    const Sizes sizes(size);
+    Tensor out = empty(index.merged(x), x.dtype());
     by_dtype(x, [&](auto element) {
         using T = decltype(element);
-        merge_bias_rows(data<const T>(x), steps, sizes.data(), data<const float>(shares),
-                        data<const int64_t>(index.assign), data<const int64_t>(index.keep),
-                        data<const int64_t>(index.moved), data<T>(out), index.batch, index.n, index.r, rest[0].length,
-                        rest[1].length, threads());
+        merge_bias_rows(x.data<const T>(), steps, size.data<const float>(), size_out.data<const float>(),
+                        index.assign.data<const int64_t>(), index.keep.data<const int64_t>(),
+                        index.moved.data<const int64_t>(), out.data<T>(), index.batch, index.n, index.r,
+                        rest[0].length, rest[1].length, threads());
     });
-    return out;
+    *stack = std::move(out).result();
 }
 
-Tensor merge_size(std::optional<Tensor> size, Tensor assign, Tensor keep, Tensor moved) {
-    const Index index(assign, keep, moved);
-    const Tensor out = empty(index.merged(assign), ScalarType::Float);
-    const Sizes sizes(size);
+void merge_size(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments given{stack};
+    const Tensor size = given.optional().dense();
+    const Index index(given);
+    Tensor out = empty(index.merged(index.assign), aoti_torch_dtype_float32());
+    const float* before = size.data<const float>();
     const int64_t m = index.n - index.r;
     for (int64_t b = 0; b < index.batch; ++b) {
-        merge_sizes(sizes.data() ? sizes.data() + b * index.n : nullptr, data<const int64_t>(index.assign) + b * index.n,
-                    data<const int64_t>(index.keep) + b * m, data<const int64_t>(index.moved) + b * index.r,
-                    data<float>(out) + b * m, m, index.r);
+        merge_sizes(before ? before + b * index.n : nullptr, index.assign.data<const int64_t>() + b * index.n,
+                    index.keep.data<const int64_t>() + b * m, index.moved.data<const int64_t>() + b * index.r,
+                    out.data<float>() + b * m, m, index.r);
     }
-    return out;
+    *stack = std::move(out).result();
 }
 
 }  // namespace
 
-// Registers the operators for CPU tensors, for good, in a namespace that has their schemas (cpu.py).
-extern "C" void tome_register(const char* name) {
-    using torch::stable::detail::StableLibrary;
-    auto* library = new StableLibrary(StableLibrary::Kind::IMPL, name, "CPU", __FILE__, __LINE__);
-    library->impl("match_size", TORCH_BOX(&match_size));
-    library->impl("merge", TORCH_BOX(&merge));
-    library->impl("merge_add", TORCH_BOX(&merge_add));
-    library->impl("merge_bias", TORCH_BOX(&merge_bias));
-    library->impl("merge_size", TORCH_BOX(&merge_size));
+// Registers the operators for CPU tensors, for good, in a namespace that has their schemas (cpu.py); whether it could.
+extern "C" bool tome_register(const char* name) {
+    TorchLibraryHandle library;
+    if (aoti_torch_library_init_impl(name, "CPU", __FILE__, __LINE__, &library)) return false;
+    return !aoti_torch_library_impl(library, "match_size", match_size) &&
+           !aoti_torch_library_impl(library, "merge", merge) &&
+           !aoti_torch_library_impl(library, "merge_add", merge_add) &&
+           !aoti_torch_library_impl(library, "merge_bias", merge_bias) &&
+           !aoti_torch_library_impl(library, "merge_size", merge_size);
 }

@@ -9,6 +9,7 @@ Arguments and results are those of the operators of the same names in `tome_fx.o
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 import threading
@@ -71,7 +72,7 @@ def _library() -> Any | None:
 def build(flags: Sequence[str], namespace: str) -> Any | None:
     """Compile the kernels with more flags than Inductor's own, and register them in a namespace that `define` made.
 
-    Returns the namespace, as an attribute of `torch.ops`; None where they cannot be compiled.
+    Returns the namespace, as an attribute of `torch.ops`; None where that is not possible.
     """
     from torch._inductor.codecache import CppCodeCache  # here: a second of imports
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
@@ -82,5 +83,9 @@ def build(flags: Sequence[str], namespace: str) -> Any | None:
     except (CppCompileError, InvalidCxxCompiler, OSError) as error:
         log.warning("no C++ kernels, the ATen forms are used: %s", error)
         return None
-    held.tome_register(namespace.encode())
+    register = held.tome_register
+    register.argtypes, register.restype = [ctypes.c_char_p], ctypes.c_bool
+    if not register(namespace.encode()):
+        log.warning("the C++ kernels could not be registered, the ATen forms are used")
+        return None
     return getattr(torch.ops, namespace)
