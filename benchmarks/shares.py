@@ -29,8 +29,8 @@ import harness
 from tome_fx import timing
 
 OPS = {
-    "matching": re.compile(r"tome::match|aten::(topk|sort|argsort)"),
-    "merging": re.compile(r"tome::|aten::(gather|scatter|index)"),
+    "matching": re.compile(r"tome(_cpu)?::match|aten::(topk|sort|argsort)"),
+    "merging": re.compile(r"tome(_cpu)?::|aten::(gather|scatter|index)"),
     "attention": re.compile(r"_scaled_dot_product|_flash_attention|_efficient_attention"),
     "matrix products": re.compile(r"aten::(addmm|mm|bmm|baddbmm|linear|matmul|.*convolution)|mkldnn::|mkl::|onednn::"),
 }

@@ -72,13 +72,17 @@ BY_FLOPS = Costs(match=0.0, merge=4.0, gather=4.0, bias=4.0, touch=0.0, masked=0
 
 @dataclass(frozen=True)
 class Merge:
-    """A merge to carry out right after its node: the dim and run of leaves, the step, and how many tokens go."""
+    """A merge to carry out right after its node: the dim and run of leaves, the step, and how many tokens go.
+
+    groups: the step whose groups it takes, where it has no matching of its own.
+    """
 
     block: Block
     dim: int
     key: tuple[int, int]
     step: Step
     r: int
+    groups: Step | None = None
 
 
 @dataclass
@@ -367,7 +371,7 @@ class _Walk:
         run = Run(*key, step)
         merged = (*(x for x in runs if x.key != key), run)
         self.plan.layouts[node] = ((*layout[:dim], merged, *layout[dim + 1 :]),)
-        self.plan.merges[node] = Merge(block, dim, key, step, r)
+        self.plan.merges[node] = Merge(block, dim, key, step, r, self._groups(block, step, r))
         self._cost(self.plan.merges[node])
 
     def _merge_operands(self, node: fx.Node, call: Call, ins: list[Layout], index: int) -> list[Layout]:
@@ -386,7 +390,7 @@ class _Walk:
         if step is None:
             return ins
         run = Run(*key, step)
-        self.plan.merges[node] = Merge(block, next(iter(dims.values())), key, step, r)
+        self.plan.merges[node] = Merge(block, next(iter(dims.values())), key, step, r, self._groups(block, step, r))
         self._cost(self.plan.merges[node])
         return [
             (*layout[: dims[i]], (run,), *layout[dims[i] + 1 :]) if i in dims else layout
@@ -423,6 +427,17 @@ class _Walk:
         prev = held.step if held is not None else None
         return Step(index, prev, block.sample, before, before - r, prefix, suffix, block.branch), r
 
+    def _groups(self, block: Block, step: Step, r: int) -> Step | None:
+        """The step of an MLP's attention, where it merges the same tokens in the same samples, and as many."""
+        if not block.mlp:
+            return None
+        tokens = _tokens(block, step, r)
+        for merge in self.plan.merges.values():
+            own = merge.block.site is block.site and not merge.block.mlp
+            if own and _tokens(merge.block, merge.step, merge.r) == tokens:
+                return merge.step
+        return None
+
     def _rounded(self, r: int, before: int, most: int, chain: int) -> int:
         """r and what earlier merges of the chain left over, so that a multiple of `multiple` tokens is left."""
         due = r + self.owed.get(chain, 0)
@@ -450,9 +465,15 @@ class _Walk:
         else:
             inner = prod(size_hint(k.shape[d]) for d in block.site.inner_dims)
             heads = _elements_of(block.site.k) * before // full // tokens
-        compare = 2.0 * samples * (before / 2) ** 2 * inner
-        self._spend(step.site, compare + costs.match * tokens * heads + costs.merge * elements)
+        compare = 2.0 * samples * (before / 2) ** 2 * inner if merge.groups is None else 0.0
+        matching = compare + costs.match * tokens * heads if merge.groups is None else 0.0
+        self._spend(step.site, matching + costs.merge * elements)
         self.plan.compared[step.site] = compare + BY_FLOPS.merge * elements * (1 + step.branch)
+
+
+def _tokens(block: Block, step: Step, r: int) -> tuple[Any, ...]:
+    """What two merges have in common that can have the same groups."""
+    return (block.tokens, block.masks, block.parts, step.prev, step.sample, step.before, step.prefix, step.suffix, r)
 
 
 def _elements_of(node: fx.Node) -> int:

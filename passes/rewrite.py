@@ -301,6 +301,9 @@ class Emitter:
     def _match_here(self, merge: Merge, value: Traced | None, have: Layout) -> None:
         """Find the groups of a merge, and their sizes."""
         step = merge.step
+        if merge.groups is not None:
+            self.steps[step] = self._step(merge.groups)
+            return
         before = self._step(step.prev).size if step.prev else None
         metric, heads = self._metric(merge, value, have)
         metric, call, block, config = metric.detach(), self.builder.call, merge.block, self.config

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import tome_fx
 from tests.models import Spec, build, redraw
 from tests.palette import assert_lossless, equalize, palette_grid, palette_input, palette_tokens, run
+from tests.recording import record
 from tests.test_branch import Attention, unwindow, windows
 
 R = 8
@@ -216,3 +217,21 @@ def test_traces_name_the_mlp() -> None:
     model = Net(Block("pre")).eval()
     trace = tome_fx.trace_tokens(model, (torch.randn(2, 3, 48, 48),), r=3, placement="branch")
     assert [(m.name, m.tokens_before) for m in trace.merges] == [("blocks.0.attn", 16), ("blocks.0.attn (MLP)", 48)]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_mlp_takes_the_groups_of_its_attention(masked: bool) -> None:
+    """One matching for each block where both merge the same tokens; a window's MLP, on other tokens, has its own."""
+    spec = Spec(stem="tokens", mask="bool" if masked else "none", grid=(6, 7), readout="tokens")
+    model, args = build(spec)
+    _, seen = record(model, args, r=R, placement="branch")
+    ops = seen.ops()
+    assert all(site.mlp == site.tokens for site in seen.reports[0].sites)
+    assert ops["tome.match_size"] + ops["tome.match"] == spec.depth
+    assert ops["tome.merge"] == 2 * spec.depth
+
+    torch.manual_seed(0)
+    windowed: Any = Net(Block("pre"), Block("pre")).eval()
+    _, seen = record(windowed, (torch.randn(2, 3, 48, 48),), r=3, placement="branch")
+    ops = seen.ops()
+    assert ops["tome.match_size"] + ops["tome.match"] == 4

@@ -187,6 +187,8 @@ def trace_tokens(
 ) -> TokenTrace:
     """Run the rewritten model eagerly and read off every merge, those that `drop_unread` would leave out too.
 
+    On branches an MLP that takes its attention's groups has no entry of its own.
+
     Raises what `rewrite` raises.
     """
     gm, report = _rewritten(model, args, kwargs, {"r": r, **config, "drop_unread": False})
