@@ -196,6 +196,17 @@ def test_sample_axes(sample: tuple[int, ...], heads: bool) -> None:
             torch.testing.assert_close(got, form(whole, size, index[4], *index[:3]), **near)
 
 
+def test_operators_are_good_citizens() -> None:
+    """opcheck: schema, fake tensor, autograd registration, dynamic shapes."""
+    x = torch.randn(2, 17, 8)
+    index = CPU.match_size(x, None, 6, 1, 0)
+    torch.library.opcheck(CPU.match_size.default, (x, None, 6, 1, 0))
+    torch.library.opcheck(CPU.merge.default, (x, None, index[4], *index[:3]))
+    torch.library.opcheck(CPU.merge_add.default, (x, x, None, index[4], *index[:3]))
+    torch.library.opcheck(CPU.merge_bias.default, (x, None, index[4], *index[:3]))
+    torch.library.opcheck(CPU.merge_size.default, (None, *index[:3]))
+
+
 def test_a_dtype_they_do_not_know() -> None:
     keys = torch.randn(1, 10, 4, dtype=torch.float64)
     with pytest.raises(ValueError, match="float32 or bfloat16 only"):

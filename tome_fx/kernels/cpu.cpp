@@ -474,7 +474,6 @@ class Tensor {
         if (held) aoti_torch_delete_tensor_object(held);
     }
 
-    explicit operator bool() const { return held != nullptr; }
     int64_t dim() const { return asked<int64_t>(aoti_torch_get_dim, held); }
     int64_t numel() const { return asked<int64_t>(aoti_torch_get_numel, held); }
     int32_t dtype() const { return asked<int32_t>(aoti_torch_get_dtype, held); }
