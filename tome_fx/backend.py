@@ -59,7 +59,8 @@ class ToMeBackend:
         config = updated(self.config, own) if own else self.config
         rewritten, report = transform(gm, example_inputs, config)
         if rewritten is not None:
-            if _shares_kernels(example_inputs, config):
+            on_cpu = _shares_kernels(example_inputs, config)
+            if on_cpu:
                 cpu.prepare()
             else:
                 rewritten.meta.pop(LENGTHS)
@@ -70,6 +71,8 @@ class ToMeBackend:
             except Exception:  # noqa: BLE001 - a graph of ours that does not compile: the same rung as in `transform`
                 report = _internal_error(config)
             else:
+                if on_cpu:
+                    cpu.library()  # no call may meet the dispatcher while the kernels register themselves
                 record(report)
                 return compiled
         record(report)
