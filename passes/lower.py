@@ -119,7 +119,7 @@ KERNELS = {getattr(tome, name).default: getattr(torch.ops.tome_cpu, name).defaul
 def call_kernels(graph: fx.Graph) -> int:
     """Put calls of the compiled CPU kernels into a graph that AOTAutograd made; returns how many.
 
-    Does not wait until they are compiled: the operators stand for the opaque calls until then, or without a compiler.
+    Does not wait until they are compiled: without them the operators are the opaque calls themselves.
     """
     nodes = [node for node in graph.nodes if node.target in KERNELS and _has_kernel(node)]
     for node in nodes:

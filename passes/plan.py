@@ -460,14 +460,15 @@ class _Walk:
         if block.operands and not block.mlp:  # queries, keys and values
             count = sum(_elements_of(self.calls[block.merge].nodes[i]) for i, _ in block.operands)
         elements = count * before // full
-        if block.branch and (block.mlp or not block.operands):
+        if merge.groups is not None:
+            inner = heads = 0
+        elif block.branch and (block.mlp or not block.operands):
             inner = heads = width
         else:
             inner = prod(size_hint(k.shape[d]) for d in block.site.inner_dims)
             heads = _elements_of(block.site.k) * before // full // tokens
-        compare = 2.0 * samples * (before / 2) ** 2 * inner if merge.groups is None else 0.0
-        matching = compare + costs.match * tokens * heads if merge.groups is None else 0.0
-        self._spend(step.site, matching + costs.merge * elements)
+        compare = 2.0 * samples * (before / 2) ** 2 * inner
+        self._spend(step.site, compare + costs.match * tokens * heads + costs.merge * elements)
         self.plan.compared[step.site] = compare + BY_FLOPS.merge * elements * (1 + step.branch)
 
 

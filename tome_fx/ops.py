@@ -45,7 +45,7 @@ def _opaque(
         _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         _LIB.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"tome::{name}", fake, lib=_LIB)
-        if name in cpu.SCHEMAS:  # compiled code out of a cache may call it before, or without, the kernels
+        if name in cpu.SCHEMAS:  # compiled code out of a cache may meet no kernels
             _CPU.impl(name, kernel, "CompositeExplicitAutograd")
             torch.library.register_fake(f"{cpu.NAMESPACE}::{name}", fake, lib=_CPU)
         return kernel
@@ -257,9 +257,6 @@ def _merge_fake(
     x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor
 ) -> Tensor:
     return x.new_empty((*keep.shape, *x.shape[assign.dim() :]))
-
-
-_INDEX = "Tensor assign, Tensor keep, Tensor moved"
 
 
 @_opaque("merge" + cpu.SCHEMAS["merge"], _merge_fake)
@@ -482,12 +479,12 @@ def spelled_out(schema: str, form: Callable[..., Any]) -> None:
     _LIB.impl(schema.partition("(")[0], form, "CompositeImplicitAutograd")
 
 
-spelled_out(f"merge_aten(Tensor x, Tensor? size, Tensor size_out, {_INDEX}) -> Tensor", merge_aten)
-spelled_out(f"merge_size_aten(Tensor? size, {_INDEX}) -> Tensor", merge_size_aten)
-spelled_out(f"merge_bias_aten(Tensor x, Tensor? size, Tensor size_out, {_INDEX}) -> Tensor", merge_bias_aten)
+spelled_out("merge_aten" + cpu.SCHEMAS["merge"], merge_aten)
+spelled_out("merge_size_aten" + cpu.SCHEMAS["merge_size"], merge_size_aten)
+spelled_out("merge_bias_aten" + cpu.SCHEMAS["merge_bias"], merge_bias_aten)
 spelled_out("unmerge(Tensor x, Tensor index) -> Tensor", unmerge)
 spelled_out("key_weight(Tensor mask) -> Tensor", key_weight)
 spelled_out("key_kinds(Tensor weight) -> Tensor", key_kinds)
 spelled_out("part_kinds(Tensor mask) -> Tensor", part_kinds)
 spelled_out('apart(Tensor metric, Tensor kinds, bool heads, bool first, str similarity="cosine") -> Tensor', apart)
-spelled_out(f"seen_first(Tensor weight, {_INDEX}) -> (Tensor, Tensor)", seen_first)
+spelled_out(f"seen_first(Tensor weight, {cpu.INDEX}) -> (Tensor, Tensor)", seen_first)

@@ -26,14 +26,15 @@ NAMESPACE = "tome_cpu"
 DTYPES = frozenset({torch.float32, torch.bfloat16})
 """Floating dtypes that the kernels read and write."""
 
-_INDEX = "Tensor assign, Tensor keep, Tensor moved"
+INDEX = "Tensor assign, Tensor keep, Tensor moved"
+"""The arguments that an operator gets from a matching."""
 SCHEMAS = {
     "match_size": "(Tensor metric, Tensor? size, SymInt r, int prefix, int suffix, bool heads=False)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "merge": f"(Tensor x, Tensor? size, Tensor size_out, {_INDEX}) -> Tensor",
-    "merge_add": f"(Tensor x, Tensor y, Tensor? size, Tensor size_out, {_INDEX}) -> Tensor",
-    "merge_bias": f"(Tensor x, Tensor? size, Tensor size_out, {_INDEX}) -> Tensor",
-    "merge_size": f"(Tensor? size, {_INDEX}) -> Tensor",
+    "merge": f"(Tensor x, Tensor? size, Tensor size_out, {INDEX}) -> Tensor",
+    "merge_add": f"(Tensor x, Tensor y, Tensor? size, Tensor size_out, {INDEX}) -> Tensor",
+    "merge_bias": f"(Tensor x, Tensor? size, Tensor size_out, {INDEX}) -> Tensor",
+    "merge_size": f"(Tensor? size, {INDEX}) -> Tensor",
 }
 """Those of `tome_fx.ops` too."""
 
