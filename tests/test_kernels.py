@@ -213,6 +213,13 @@ def test_a_dtype_they_do_not_know() -> None:
         CPU.match_size(keys, None, 2, 0, 0)
 
 
+@pytest.mark.parametrize(("r", "prefix", "suffix"), [(6, 0, 0), (5, 1, 0), (-1, 0, 0), (1, -2, 0), (0, 6, 6)])
+def test_more_than_can_merge_is_refused(r: int, prefix: int, suffix: int) -> None:
+    """The kernels write by these numbers: anything else would be memory of others."""
+    with pytest.raises(ValueError, match="r must be 0 to"):
+        OPS.match(torch.randn(1, 10, 4), r, prefix, suffix)
+
+
 def test_nan_keys_do_not_crash() -> None:
     """A model that overflowed merges something, and its output is NaN as it was."""
     keys = torch.randn(2, 30, 2, 8)

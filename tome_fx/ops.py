@@ -91,6 +91,8 @@ def match(
     Returns:
         `(assign, keep, moved, similarity)`, see the module docstring; `similarity` is float32 `[*sample, r]`,
         the cosine of each merged pair. None of them carries a gradient.
+
+    Raises: ValueError from the CPU kernel, where r, prefix or suffix is out of range.
     """
     if torch.is_autocast_enabled(metric.device.type):
         with torch.autocast(metric.device.type, enabled=False):

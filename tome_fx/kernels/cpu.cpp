@@ -611,6 +611,9 @@ void match_size(StableIValue* stack, uint64_t, uint64_t) {
     }
     const Axis sample = samples.empty() ? Axis{} : samples[0];
     const int64_t n = metric.size(lead), many = heads ? metric.size(lead + 1) : 1;
+    if (r < 0 || prefix < 0 || suffix < 0 || 2 * r > n - prefix - suffix) {
+        throw std::invalid_argument("r must be 0 to (N - prefix - suffix) // 2");
+    }
     const int64_t step_h = heads ? metric.stride(lead + 1) : 0;
     Shape shape = metric.shape();
     shape.resize(lead + 1);
