@@ -50,7 +50,7 @@ def quotient(a: Expr, b: Expr) -> Expr | None:
     if isinstance(a, int) and isinstance(b, int):
         return a // b if b and a % b == 0 else None
     ratio = sympy.cancel(sympy.sympify(a) / b)
-    _, denominator = sympy.fraction(ratio)
+    _, denominator = sympy.fraction(sympy.together(ratio))  # of (2n + 2)/27 cancel makes a sum, without a denominator
     if denominator != 1:
         return None
     return int(ratio) if ratio.is_Integer else ratio

@@ -93,6 +93,8 @@ def test_symbols_need_no_guard() -> None:
     high, wide = sympy.floor(h / 16), sympy.floor(w / 16)
     assert regroup(((Atom(sympy.expand(high * wide)),),), [high, wide]) is not None
     assert quotient(s, 2) is None
+    assert quotient(2 * s + 2, 27) is None  # a sum of fractions
+    assert quotient(2 * s + 2, s + 1) == 2
 
 
 @pytest.mark.parametrize(("part", "want"), [(slice(0, 2), [(0, 0)]), (slice(1, 2), [(0, 1)]), (slice(0, 0), [])])

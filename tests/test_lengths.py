@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
@@ -41,8 +41,10 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
     rewrite, inductor = Lengths.__call__, compile_fx.compile_fx_inner
 
     def keep(self: Lengths, gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
-        plain.append(copy.deepcopy(gm))
-        return rewrite(self, gm, inputs)
+        before = copy.deepcopy(gm)
+        values = rewrite(self, gm, inputs)
+        plain.append(before)
+        return values
 
     def compile_both(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
         if not plain:  # a graph without lengths
@@ -98,6 +100,7 @@ def call(model: torch.nn.Module, args: Sequence[Any], r: Any = 4) -> Any:
     suppress_health_check=list(HealthCheck),
 )
 @given(spec=specs())
+@example(spec=Spec(prefix="late", batch=2, depth=4))  # a batch of tokens and one more, viewed as two dims
 def test_random_transformers(seen: Seen, spec: Spec) -> None:
     """Bit-equal, and a symbol is given up only where its number is a width of the model too."""
     before = len(seen.equal)
