@@ -9,7 +9,7 @@
 | `find_blocks`    | site -> token axis, residual stream, merge point, protected ends  |
 | `plan`           | schedule -> merges, and how far each of them travels              |
 | `rewrite`        | emits match, merge, unmerge, sizes: the only pass that changes values |
-| `drop_unread`    | ops whose rows nobody reads -> on the rows that are read; only on request |
+| `drop_unread`    | ops whose rows nobody reads -> on the rows that are read |
 | `lower`          | tome ops -> the form that is fastest on the device                |
 | `verify`         | what must hold of the result                                      |
 

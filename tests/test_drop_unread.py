@@ -104,8 +104,8 @@ def test_through_inductor(training: bool) -> None:
     model = model.train(training)
     tome_fx.clear_reports()
     with torch.set_grad_enabled(training):
-        found = torch.compile(model, backend=tome_fx.tome_backend(r=3, drop_unread=True, strict=True))(*args)
-        want = torch.compile(model, backend=tome_fx.tome_backend(r=3, drop_unread=True, inner="eager"))(*args)
+        found = torch.compile(model, backend=tome_fx.tome_backend(r=3, strict=True))(*args)
+        want = torch.compile(model, backend=tome_fx.tome_backend(r=3, inner="eager"))(*args)
     assert [report.unread_ops > 0 for report in tome_fx.reports()] == [True, True]
     torch.testing.assert_close(found, want, atol=1e-4, rtol=1e-4)
 
@@ -113,7 +113,7 @@ def test_through_inductor(training: bool) -> None:
 def test_a_trace_shows_every_merge() -> None:
     """Also those that compiled code would leave out."""
     model, args = models.build(models.Spec(depth=4))
-    assert len(tome_fx.trace_tokens(model.eval(), args, r=2, drop_unread=True).merges) == 4
+    assert len(tome_fx.trace_tokens(model.eval(), args, r=2).merges) == 4
 
 
 # -- single graphs -----------------------------------------------------------------------------------------------------

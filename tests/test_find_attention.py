@@ -20,7 +20,7 @@ FUSED = [
 @pytest.mark.parametrize("spec", FUSED, ids=lambda s: f"{s.attention}-{s.scale}")
 def test_every_spelling_becomes_one_sdpa(spec: Spec) -> None:
     model, args = build(spec)
-    _, seen = record(model, args, r=4)
+    _, seen = record(model, args, r=4, drop_unread=False)
     ops = seen.ops()
     assert ops["aten.scaled_dot_product_attention"] == spec.depth
     assert ops["aten.softmax"] == ops["aten._softmax"] == 0
@@ -58,7 +58,7 @@ def test_what_is_read_twice_is_not_fused(read: str) -> None:
 def test_the_rewritten_block() -> None:
     """The canonical block, op by op: a match by the keys with sizes and log(size), and a merge that adds."""
     model, args = build(Spec(depth=2, mlp="gelu", readout="cls"))
-    _, seen = record(model, args, r=4)
+    _, seen = record(model, args, r=4, drop_unread=False)
     ops = seen.ops()
     want = {"tome.match_size": 2, "tome.merge_add": 2, "tome.unmerge": 0}
     assert {name: ops[name] for name in want} == want

@@ -130,7 +130,7 @@ def test_the_compiler_sees_every_kernel(train: bool, target: None, monkeypatch: 
     inner = Inner()
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        rewritten, _ = transform(gm, inputs, ToMeConfig(r=4))
+        rewritten, _ = transform(gm, inputs, ToMeConfig(r=4, drop_unread=False))
         assert rewritten is not None
         return inner(rewritten, inputs)
 

@@ -94,7 +94,7 @@ def tome_backend(
     protect: str | int = "auto",
     placement: str = "auto",
     padding_first: bool = False,
-    drop_unread: bool = False,
+    drop_unread: bool = True,
     inner: str = "inductor",
     strict: bool = False,
 ) -> ToMeBackend:

@@ -59,7 +59,7 @@ class ToMeConfig:
     padding_first: bool = False
     """Merge the tokens that a mask of keys leaves out before all others, however alike they are. They never mix into
     the others in any case."""
-    drop_unread: bool = False
+    drop_unread: bool = True
     """Compute only the rows that are read: where a model reads its class token alone, queries, projection and MLP
     of the last block on that row, and no last merge. Reports keep the last merge of the plan and its FLOPs."""
     inner: str = "inductor"
