@@ -47,7 +47,7 @@ def infer_axes(
             (facts.given if next(varies) else facts.constant).add(node)
         elif node.op == "get_attr" or (
             node.op == "call_function"
-            and (node.target in _FILLED or all(n in facts.constant for n in node.all_input_nodes))
+            and (node.target in _FILLED or all(n in facts.constant for n in _sources(node)))
         ):
             facts.constant.add(node)
         if node.op == "call_function" and node.target is operator.getitem:
@@ -70,7 +70,7 @@ def infer_axes(
         _note_uniform(call, rule, facts)
         known.note(node, facts)
         if any(v.dtype is torch.bool for v in results) or (
-            _elementwise(rule) and any(n in facts.decided for n in call.nodes)
+            _elementwise(rule) and any(n in facts.decided for n in _sources(node))
         ):
             facts.decided.add(node)
         if _given(call, rule, facts):
@@ -117,10 +117,11 @@ class _KnownValues:
 
 def _given(call: Call, rule: Rule, facts: Facts) -> bool:
     """Whether a value still says of single positions what an input of the model said: no product came between."""
-    given = [n for n in call.nodes if n in facts.given]
+    sources = _sources(call.node)
+    given = [n for n in sources if n in facts.given]
     if not given or isinstance(rule, (Contraction, Convolution, Attention)):
         return False
-    if not _elementwise(rule) or all(n in facts.given or n in facts.constant for n in call.nodes):
+    if not _elementwise(rule) or all(n in facts.given or n in facts.constant for n in sources):
         return True
     return any(n.meta["val"].dim() > 1 and facts.varies(n, -1) and facts.varies(n, -2) for n in given)
 
@@ -139,13 +140,19 @@ class _Angles:
         facts, node = self.facts, call.node
         if isinstance(rule, (Convolution, Attention)):
             return
-        if all(n in self.plain or (n.op == "placeholder" and n in facts.given) for n in call.nodes):
+        sources = _sources(node)
+        if all(n in self.plain or (n.op == "placeholder" and n in facts.given) for n in sources):
             self.plain.add(node)
             if call.target in _ANGULAR and node not in facts.constant:
                 facts.angles.add(node)
-        turned = any(n in facts.angles for n in call.nodes) and not isinstance(rule, Contraction)
-        if turned and all(n in facts.angles or n in facts.constant for n in call.nodes):
+        turned = any(n in facts.angles for n in sources) and not isinstance(rule, Contraction)
+        if turned and all(n in facts.angles or n in facts.constant for n in sources):
             facts.angles.add(node)
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """The operands that a value is made of: another may be there for its dtype or its shape alone."""
+    return [node.args[0]] if node.target in _LIKE_ANOTHER else node.all_input_nodes  # type: ignore[list-item]
 
 
 def _elementwise(rule: Rule) -> bool:
@@ -229,6 +236,7 @@ def _same_place(call: Call, dims: frozenset[int]) -> set[int]:
 
 
 _ANGULAR = {aten.sin.default, aten.cos.default, aten.polar.default}
+_LIKE_ANOTHER = {aten.type_as.default, aten.expand_as.default, aten.view_as.default, aten.reshape_as.default}
 _EXP = {aten.exp.default, aten.exp2.default}
 _FILLED = {aten.full.default, aten.ones.default, aten.zeros.default, aten.new_full.default, aten.new_ones.default,
            aten.new_zeros.default, aten.full_like.default, aten.ones_like.default, aten.zeros_like.default,
@@ -249,7 +257,7 @@ def _scores(calls: dict[fx.Node, Call]) -> set[fx.Node]:
             found.add(node)
         elif _elementwise(rule):
             found.add(node)
-            todo += call.nodes
+            todo += _sources(node)
     return found
 
 
