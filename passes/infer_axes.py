@@ -47,7 +47,7 @@ def infer_axes(
             (facts.given if next(varies) else facts.constant).add(node)
         elif node.op == "get_attr" or (
             node.op == "call_function"
-            and (node.target in _FILLED or all(n in facts.constant for n in _sources(node)))
+            and (node.target in _FILLED or all(n in facts.constant for n in _sources(node, node.all_input_nodes)))
         ):
             facts.constant.add(node)
         if node.op == "call_function" and node.target is operator.getitem:
@@ -70,7 +70,7 @@ def infer_axes(
         _note_uniform(call, rule, facts)
         known.note(node, facts)
         if any(v.dtype is torch.bool for v in results) or (
-            _elementwise(rule) and any(n in facts.decided for n in _sources(node))
+            _elementwise(rule) and any(n in facts.decided for n in _sources(node, call.nodes))
         ):
             facts.decided.add(node)
         if _given(call, rule, facts):
@@ -117,7 +117,7 @@ class _KnownValues:
 
 def _given(call: Call, rule: Rule, facts: Facts) -> bool:
     """Whether a value still says of single positions what an input of the model said: no product came between."""
-    sources = _sources(call.node)
+    sources = _sources(call.node, call.nodes)
     given = [n for n in sources if n in facts.given]
     if not given or isinstance(rule, (Contraction, Convolution, Attention)):
         return False
@@ -140,7 +140,7 @@ class _Angles:
         facts, node = self.facts, call.node
         if isinstance(rule, (Convolution, Attention)):
             return
-        sources = _sources(node)
+        sources = _sources(node, call.nodes)
         if all(n in self.plain or (n.op == "placeholder" and n in facts.given) for n in sources):
             self.plain.add(node)
             if call.target in _ANGULAR and node not in facts.constant:
@@ -150,9 +150,9 @@ class _Angles:
             facts.angles.add(node)
 
 
-def _sources(node: fx.Node) -> list[fx.Node]:
-    """The operands that a value is made of: another may be there for its dtype or its shape alone."""
-    return [node.args[0]] if node.target in _LIKE_ANOTHER else node.all_input_nodes  # type: ignore[list-item]
+def _sources(node: fx.Node, operands: Sequence[fx.Node]) -> Sequence[fx.Node]:
+    """The operands that a value is made of: the second of some ops is there for its dtype or its shape alone."""
+    return operands[:1] if node.target in _LIKE_ANOTHER else operands
 
 
 def _elementwise(rule: Rule) -> bool:
@@ -257,7 +257,7 @@ def _scores(calls: dict[fx.Node, Call]) -> set[fx.Node]:
             found.add(node)
         elif _elementwise(rule):
             found.add(node)
-            todo += _sources(node)
+            todo += _sources(node, call.nodes)
     return found
 
 
