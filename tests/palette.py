@@ -7,6 +7,7 @@ tells three failures apart: `LossyMatch` (the test is void: unequal tokens were 
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import warnings
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import tome_fx
 from tests.models import Spec, complete, redraw
@@ -185,6 +186,23 @@ def run(
     return out, made[-1]
 
 
+def _is_rounding(
+    model: nn.Module, args: Sequence[Any], kwargs: Any, r: Any, grad: bool, want: Any, error: float, config: Any
+) -> bool:
+    """Whether an error is that of float32: the variance of tokens that have become alike has no digits left in it."""
+    wide = copy.deepcopy(model).double()
+    args64, kwargs64, want32 = (tree_map(_doubled, x) for x in (list(args), kwargs or {}, want))
+    with torch.set_grad_enabled(grad):
+        want64 = wide(*args64, **kwargs64)
+    if 4 * distance(want32, want64) < error:
+        return False
+    return distance(run(wide, args64, kwargs64, r, grad=grad, **config)[0], want64) < 1e-9
+
+
+def _doubled(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
 def assert_lossless(
     model: nn.Module,
     args: Sequence[Any],
@@ -201,7 +219,7 @@ def assert_lossless(
     """The law for one model whose inputs are palettes and whose positions are out; returns the report.
 
     tokens: the (before, after) of each merge that the report must show; sites: only their number. tol: the largest
-    relative error. control=True proves that the test can fail: without log(size) the error must exceed 1e-4.
+    relative error, unless eager float32 is as far from float64, where the law must then hold to 1e-9. control=True proves that the test can fail: without log(size) the error must exceed 1e-4.
     grad: run with gradients on, which takes torch's own modules off their fused eval path.
     Raises LossyMatch when unequal tokens were merged.
     """
@@ -214,7 +232,7 @@ def assert_lossless(
     if sites is not None:
         assert report.merged_sites == sites, f"expected {sites} merges:\n{report}"
     error = distance(got, want)
-    if error > tol:
+    if error > tol and not _is_rounding(model, args, kwargs, r, grad, want, error, config):
         lowest = trace_similarity(model, args, kwargs, r, config)
         if lowest <= 1 - 1e-4:
             raise LossyMatch(f"lossy match, test is void: merged at cosine {lowest:.6f}, error {error:.2e}")
