@@ -219,7 +219,8 @@ def assert_lossless(
     """The law for one model whose inputs are palettes and whose positions are out; returns the report.
 
     tokens: the (before, after) of each merge that the report must show; sites: only their number. tol: the largest
-    relative error, unless eager float32 is as far from float64, where the law must then hold to 1e-9. control=True proves that the test can fail: without log(size) the error must exceed 1e-4.
+    relative error, unless eager float32 is as far from float64, where the law must then hold to
+    1e-9. control=True proves that the test can fail: without log(size) the error must exceed 1e-4.
     grad: run with gradients on, which takes torch's own modules off their fused eval path.
     Raises LossyMatch when unequal tokens were merged.
     """
