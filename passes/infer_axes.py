@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .axes import expr as size_expr
 from .axes import fresh_dims, leaves, same
 from .rules import Call, Facts, find, tensors_of
-from .rules.base import UNKNOWN, Role, Rule, SignatureRule, result_read
+from .rules.base import UNKNOWN, Role, Rule, SignatureRule, result_read, sources
 from .rules.contraction import Attention, Contraction, Convolution
 from .rules.joins import SliceRule, SplitRule
 from .rules.pointwise import POINTWISE, MaskRule
@@ -47,7 +47,7 @@ def infer_axes(
             (facts.given if next(varies) else facts.constant).add(node)
         elif node.op == "get_attr" or (
             node.op == "call_function"
-            and (node.target in _FILLED or all(n in facts.constant for n in _sources(node, node.all_input_nodes)))
+            and (node.target in _FILLED or all(n in facts.constant for n in sources(node, node.all_input_nodes)))
         ):
             facts.constant.add(node)
         if node.op == "call_function" and node.target is operator.getitem:
@@ -70,7 +70,7 @@ def infer_axes(
         _note_uniform(call, rule, facts)
         known.note(node, facts)
         if any(v.dtype is torch.bool for v in results) or (
-            _elementwise(rule) and any(n in facts.decided for n in _sources(node, call.nodes))
+            _elementwise(rule) and any(n in facts.decided for n in sources(node, call.nodes))
         ):
             facts.decided.add(node)
         if _given(call, rule, facts):
@@ -117,11 +117,11 @@ class _KnownValues:
 
 def _given(call: Call, rule: Rule, facts: Facts) -> bool:
     """Whether a value still says of single positions what an input of the model said: no product came between."""
-    sources = _sources(call.node, call.nodes)
-    given = [n for n in sources if n in facts.given]
+    read = sources(call.node, call.nodes)
+    given = [n for n in read if n in facts.given]
     if not given or isinstance(rule, (Contraction, Convolution, Attention)):
         return False
-    if not _elementwise(rule) or all(n in facts.given or n in facts.constant for n in sources):
+    if not _elementwise(rule) or all(n in facts.given or n in facts.constant for n in read):
         return True
     return any(n.meta["val"].dim() > 1 and facts.varies(n, -1) and facts.varies(n, -2) for n in given)
 
@@ -140,19 +140,14 @@ class _Angles:
         facts, node = self.facts, call.node
         if isinstance(rule, (Convolution, Attention)):
             return
-        sources = _sources(node, call.nodes)
-        if all(n in self.plain or (n.op == "placeholder" and n in facts.given) for n in sources):
+        read = sources(node, call.nodes)
+        if all(n in self.plain or (n.op == "placeholder" and n in facts.given) for n in read):
             self.plain.add(node)
             if call.target in _ANGULAR and node not in facts.constant:
                 facts.angles.add(node)
-        turned = any(n in facts.angles for n in sources) and not isinstance(rule, Contraction)
-        if turned and all(n in facts.angles or n in facts.constant for n in sources):
+        turned = any(n in facts.angles for n in read) and not isinstance(rule, Contraction)
+        if turned and all(n in facts.angles or n in facts.constant for n in read):
             facts.angles.add(node)
-
-
-def _sources(node: fx.Node, operands: Sequence[fx.Node]) -> Sequence[fx.Node]:
-    """The operands that a value is made of: the second of some ops is there for its dtype or its shape alone."""
-    return operands[:1] if node.target in _LIKE_ANOTHER else operands
 
 
 def _elementwise(rule: Rule) -> bool:
@@ -236,7 +231,6 @@ def _same_place(call: Call, dims: frozenset[int]) -> set[int]:
 
 
 _ANGULAR = {aten.sin.default, aten.cos.default, aten.polar.default}
-_LIKE_ANOTHER = {aten.type_as.default, aten.expand_as.default, aten.view_as.default, aten.reshape_as.default}
 _EXP = {aten.exp.default, aten.exp2.default}
 _FILLED = {aten.full.default, aten.ones.default, aten.zeros.default, aten.new_full.default, aten.new_ones.default,
            aten.new_zeros.default, aten.full_like.default, aten.ones_like.default, aten.zeros_like.default,
@@ -257,7 +251,7 @@ def _scores(calls: dict[fx.Node, Call]) -> set[fx.Node]:
             found.add(node)
         elif _elementwise(rule):
             found.add(node)
-            todo += _sources(node, call.nodes)
+            todo += sources(node, call.nodes)
     return found
 
 

@@ -31,7 +31,7 @@ from .axes import Dim, leaves
 from .find_attention import AttentionSite
 from .reach import Reach
 from .rules import Call, Facts, find
-from .rules.base import UNKNOWN
+from .rules.base import SHAPED, UNKNOWN, sources
 from .rules.contraction import Contraction
 from .rules.pointwise import MaskRule, scalar
 from .rules.reduce import Softmax
@@ -42,8 +42,6 @@ _SUMS = {aten.add.Tensor, aten.to.dtype, aten._to_copy.default, aten.clone.defau
 _VIEWS = ViewRule, PermuteRule, ExpandRule, RepeatRule
 _PASS = (aten.to, aten._to_copy, aten.clone, aten.contiguous, aten.detach, aten.alias, aten.type_as, aten.dropout)
 _ADD, _SUBTRACT = (aten.add,), (aten.sub, aten.subtract)
-_SHAPED = (aten.expand_as, aten.view_as, aten.reshape_as, aten.type_as)
-"""Ops that read only shape and dtype of their second operand."""
 _MULTIPLY, _DIVIDE = (aten.mul, aten.multiply), (aten.div, aten.divide, aten.true_divide)
 _LARGEST = 2**22
 """Elements of a mask whose value is looked into."""
@@ -94,8 +92,7 @@ def _ways(site: AttentionSite, calls: dict[fx.Node, Call], reach: Reach) -> list
 def _by_value(way: list[fx.Node], calls: dict[fx.Node, Call]) -> list[fx.Node]:
     kept = {way[0]}
     for node in way[1:]:
-        sources = calls[node].nodes if node in calls else node.all_input_nodes
-        if kept & set(sources[:1] if node in calls and _packet(calls[node]) in _SHAPED else sources):
+        if kept & set(sources(node, calls[node].nodes if node in calls else node.all_input_nodes)):
             kept.add(node)
     return [node for node in way if node in kept]
 
@@ -107,7 +104,7 @@ def _aside(way: list[fx.Node], calls: dict[fx.Node, Call]) -> Iterator[tuple[Cal
         for i, n in enumerate(calls[node].nodes if node in calls else ()):
             if n in on_it or (node is way[0] and n in begin):
                 continue
-            while n in calls and _packet(calls[n]) in _SHAPED:
+            while n in calls and n.target in SHAPED:
                 n = calls[n].nodes[0]
             yield calls[node], i, n
 

@@ -142,6 +142,15 @@ def tensors_of(value: Any) -> tuple[Tensor, ...]:
     return ()
 
 
+SHAPED = frozenset(getattr(torch.ops.aten, name).default for name in ("expand_as", "view_as", "reshape_as", "type_as"))
+"""Ops that read only shape and dtype of their second operand."""
+
+
+def sources(node: fx.Node, operands: Sequence[fx.Node]) -> Sequence[fx.Node]:
+    """Those of a node's operands whose values it reads."""
+    return operands[:1] if node.target in SHAPED else operands
+
+
 def result_read(getitem: fx.Node) -> int | None:
     """Which of the tensor results of its source a `getitem` node reads; None where it reads something else."""
     source, index = cast(Any, getitem.args)
@@ -533,6 +542,7 @@ class GetItem(Rule):
 register(GetItem(), operator.getitem)
 
 __all__ = [
+    "SHAPED",
     "UNKNOWN",
     "Call",
     "Decision",
@@ -548,5 +558,6 @@ __all__ = [
     "registered",
     "result_read",
     "rule_for",
+    "sources",
     "tensors_of",
 ]
