@@ -143,9 +143,8 @@ def _mlps(
             continue
         alone = leaves(facts.dims(value)[mlp.dim]) == tokens
         size = value.meta["val"].shape[mlp.dim] if alone else length
-        features = {leaf for node in calls[mlp.merge].nodes[1:] for dim in facts.dims(node) for leaf in leaves(dim)}
-        features |= reach.features | set(tokens)
-        sample = tuple(leaf for dim in facts.dims(value) for leaf in leaves(dim) if leaf not in features)
+        rest = reach.features | mlp.features | set(tokens)
+        sample = tuple(leaf for dim in facts.dims(value) for leaf in leaves(dim) if leaf not in rest)
         operands = () if mlp.entry is None else ((mlp.entry, mlp.dim),)
         found.append(Block(mlp.site, tokens, sample, mlp.merge, value, prefix, suffix, size, True, False, operands,
                            True, masks))  # fmt: skip

@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from .axes import Dim, leaves, same, size_of
+from .axes import Atom, Dim, leaves, same, size_of
 from .find_attention import AttentionSite
 from .layout import SHORT_AXIS
 from .reach import Reach
 from .rules import Call, Facts, find
+from .rules.base import Role, SignatureRule
 from .rules.contraction import Contraction, Convolution
 
 aten = torch.ops.aten
@@ -35,14 +36,15 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Mlp:
-    """One MLP: the site whose stream it reads, what merges and along which tokens. entry: the operand of `merge` that
-    merges, where it is not the value of `merge` itself."""
+    """One MLP: the site whose stream it reads, what merges and along which tokens. features: the leaves that its first
+    product combines. entry: the operand of `merge` that merges, where it is not the value of `merge` itself."""
 
     site: AttentionSite
     merge: fx.Node
     stream: fx.Node
     dim: int
     tokens: Dim
+    features: frozenset[Atom]
     entry: int | None
 
     @property
@@ -114,13 +116,28 @@ def _mlp(
         tokens = (leaf, *tokens)
     if not _enough(size_of(tokens), least):
         return None
-    return Mlp(site, merge, stream, spots[-1], tokens, entry)
+    return Mlp(site, merge, stream, spots[-1], tokens, _combined(calls[products[0]], facts), entry)
 
 
 def _enough(size: Any, least: Any) -> bool:
     """Whether an axis has at least `least` tokens, and not so few that half of them would be kept; symbolic sizes are
     those of whole axes."""
     return size >= max(least, SHORT_AXIS) if isinstance(size, int) and isinstance(least, int) else same(size, least)
+
+
+def _combined(product: Call, facts: Facts) -> frozenset[Atom]:
+    """The leaves that a product by weights does not map one by one. No others are features: a scale or shift that joins
+    before it may have the batch."""
+    rule = find(product)
+    assert isinstance(rule, SignatureRule)
+    sig = rule.signature(product, facts)
+    found: set[Atom] = set()
+    for node, letters in zip(product.nodes, sig.ins, strict=True):
+        if node not in facts.constant:
+            for x, dim in zip(letters, facts.dims(node), strict=True):
+                if x is not None and sig.role(x) is not Role.MAP:
+                    found |= set(leaves(dim))
+    return frozenset(found)
 
 
 def _by_weights(call: Call, facts: Facts) -> bool:

@@ -1,0 +1,87 @@
+"""The law of the batch: what a sample gives does not depend on the samples beside it.
+
+The lossless law does not see it: samples that are matched as one still find equal tokens, only fewer of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, note, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from tests import strategies
+from tests import test_branch as branch
+from tests import test_mlps as mlps
+from tests import test_two_streams as streams
+from tests.models import LAYOUT, MASK, Spec, build, inputs, redraw
+from tests.palette import leaves, run
+
+R, BATCH = 6, 2
+
+
+def assert_apart(model: nn.Module, args: tuple[Any, ...], r: Any, **config: Any) -> Any:
+    """Merge all samples at once and each alone, in float64, where no tie is broken by rounding; returns the report."""
+    model = model.double().eval()
+    args = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, args)
+    whole, report = run(model, args, None, r, **config)
+    assert report.merged_sites > 0, f"nothing was merged:\n{report}"
+    for i in range(BATCH):
+        alone = tree_map(lambda x, i=i: x[i : i + 1] if isinstance(x, Tensor) else x, args)
+        for all_of_it, own in zip(leaves(whole), leaves(run(model, alone, None, r, **config)[0]), strict=True):
+            (dim,) = (d for d in range(own.dim()) if own.shape[d] != all_of_it.shape[d])
+            part = all_of_it.narrow(dim, i * own.shape[dim], own.shape[dim])
+            torch.testing.assert_close(part, own, rtol=1e-6, atol=1e-6)
+    return report
+
+
+@pytest.mark.parametrize("placement", ["stream", "branch"])
+@pytest.mark.parametrize("spec", [*(Spec(batch=BATCH, layout=x, readout="multi") for x in LAYOUT),
+                                  *(Spec(batch=BATCH, mask=x) for x in MASK[1:])], ids=str)  # fmt: skip
+def test_plain_transformers(spec: Spec, placement: str) -> None:
+    assert_apart(build(spec)[0], inputs(spec, 1), R, placement=placement)
+
+
+@pytest.mark.filterwarnings("ignore::tome_fx.ToMeWarning")
+@settings(max_examples=10)
+@given(data=st.data())
+def test_any_transformer(data: st.DataObject) -> None:
+    spec = data.draw(strategies.specs(), label="spec").replace(batch=BATCH)
+    placement = data.draw(st.sampled_from(["stream", "branch"]), label="placement")
+    note(f"assert_apart(*build({spec!r}), placement={placement!r})")
+    assert_apart(*build(spec), data.draw(strategies.schedules(spec), label="r"), placement=placement)
+
+
+def test_a_condition_has_a_batch_too() -> None:
+    """Shift and scale of adaLN are [B, 1, C]: no axis of theirs makes the batch an axis of features.
+
+    Before, the samples of a batch were matched as one at every MLP of a DiT."""
+    torch.manual_seed(0)
+    args = torch.randn(BATCH, 36, 32), torch.randn(BATCH, 32)
+    report = assert_apart(redraw(mlps.Conditioned()), args, R, placement="branch")
+    assert [site.mlp for site in report.sites] == [(36, 30)] * 2
+
+
+@pytest.mark.parametrize("form", mlps.FORMS)
+def test_mlps(form: str) -> None:
+    torch.manual_seed(0)
+    model = redraw(mlps.Net(mlps.Block(form), mlps.Block(form)))
+    assert_apart(model, (torch.randn(BATCH, 3, 48, 48),), 3, placement="branch")
+
+
+@pytest.mark.parametrize("name", branch.GRIDS)
+def test_grids(name: str) -> None:
+    """Windows, rows and channels-first maps, and the MLPs between them."""
+    torch.manual_seed(0)
+    model = redraw(branch.GRIDS[name][0]())
+    assert_apart(model, (torch.randn(BATCH, 3, 48, 48),), 3, placement="branch")
+
+
+def test_two_streams() -> None:
+    torch.manual_seed(0)
+    args = torch.randn(BATCH, streams.IMAGE, streams.D), torch.randn(BATCH, streams.TEXT, streams.D)
+    assert_apart(redraw(streams.Net("text")), args, R)
