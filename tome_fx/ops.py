@@ -300,7 +300,7 @@ def merge_backward(
 ) -> Tensor:
     """d sum(x * size) / size_out: each old token gets its share of its group's gradient. The adjoint of `merge`.
 
-    grad: `[*sample, N', *rest]`, floating; the others as in `merge`. Returns `[*sample, N, *rest]`, the dtype of `grad`.
+    grad: `[*sample, N', *rest]`, floating; the others as in `merge`. Returns `[*sample, N, *rest]` in the same dtype.
     """
     kernels = _native(grad)
     return (kernels.merge_backward if kernels else merge_backward_aten)(grad, size, size_out, assign, keep, moved)
