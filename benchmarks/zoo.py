@@ -10,7 +10,9 @@ over). For each model, small and with random weights, the process compares the r
   "not equal" with the lowest cosine at which tokens were merged where the input could not give each token an equal
   (overlapping stems, pooled grids), or "not traced" where torch.export gives a graph that does not merge as the
   compiled one does, so that nobody can look, or "n/a" where a convolution between two merges tells equal tokens apart:
-  there the law says nothing.
+  there the law says nothing;
+- the law of the batch: "apart" where a sample's result is the same whatever samples are beside it, in float64; "n/a"
+  where the model does not run in it, or mixes its samples without merging too.
 
 Writes benchmarks/results/zoo.json and docs/zoo.md.
 
@@ -46,6 +48,8 @@ EXACT = 1e-4
 """Largest relative error at which the lossless law counts as kept: float32 through a few dozen layers."""
 SAME = 1 - 1e-6
 """Cosine from which two merged tokens count as equal: their difference is then a thousandth of their length."""
+APART = 1e-5
+"""Largest relative difference, in float64, of a sample's result in a batch and alone."""
 Row = dict[str, Any]
 
 
@@ -83,6 +87,7 @@ def one(name: str, r: int, sweep: bool = False) -> Row:
         if row["merged"] or row.get("forced"):
             convolved = [op for op in row["unmerges"] if "conv" in op]
             row.update(_lossless(law, r, bool(convolved), placement))
+            row["batch"] = _apart(zoo_models.build(name, sweep), r, placement)
             if row["lossless"] == "broken" and convolved:
                 # Tokens equal when they merged, and no longer after their neighbours were mixed in.
                 row["lossless"] = f"n/a ({convolved[0].removeprefix('aten.')} between merges)"
@@ -160,6 +165,23 @@ def _lossless(law: _Law, r: int, convolved: bool, placement: str) -> Row:
             return found[-1]
     others = [row for row in found if row["lossless"] != "not equal"]
     return others[0] if others else max(found, key=lambda row: row["cosine"])
+
+
+def _apart(zoo: Any, r: int, placement: str) -> str:
+    """The law of the batch: "apart", how far off a sample is, or why it says nothing."""
+    import torch
+
+    import zoo_models
+    from tests import palette
+
+    torch._dynamo.reset()
+    try:
+        found, _ = palette.samples_apart(zoo.model, zoo.args, zoo.kwargs, r, zoo_models.BATCH, placement=placement)
+    except (RuntimeError, ValueError, TypeError, AssertionError, torch._dynamo.exc.TorchDynamoException) as problem:
+        return f"n/a ({type(problem).__name__}: {str(problem)[:160]})"
+    if found is None:
+        return "n/a (its samples mix without merging too)"
+    return "apart" if found < APART else f"mixed: {found:.1e}"
 
 
 def _held(law: _Law, args: Any, want: Any, r: int, placement: str) -> Row:
@@ -278,7 +300,7 @@ def bad(row: Row) -> bool:
     if "absent" in row:
         return False
     silent = row.get("sites") and not row.get("merged") and not row.get("reasons")
-    law = str(row.get("lossless", "")).startswith("broken")
+    law = str(row.get("lossless", "")).startswith("broken") or str(row.get("batch", "")).startswith("mixed")
     broken = any(reason.startswith("internal error") for reason in row.get("reasons", ()))
     return bool(broken or "failed" in row or not row["shapes"] or row.get("identity") is False or law or silent)
 
@@ -326,12 +348,13 @@ def table(rows: list[Row], r: int) -> str:
     )
     slowest = max(attention, key=lambda row: row.get("seconds", 0.0))
     law = Counter(row.get("lossless") for row in rows)
+    batch = Counter(row["batch"].split()[0] for row in rows if "batch" in row)
 
     def of(merged: Any, paying: Any) -> str:
         asked = len(merged) - len(paying)
         return f"{len(merged)} ({asked} only on request: by the estimate for a CPU they do not gain at this r)"
 
-    head = "| model | graphs | sites | merged | placement | tokens | FLOPs | shapes | r=0 | lossless | unmerged at |"
+    head = "| model | graphs | sites | merged | placement | tokens | FLOPs | shapes | r=0 | lossless | batch "
     lines = [
         "# The zoo",
         "",
@@ -343,15 +366,16 @@ def table(rows: list[Row], r: int) -> str:
         f"- model files of timm with attention: {len(files)}; with merged sites: {of(merging_files, paying_files)}",
         f"- failures: {sum(map(bad, rows))}",
         f"- lossless law: {law['exact']} exact, {law['not equal']} where the input gives no equal tokens",
+        f"- samples stay apart: {batch['apart']} of {sum(batch.values())}; not to be said: {batch['n/a']}",
         f"- passes: at most {slowest.get('seconds', 0):.1f} s ({slowest['name']})",
         *_beside(),
         "",
-        head + " passes, s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        head + "| unmerged at | passes, s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in attention:
         if "failed" in row:
-            lines.append(f"| {row['name']} | failed |" + " |" * 10)
+            lines.append(f"| {row['name']} | failed |" + " |" * 11)
             continue
         tokens = f"{row['tokens'][0]} → {row['tokens'][1]}" if row["tokens"] else ""
         flops = f"{row['flops']:.2f}" if row["merged"] else ""
@@ -360,8 +384,8 @@ def table(rows: list[Row], r: int) -> str:
         count = f"0 (branch: {row['forced']})" if row.get("forced") else row["merged"]
         lines.append(
             f"| {row['name']} | {row['graphs']} | {row['sites']} | {count} | {', '.join(row['placement'])} "
-            f"| {tokens} | {flops} | {yes[row['shapes']]} | {yes[row.get('identity')]} | {verdict(row)} | {ops} "
-            f"| {row['seconds']:.2f} |"
+            f"| {tokens} | {flops} | {yes[row['shapes']]} | {yes[row.get('identity')]} | {verdict(row)} "
+            f"| {row.get('batch', '').partition(' (')[0]} | {ops} | {row['seconds']:.2f} |"
         )
     lines += ["", "## Models with attention in which nothing merges, and why", ""]
     lines += [f"- {row['name']}: {'; '.join(row['reasons'])}" for row in attention

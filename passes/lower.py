@@ -130,7 +130,8 @@ def call_kernels(graph: fx.Graph) -> int:
 
 def _has_kernel(node: fx.Node) -> bool:
     first = next(x.meta["val"] for x in node.args if isinstance(x, fx.Node))
-    return first.device.type == "cpu" and (first.dtype in cpu.DTYPES or not first.dtype.is_floating_point)
+    other = first.dtype.is_floating_point or first.dtype.is_complex
+    return first.device.type == "cpu" and (first.dtype in cpu.DTYPES or not other)
 
 
 def _fuse_sizes(graph: fx.Graph, match: fx.Node) -> bool:

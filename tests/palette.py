@@ -212,6 +212,42 @@ def is_rounding(
     return distance(run(exact, args, kwargs, r, grad=grad, **config)[0], truth) < 1e-9
 
 
+def samples_apart(
+    model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any] | None, r: Any, batch: int, **config: Any
+) -> tuple[float | None, Any]:
+    """(difference, report): how far a sample's merged result in a batch is from its result alone, relative to it.
+
+    In float64, where no tie is broken by rounding. Outputs that mix samples without merging too (noise, a contrastive
+    loss) do not count; None where all do.
+    """
+    model = copy.deepcopy(model).double()
+    given = tree_map(_exact, (tuple(args), kwargs or {}))
+
+    def eager(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+        torch.manual_seed(1)
+        with torch.no_grad():
+            return leaves(model(*args, **kwargs))
+
+    def merged(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Tensor], Any]:
+        torch.manual_seed(1)
+        out, report = run(model, args, kwargs, r, **config)
+        return leaves(out), report
+
+    want = eager(*given)
+    got, report = merged(*given)
+    worst: float | None = None
+    for i in range(batch):
+        alone = tree_map(lambda x, i=i: x[i : i + 1] if isinstance(x, Tensor) and x.shape[:1] == (batch,) else x, given)
+        for whole, own, whole_merged, own_merged in zip(want, eager(*alone), got, merged(*alone)[0], strict=True):
+            dims = [d for d, (n, m) in enumerate(zip(whole.shape, own.shape, strict=True)) if n != m]
+            if len(dims) != 1 or whole.shape[dims[0]] != batch * own.shape[dims[0]]:
+                continue
+            a, b = (x.narrow(dims[0], i * own.shape[dims[0]], own.shape[dims[0]]) for x in (whole, whole_merged))
+            if distance(a, own) < 1e-6:
+                worst = max(worst or 0.0, distance(b, own_merged))
+    return worst, report
+
+
 def assert_lossless(
     model: nn.Module,
     args: Sequence[Any],

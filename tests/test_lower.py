@@ -43,3 +43,23 @@ def test_compiled_code_calls_the_kernels(dtype: torch.dtype, train: bool) -> Non
         kernel = name.replace("tome.", "tome_cpu.")
         called = [op for op in (name, kernel) if f"torch.ops.{op}.default(" in code]
         assert called == [name if dtype is torch.float64 else kernel]
+
+
+def test_compiled_branches_call_the_kernels_back_and_forth() -> None:
+    """Unmerging is a call too, and so are the gradients of merging and unmerging; results are those of eager ops."""
+    from torch._inductor.utils import fresh_cache, run_and_get_code
+
+    model, (x,) = build(Spec(depth=2, readout="tokens"))
+    backends = [tome_backend(r=4, placement="branch", inner=inner) for inner in ("inductor", "eager")]
+    found = []
+    for backend in backends:
+        torch._dynamo.reset()
+        held = x.clone().requires_grad_()
+        fast = torch.compile(model, backend=backend)
+        with fresh_cache():
+            _, codes = run_and_get_code(lambda fast=fast, held=held: fast(held).square().sum().backward())
+        found.append((held.grad, "".join(codes)))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-4)
+    for name in ("match_size", "merge", "unmerge", "merge_backward", "unmerge_backward"):
+        assert f"torch.ops.tome_cpu.{name}.default(" in found[0][1], name
+    assert not found[1][1]

@@ -58,7 +58,8 @@ def test_bad_rows_are_told() -> None:
     good = {"name": "x", "shapes": True, "identity": True, "sites": 3, "merged": 3, "lossless": "exact", "reasons": {}}
     assert not zoo.bad(good)
     assert not zoo.bad({**good, "merged": 0, "reasons": {"causal": 3}, "lossless": ""})
-    for change in ({"failed": "boom"}, {"shapes": False}, {"identity": False}, {"lossless": "broken"}, {"merged": 0}):
+    for change in ({"failed": "boom"}, {"shapes": False}, {"identity": False}, {"lossless": "broken"}, {"merged": 0},
+                   {"batch": "mixed: 3e-2"}):  # fmt: skip
         assert zoo.bad({**good, **change}), change
 
 
