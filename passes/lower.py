@@ -51,7 +51,6 @@ _SPELLED_OUT: dict[Any, Any] = {
     tome.merge_bias.default: tome.merge_bias_aten.default,
     tome.merge_size.default: tome.merge_size_aten.default,
     tome.log_size.default: aten.log.default,
-    tome.unmerge.default: tome.unmerge_aten.default,
 }
 
 
