@@ -220,6 +220,17 @@ def test_more_than_can_merge_is_refused(r: int, prefix: int, suffix: int) -> Non
         OPS.match(torch.randn(1, 10, 4), r, prefix, suffix)
 
 
+@pytest.mark.parametrize("at", range(3))
+@pytest.mark.parametrize("bad", [-1, 4])
+def test_an_index_out_of_range_is_refused(at: int, bad: int) -> None:
+    """The kernels read and write there, whoever calls them."""
+    index = [torch.tensor([[0, 0, 1, 2]]), torch.tensor([[0, 2, 3]]), torch.tensor([[1]])]
+    OPS.merge(torch.randn(1, 4, 2), None, torch.ones(1, 3), *index)
+    index[at][0, 0] = bad
+    with pytest.raises(IndexError, match="out of range"):
+        OPS.merge(torch.randn(1, 4, 2), None, torch.ones(1, 3), *index)
+
+
 def test_nan_keys_do_not_crash() -> None:
     """A model that overflowed merges something, and its output is NaN as it was."""
     keys = torch.randn(2, 30, 2, 8)

@@ -8,7 +8,8 @@ import torch
 from tests.models import Spec, build
 from tests.recording import record
 from tome_fx import tome_backend
-from tome_fx.passes.lower import FORMS, fuse, spell_out
+from tome_fx.kernels import cpu
+from tome_fx.passes.lower import FORMS, call_kernels, fuse, spell_out
 
 CPU_FORM = {"tome.match_size": 2, "tome.merge_add": 2}
 READABLE = {"tome.match": 2, "tome.merge": 2, "tome.merge_size": 2, "tome.log_size": 1}
@@ -45,21 +46,11 @@ def test_compiled_code_calls_the_kernels(dtype: torch.dtype, train: bool) -> Non
         assert called == [name if dtype is torch.float64 else kernel]
 
 
-def test_compiled_branches_call_the_kernels_back_and_forth() -> None:
-    """Unmerging is a call too, and so are the gradients of merging and unmerging; results are those of eager ops."""
-    from torch._inductor.utils import fresh_cache, run_and_get_code
-
-    model, (x,) = build(Spec(depth=2, readout="tokens"))
-    backends = [tome_backend(r=4, placement="branch", inner=inner) for inner in ("inductor", "eager")]
-    found = []
-    for backend in backends:
-        torch._dynamo.reset()
-        held = x.clone().requires_grad_()
-        fast = torch.compile(model, backend=backend)
-        with fresh_cache():
-            _, codes = run_and_get_code(lambda fast=fast, held=held: fast(held).square().sum().backward())
-        found.append((held.grad, "".join(codes)))
-    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-4)
-    for name in ("match_size", "merge", "unmerge", "merge_backward", "unmerge_backward"):
-        assert f"torch.ops.tome_cpu.{name}.default(" in found[0][1], name
-    assert not found[1][1]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64])
+def test_kernels_are_called_for_the_dtypes_they_know(dtype: torch.dtype) -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.randn(1, 4, 2).to(dtype)
+    merge = graph.call_function(torch.ops.tome.merge.default, (x, None, *map(graph.placeholder, "sakm")))
+    graph.output(merge)
+    assert call_kernels(graph) == (dtype in cpu.DTYPES)

@@ -180,13 +180,14 @@ def test_unmerge_undoes_the_merge_of_equal_tokens() -> None:
 
 
 def test_gradients() -> None:
-    """merge, merge_bias and unmerge in float64 against finite differences, through two merges."""
+    """merge and unmerge in float64 against finite differences, and the gradients of their gradients."""
     assign, keep, moved = matched()
     size = torch.randint(1, 4, (2, 17)).float()
     size_out = OPS.merge_size(size, assign, keep, moved)
     x = torch.randn(2, 17, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda t: OPS.merge(t, size, size_out, assign, keep, moved), x)
-    assert torch.autograd.gradcheck(lambda t: OPS.unmerge(t[:, :11], assign), x)
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda t: OPS.merge(t, size, size_out, assign, keep, moved), x)
+        assert check(lambda t: OPS.unmerge(t[:, :11], assign), x)
 
 
 def test_match_is_a_good_citizen() -> None:

@@ -555,6 +555,14 @@ int threads() {
     return static_cast<int>(found);
 }
 
+// A dense index is where the kernels read and write.
+void check_range(const Tensor& index, int64_t end) {
+    const int64_t* at = index.data<const int64_t>();
+    if (!std::all_of(at, at + index.numel(), [end](int64_t i) { return i >= 0 && i < end; })) {
+        throw std::out_of_range("an index of tokens or groups is out of range");
+    }
+}
+
 // What a merge needs of a matching: assign [*sample, n], keep [*sample, n - r], moved [*sample, r].
 struct Index {
     Tensor assign, keep, moved;
@@ -567,7 +575,11 @@ struct Index {
           lead(assign.dim() - 1),
           n(assign.size(lead)),
           r(moved.size(lead)),
-          batch(n ? assign.numel() / n : 0) {}
+          batch(n ? assign.numel() / n : 0) {
+        check_range(assign, n - r);
+        check_range(keep, n);
+        check_range(moved, n);
+    }
 
     // [*sample, n - r, *rest] of an x [*sample, n, *rest].
     Shape merged(const Tensor& x) const {
