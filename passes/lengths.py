@@ -343,6 +343,18 @@ def _merge(walk: _Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
     return (*keep, *walk.shape(_tensors(node)[0])[len(keep) :])
 
 
+def _unmerge(walk: _Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
+    """[*index, *rest of x]"""
+    x, *_, index = _tensors(node) if node.target is torch.ops.tome.unmerge.default else _tensors(node)[:-2]
+    return (*walk.shape(index), *walk.shape(x)[len(walk.shape(index)) :])
+
+
+def _sums(walk: _Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
+    """[*sample, groups, *rest of grad]"""
+    grad, index = (walk.shape(n) for n in cast(Sequence[fx.Node], node.args[:2]))
+    return (*index[:-1], walk.lengths.symbol(found[len(index) - 1]), *grad[len(index) :])
+
+
 def _match(walk: _Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
     """assign, keep, moved, similarity, size and log size, each [*sample, tokens]."""
     sample = walk.shape(_tensors(node)[0])[: len(found) - 1]
@@ -475,12 +487,14 @@ def _pad(walk: _Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _MATCHES = tuple(getattr(torch.ops.tome, name).default for name in ("match", "match_by", "match_size"))
 _MERGES = tuple(getattr(torch.ops.tome, name).default for name in ("merge", "merge_add", "merge_size", "merge_bias"))
+_UNMERGES = (torch.ops.tome.unmerge.default, torch.ops.tome.merge_backward.default)
+_SUMS = torch.ops.tome.unmerge_backward.default
 _NEW = (
     aten.full.default, aten.empty.memory_format, aten.zeros.default, aten.ones.default, aten.rand.default,
     aten.randn.default, inductor_prims.random
 )  # fmt: skip
 _NEW_LIKE = (aten.new_zeros.default, aten.new_full.default, aten.new_empty.default)
-_MAKE_SIZES = frozenset((*_MATCHES, *_MERGES, *_NEW, *_NEW_LIKE, aten.expand.default))
+_MAKE_SIZES = frozenset((*_MATCHES, *_MERGES, _SUMS, *_NEW, *_NEW_LIKE, aten.expand.default))
 """What can have a length where no operand has one."""
 _RULES: dict[Any, Rule] = {
     **dict.fromkeys(_MATCHES, _match),
@@ -494,6 +508,8 @@ _RULES: dict[Any, Rule] = {
     aten.split_with_sizes.default: _split,
     aten.constant_pad_nd.default: _pad,
     **dict.fromkeys(_MERGES, _merge),
+    **dict.fromkeys(_UNMERGES, _unmerge),
+    _SUMS: _sums,
     **dict.fromkeys((*_NEW, *_NEW_LIKE, prims.iota.default), _new),
 }
 

@@ -5,6 +5,10 @@ for each of them. Opaque calls are few and large, so neighbours become one:
 
     cpu:   match, merge_size, log_size            ->  match_size
            merge(add(x, y), ...)                  ->  merge_add(x, y, ...)    where nobody else reads the sum
+           unmerge                                ->  unmerge_aten            where no gradient is asked for
+
+Gathering rows is a loop that Inductor fuses into the norms: in a training step that costs more than it saves, and the
+gradient of a call is a call.
 
 On CUDA they are Triton kernels that Inductor sees, where triton can be imported, and attention that has log sizes as
 its only mask takes the form that `tome_fx.attention.ROWS` says (none as long as nothing is measured):
@@ -18,6 +22,7 @@ its only mask takes the form that `tome_fx.attention.ROWS` says (none as long as
 What is left, and all on other devices, is spelled out in ATen, so that it fuses:
 
     other: merge, merge_bias, merge_size, log_size  ->  merge_aten, merge_bias_aten, merge_size_aten, log
+           unmerge                                  ->  unmerge_aten
 
 That is before AOTAutograd, which needs the ops' derivatives. After it `call_kernels` lets Inductor call the compiled
 CPU kernels themselves, not the Python that chooses between them and ATen:
@@ -51,6 +56,7 @@ _SPELLED_OUT: dict[Any, Any] = {
     tome.merge_bias.default: tome.merge_bias_aten.default,
     tome.merge_size.default: tome.merge_size_aten.default,
     tome.log_size.default: aten.log.default,
+    tome.unmerge.default: tome.unmerge_aten.default,
 }
 
 
@@ -66,6 +72,8 @@ def fuse(graph: fx.Graph, node: fx.Node) -> bool:
     """Let an opaque call take over its neighbours' work."""
     if node.target is tome.match.default:
         return _fuse_sizes(graph, node)
+    if node.target is tome.unmerge.default:
+        return not torch.is_grad_enabled() and spell_out(graph, node)
     return node.target is tome.merge.default and _fuse_add(graph, node)
 
 

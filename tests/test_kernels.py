@@ -126,6 +126,56 @@ def test_merge(case: tuple[torch.Tensor, int, int, int], sized: bool) -> None:
         torch.testing.assert_close(got, want, rtol=1.6e-2 if x.dtype is torch.bfloat16 else 1e-5, atol=1e-5)
 
 
+@given(cases(), st.booleans())
+def test_unmerge_and_gradients(case: tuple[torch.Tensor, int, int, int], sized: bool) -> None:
+    """unmerge for the dtype of the case, and what goes back through it and through a merge."""
+    keys, r, prefix, suffix = case
+    size = torch.randint(1, 9, keys.shape[:2]).float() if sized else None
+    assign, keep, moved, _, size_out, _ = CPU.match_size(keys, size, r, prefix, suffix, True)
+    x = keys[:, r:]
+    assert torch.equal(CPU.unmerge(x, assign), ops.unmerge_aten(x, assign))
+    assert torch.equal(CPU.unmerge(keep, assign), keep.gather(1, assign))
+    near = {"rtol": 1.6e-2 if x.dtype is torch.bfloat16 else 1e-5, "atol": 1e-5}
+    groups = keys.shape[1] - r
+    sums = CPU.unmerge_backward(keys, assign, groups)
+    torch.testing.assert_close(sums, ops.unmerge_backward_aten(keys, assign, groups), **near)
+    given = (size, size_out, assign, keep, moved)
+    back = CPU.merge_backward(x, *given)
+    assert sums.dtype == back.dtype == x.dtype
+    torch.testing.assert_close(back, ops.merge_backward_aten(x.float(), *given).to(x.dtype), **near)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float16, torch.float64, torch.complex64])
+def test_unmerge_copies_any_dtype(dtype: torch.dtype) -> None:
+    x, index = torch.randn(2, 3, 5).to(dtype), torch.randint(0, 3, (2, 8))
+    assert torch.equal(CPU.unmerge(x, index), ops.unmerge_aten(x, index))
+    assert torch.equal(CPU.unmerge(x.mT, index % 5 // 2), ops.unmerge_aten(x.mT, index % 5 // 2))
+
+
+def test_groups_without_tokens_sum_to_zero() -> None:
+    index = torch.tensor([[2, 0, 2, 2]])
+    sums = CPU.unmerge_backward(torch.ones(1, 4, 2), index, 4)
+    assert torch.equal(sums, torch.tensor([1.0, 0.0, 3.0, 0.0]).reshape(1, 4, 1).expand(-1, -1, 2))
+
+
+@pytest.mark.parametrize("bad", [-1, 3])
+def test_an_index_out_of_range_is_refused(bad: int) -> None:
+    """The kernels read and write there: anything else would be memory of others."""
+    index = torch.tensor([[0, bad, 1, 2]])
+    with pytest.raises(IndexError, match="out of range"):
+        OPS.unmerge(torch.randn(1, 3, 2), index)
+    with pytest.raises(IndexError, match="out of range"):
+        OPS.unmerge_backward(torch.randn(1, 4, 2), index, 3)
+    keep, moved = torch.tensor([[0, 2, 3]]), torch.tensor([[1]])
+    with pytest.raises(IndexError, match="out of range"):
+        OPS.merge(torch.randn(1, 4, 2), None, torch.ones(1, 3), index, keep, moved)
+
+
+def test_an_index_of_other_samples_is_refused() -> None:
+    with pytest.raises(ValueError, match="sample axes"):
+        OPS.unmerge(torch.randn(2, 3, 2), torch.zeros(1, 4, dtype=torch.int64))
+
+
 @given(cases(), st.booleans(), st.sampled_from([1.0, 40.0, 300.0]), st.data())
 def test_merge_bias(case: tuple[torch.Tensor, int, int, int], sized: bool, spread: float, data: st.DataObject) -> None:
     """Terms of two samples and several heads, in memory in any order, shared by the samples, some masked out."""
@@ -205,6 +255,9 @@ def test_operators_are_good_citizens() -> None:
     torch.library.opcheck(CPU.merge_add.default, (x, x, None, index[4], *index[:3]))
     torch.library.opcheck(CPU.merge_bias.default, (x, None, index[4], *index[:3]))
     torch.library.opcheck(CPU.merge_size.default, (None, *index[:3]))
+    torch.library.opcheck(CPU.merge_backward.default, (x[:, 6:], None, index[4], *index[:3]))
+    torch.library.opcheck(CPU.unmerge.default, (x[:, 6:], index[0]))
+    torch.library.opcheck(CPU.unmerge_backward.default, (x, index[0], 11))
 
 
 def test_a_dtype_they_do_not_know() -> None:
@@ -218,17 +271,6 @@ def test_more_than_can_merge_is_refused(r: int, prefix: int, suffix: int) -> Non
     """The kernels write by these numbers: anything else would be memory of others."""
     with pytest.raises(ValueError, match="r must be 0 to"):
         OPS.match(torch.randn(1, 10, 4), r, prefix, suffix)
-
-
-@pytest.mark.parametrize("at", range(3))
-@pytest.mark.parametrize("bad", [-1, 4])
-def test_an_index_out_of_range_is_refused(at: int, bad: int) -> None:
-    """The kernels read and write there, whoever calls them."""
-    index = [torch.tensor([[0, 0, 1, 2]]), torch.tensor([[0, 2, 3]]), torch.tensor([[1]])]
-    OPS.merge(torch.randn(1, 4, 2), None, torch.ones(1, 3), *index)
-    index[at][0, 0] = bad
-    with pytest.raises(IndexError, match="out of range"):
-        OPS.merge(torch.randn(1, 4, 2), None, torch.ones(1, 3), *index)
 
 
 def test_nan_keys_do_not_crash() -> None:

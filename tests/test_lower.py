@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.models import Spec, build
-from tests.recording import record
-from tome_fx import tome_backend
+from tests.recording import RecordingBackend, record
+from tome_fx import ToMeConfig, tome_backend
 from tome_fx.kernels import cpu
 from tome_fx.passes.lower import FORMS, call_kernels, fuse, spell_out
 
@@ -46,6 +46,26 @@ def test_compiled_code_calls_the_kernels(dtype: torch.dtype, train: bool) -> Non
         assert called == [name if dtype is torch.float64 else kernel]
 
 
+def test_compiled_branches_call_the_kernels_back_and_forth() -> None:
+    """Unmerging is a call too, and so are the gradients of merging and unmerging; results are those of eager ops."""
+    from torch._inductor.utils import fresh_cache, run_and_get_code
+
+    model, (x,) = build(Spec(depth=2, readout="tokens"))
+    backends = [tome_backend(r=4, placement="branch", inner=inner) for inner in ("inductor", "eager")]
+    found = []
+    for backend in backends:
+        torch._dynamo.reset()
+        held = x.clone().requires_grad_()
+        fast = torch.compile(model, backend=backend)
+        with fresh_cache():
+            _, codes = run_and_get_code(lambda fast=fast, held=held: fast(held).square().sum().backward())
+        found.append((held.grad, "".join(codes)))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-4)
+    for name in ("match_size", "merge", "unmerge", "merge_backward", "unmerge_backward"):
+        assert f"torch.ops.tome_cpu.{name}.default(" in found[0][1], name
+    assert not found[1][1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64])
 def test_kernels_are_called_for_the_dtypes_they_know(dtype: torch.dtype) -> None:
     graph = torch.fx.Graph()
@@ -54,3 +74,13 @@ def test_kernels_are_called_for_the_dtypes_they_know(dtype: torch.dtype) -> None
     merge = graph.call_function(torch.ops.tome.merge.default, (x, None, *map(graph.placeholder, "sakm")))
     graph.output(merge)
     assert call_kernels(graph) == (dtype in cpu.DTYPES)
+
+
+def test_unmerging_is_a_call_in_training_alone() -> None:
+    model, args = build(Spec(depth=2, readout="tokens"))
+    for train, name in ((True, "tome.unmerge"), (False, "tome.unmerge_aten")):
+        torch._dynamo.reset()
+        backend = RecordingBackend(ToMeConfig(r=4, placement="branch"))
+        with torch.set_grad_enabled(train):
+            torch.compile(model, backend=backend)(*args)
+        assert {op: count for op, count in backend.ops().items() if "unmerge" in op} == {name: 4}

@@ -190,6 +190,11 @@ def test_gradients() -> None:
         assert check(lambda t: OPS.unmerge(t[:, :11], assign), x)
 
 
-def test_match_is_a_good_citizen() -> None:
+def test_operators_are_good_citizens() -> None:
     """opcheck: schema, fake tensor, autograd registration, dynamic shapes."""
     torch.library.opcheck(OPS.match.default, (torch.randn(2, 17, 8), 6, 1, 0))
+    x, index = torch.randn(2, 11, 3, requires_grad=True), matched()
+    size_out = OPS.merge_size(None, *index)
+    torch.library.opcheck(OPS.unmerge.default, (x, index[0]))
+    torch.library.opcheck(OPS.unmerge_backward.default, (torch.randn(2, 17, 3, requires_grad=True), index[0], 11))
+    torch.library.opcheck(OPS.merge_backward.default, (x, None, size_out, *index))

@@ -9,10 +9,10 @@ All three share one index form. For a token axis of N tokens that a merge shorte
 `keep` and `moved` follow from `assign`, but carrying them lets a merge touch r rows instead of N.
 `*sample` are the leading axes along which each entry is merged on its own (batch, frame, window).
 
-Which form is fastest depends on the device, and the pass `lower` chooses. `match`, `merge`, `merge_bias`, `merge_size`
-and `log_size` are opaque to the compiler: on a CPU each length of the token axis would give Inductor another five
-kernels per layer to compile. `*_aten` are the same functions spelled out, for devices where fusing pays; `unmerge` is
-always spelled out.
+Which form is fastest depends on the device, and the pass `lower` chooses. `match`, `merge`, `merge_bias`, `merge_size`,
+`log_size` and `unmerge` are opaque to the compiler: on a CPU each length of the token axis would give Inductor another
+five kernels per layer to compile, and a training step gathers rows faster by itself than in the loops of norms and of
+their gradients. `*_aten` are the same functions spelled out, for where fusing pays.
 
 `match_by` is `match` with the choices that are not the paper's: their functions are in `tome_fx.matching`.
 """
@@ -279,18 +279,46 @@ def merge(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep
     return (kernels.merge if kernels else merge_aten)(x, size, size_out, assign, keep, moved)
 
 
+def merge_backward_aten(
+    grad: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor
+) -> Tensor:
+    """`merge_backward`, spelled out."""
+    back = unmerge_aten(grad / _column(size_out, grad).to(grad.dtype), assign)
+    return back if size is None else back * _column(size, back).to(back.dtype)
+
+
+def _merge_backward_fake(
+    grad: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor
+) -> Tensor:
+    return grad.new_empty((*assign.shape, *grad.shape[assign.dim() :]))
+
+
+@_opaque("merge_backward" + cpu.SCHEMAS["merge_backward"], _merge_backward_fake)
+def merge_backward(
+    grad: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor
+) -> Tensor:
+    """d sum(x * size) / size_out: each old token gets its share of its group's gradient. The adjoint of `merge`.
+
+    grad: `[*sample, N', *rest]`, floating; the others as in `merge`. Returns `[*sample, N, *rest]` in the same dtype.
+    """
+    kernels = _native(grad)
+    return (kernels.merge_backward if kernels else merge_backward_aten)(grad, size, size_out, assign, keep, moved)
+
+
 def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """d sum(x * size) / size_out: each old token gets its share of its group's gradient."""
-    size, size_out, assign = ctx.saved_tensors
-    back = unmerge(grad / _column(size_out, grad).to(grad.dtype), assign)
-    return (back if size is None else back * _column(size, back).to(back.dtype)), None, None, None, None, None
+    form = torch.ops.tome.merge_backward if grad.device.type == "cpu" else merge_backward_aten
+    return form(grad, *ctx.saved_tensors), None, None, None, None, None
 
 
 def _merge_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    _, size, size_out, assign, _, _ = inputs
-    ctx.save_for_backward(size, size_out, assign)
+    ctx.save_for_backward(*inputs[1:])
 
 
+def _merge_backward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.tome.merge(grad, *ctx.saved_tensors), None, None, None, None, None
+
+
+torch.library.register_autograd("tome::merge_backward", _merge_backward_backward, setup_context=_merge_setup, lib=_LIB)
 torch.library.register_autograd("tome::merge", _merge_backward, setup_context=_merge_setup, lib=_LIB)
 
 
@@ -354,9 +382,9 @@ def merge_bias(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor,
 def _merge_bias_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """d log(sum(size * exp(x)) / size_out): each old term gets its share of its group's sum."""
     x, out, size, size_out, assign = ctx.saved_tensors
-    share = (x.float() - unmerge(out.float(), assign)).exp() / _column(unmerge(size_out, assign), x)
+    share = (x.float() - unmerge_aten(out.float(), assign)).exp() / _column(unmerge_aten(size_out, assign), x)
     share = share if size is None else share * _column(size, x)
-    return (unmerge(grad, assign) * share).to(x.dtype), None, None, None, None, None
+    return (unmerge_aten(grad, assign) * share).to(x.dtype), None, None, None, None, None
 
 
 def _merge_bias_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -366,6 +394,75 @@ def _merge_bias_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 torch.library.register_autograd("tome::merge_bias", _merge_bias_backward, setup_context=_merge_bias_setup, lib=_LIB)
 
+
+# -- unmerge -----------------------------------------------------------------------------------------------------------
+
+
+def unmerge_aten(x: Tensor, index: Tensor) -> Tensor:
+    """`unmerge`, spelled out."""
+    return x.gather(index.dim() - 1, _index(index, x))
+
+
+def _unmerge_fake(x: Tensor, index: Tensor) -> Tensor:
+    return x.new_empty((*index.shape, *x.shape[index.dim() :]))
+
+
+@_opaque("unmerge" + cpu.SCHEMAS["unmerge"], _unmerge_fake)
+def unmerge(x: Tensor, index: Tensor) -> Tensor:
+    """Give every original token the value of its group.
+
+    x: `[*sample, N', *rest]`, any dtype. index: int64 `[*sample, N]`, values in [0, N'). Returns `[*sample, N, *rest]`.
+    Raises IndexError or, from the ATen form, RuntimeError for other values.
+    """
+    kernels = cpu.library() if x.device.type == "cpu" else None
+    return (kernels.unmerge if kernels else unmerge_aten)(x, index)
+
+
+def unmerge_backward_aten(grad: Tensor, index: Tensor, groups: int) -> Tensor:
+    """`unmerge_backward`, spelled out."""
+    dim = index.dim() - 1
+    wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    out = wide.new_zeros((*index.shape[:dim], groups, *grad.shape[dim + 1 :]))
+    return out.scatter_add(dim, _index(index, grad), wide).to(grad.dtype)
+
+
+def _unmerge_backward_fake(grad: Tensor, index: Tensor, groups: int) -> Tensor:
+    return grad.new_empty((*index.shape[:-1], groups, *grad.shape[index.dim() :]))
+
+
+@_opaque("unmerge_backward" + cpu.SCHEMAS["unmerge_backward"], _unmerge_backward_fake)
+def unmerge_backward(grad: Tensor, index: Tensor, groups: int) -> Tensor:
+    """The sum of each group, in float32 at least: the adjoint of `unmerge`.
+
+    grad: `[*sample, N, *rest]`, floating. index: as in `unmerge`. groups: N'. Returns `[*sample, N', *rest]`.
+    """
+    kernels = _native(grad)
+    return (kernels.unmerge_backward if kernels else unmerge_backward_aten)(grad, index, groups)
+
+
+def _unmerge_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, index = inputs
+    ctx.save_for_backward(index)
+    ctx.groups = x.shape[index.dim() - 1]
+
+
+def _unmerge_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (index,) = ctx.saved_tensors
+    return torch.ops.tome.unmerge_backward(grad, index, ctx.groups), None
+
+
+def _unmerge_backward_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _unmerge_backward_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.tome.unmerge(grad, *ctx.saved_tensors), None, None
+
+
+torch.library.register_autograd("tome::unmerge", _unmerge_gradient, setup_context=_unmerge_setup, lib=_LIB)
+torch.library.register_autograd(
+    "tome::unmerge_backward", _unmerge_backward_gradient, setup_context=_unmerge_backward_setup, lib=_LIB
+)
 
 # -- fused forms -------------------------------------------------------------------------------------------------------
 #
@@ -470,11 +567,6 @@ def apart(metric: Tensor, kinds: Tensor, heads: bool, first: bool, similarity: s
     return torch.cat([x, _APART * kinds], -1)
 
 
-def unmerge(x: Tensor, index: Tensor) -> Tensor:
-    """Give every original token the value of its group: x `[*sample, N', *rest]`, index `[*sample, N]` -> N rows."""
-    return x.gather(index.dim() - 1, _index(index, x))
-
-
 def spelled_out(schema: str, form: Callable[..., Any]) -> None:
     """Register a function as an operator that is replaced by what it is made of before anything is compiled."""
     _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -484,7 +576,7 @@ def spelled_out(schema: str, form: Callable[..., Any]) -> None:
 spelled_out("merge_aten" + cpu.SCHEMAS["merge"], merge_aten)
 spelled_out("merge_size_aten" + cpu.SCHEMAS["merge_size"], merge_size_aten)
 spelled_out("merge_bias_aten" + cpu.SCHEMAS["merge_bias"], merge_bias_aten)
-spelled_out("unmerge(Tensor x, Tensor index) -> Tensor", unmerge)
+spelled_out("unmerge_aten" + cpu.SCHEMAS["unmerge"], unmerge_aten)
 spelled_out("key_weight(Tensor mask) -> Tensor", key_weight)
 spelled_out("key_kinds(Tensor weight) -> Tensor", key_kinds)
 spelled_out("part_kinds(Tensor mask) -> Tensor", part_kinds)

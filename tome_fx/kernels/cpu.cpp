@@ -1,4 +1,4 @@
-// The CPU form of tome::match and tome::merge, built by Inductor's own C++ compiler at first use (cpu.py).
+// The CPU form of tome::match, merge, unmerge and their gradients, built by Inductor's own C++ compiler at first use (cpu.py).
 //
 // Between the matrix products of a transformer, two dozen ATen calls cost more than their arithmetic: here matching is
 // one call, that keeps the largest similarity of each source and never writes the others, and merging is one pass. All
@@ -339,6 +339,64 @@ void merge_rows(const T* x, const T* y, const float* size, const float* size_out
     }
 }
 
+// unmerge: each old token gets the row of its group. It copies bytes, so it takes any dtype.
+void copy_rows(const char* x, const int64_t* index, char* out, int64_t batch, int64_t m, int64_t n, int64_t bytes,
+               int threads) {
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+    for (int64_t b = 0; b < batch; ++b) {
+        for (int64_t i = 0; i < n; ++i) {
+            std::memcpy(out + (b * n + i) * bytes, x + (b * m + index[b * n + i]) * bytes, bytes);
+        }
+    }
+}
+
+// The gradient of unmerge: each group's sum, its tokens in their order.
+template <class T>
+void sum_rows(const T* grad, const int64_t* index, T* out, int64_t batch, int64_t m, int64_t n, int64_t width,
+              int threads) {
+    std::vector<int64_t> first(batch * m, -1), next(batch * n, -1);
+    for (int64_t b = 0; b < batch; ++b) {
+        for (int64_t i = n - 1; i >= 0; --i) next[b * n + i] = std::exchange(first[b * m + index[b * n + i]], i);
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> sum(width);
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t b = 0; b < batch; ++b) {
+            for (int64_t k = 0; k < m; ++k) {
+                T* to = out + (b * m + k) * width;
+                int64_t i = first[b * m + k];
+                if (i >= 0 && next[b * n + i] < 0) {
+                    std::memcpy(to, grad + (b * n + i) * width, width * sizeof(T));
+                    continue;
+                }
+                std::fill(sum.begin(), sum.end(), 0.0f);
+                for (; i >= 0; i = next[b * n + i]) {
+                    const T* row = grad + (b * n + i) * width;
+                    for (int64_t c = 0; c < width; ++c) sum[c] += load(row[c]);
+                }
+                for (int64_t c = 0; c < width; ++c) store(to + c, sum[c]);
+            }
+        }
+    }
+}
+
+// The gradient of merge: each old token gets its share of its group's row.
+template <class T>
+void share_rows(const T* grad, const float* size, const float* size_out, const int64_t* assign, T* out, int64_t batch,
+                int64_t m, int64_t n, int64_t width, int threads) {
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+    for (int64_t b = 0; b < batch; ++b) {
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t k = b * m + assign[b * n + i];
+            const float share = (size ? size[b * n + i] : 1.0f) / size_out[k];
+            const T* from = grad + k * width;
+            T* to = out + (b * n + i) * width;
+            for (int64_t c = 0; c < width; ++c) store(to + c, load(from[c]) * share);
+        }
+    }
+}
+
 // exp and log to float32 precision for x <= 0 and normal x > 0, without branches or calls: loops over them vectorise,
 // which those over the library's do only where the compiler may assume that there are no infinities.
 inline float exp_of(float x) {
@@ -587,6 +645,12 @@ struct Index {
         shape[lead] = n - r;
         return shape;
     }
+    // And back.
+    Shape whole(const Tensor& x) const {
+        Shape shape = x.shape();
+        shape[lead] = n;
+        return shape;
+    }
 };
 
 struct Axis {
@@ -671,6 +735,63 @@ void merge_add(StableIValue* stack, uint64_t, uint64_t) {
     merge_of(x, y, given, stack);
 }
 
+void merge_backward(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments given{stack};
+    const Tensor grad = given.tensor().dense();
+    const Tensor size = given.optional().dense(), size_out = given.tensor().dense();
+    const Index index(given);
+    Tensor out = empty(index.whole(grad), grad.dtype());
+    const int64_t m = index.n - index.r, rows = index.batch * m, width = rows ? grad.numel() / rows : 0;
+    by_dtype(grad, [&](auto element) {
+        using T = decltype(element);
+        share_rows(grad.data<const T>(), size.data<const float>(), size_out.data<const float>(),
+                   index.assign.data<const int64_t>(), out.data<T>(), index.batch, m, index.n, width, threads());
+    });
+    *stack = std::move(out).result();
+}
+
+// An index of groups [*sample, n] and the numbers of groups and of elements in the rows of x [*sample, m, *rest].
+struct Groups {
+    int64_t lead, n, m, batch, width;
+
+    Groups(const Tensor& x, const Tensor& index, int64_t m)
+        : lead(index.dim() - 1), n(index.size(lead)), m(m), batch(n ? index.numel() / n : 0), width(1) {
+        for (int64_t d = lead + 1; d < x.dim(); ++d) width *= x.size(d);
+        if (x.numel() != batch * x.size(lead) * width) {
+            throw std::invalid_argument("an index must have the sample axes of what it is for");
+        }
+        check_range(index, m);
+    }
+};
+
+void unmerge(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments given{stack};
+    const Tensor x = given.tensor().dense(), index = given.tensor().dense();
+    const Groups groups(x, index, x.size(index.dim() - 1));
+    Shape shape = x.shape();
+    shape[groups.lead] = groups.n;
+    Tensor out = empty(shape, x.dtype());
+    const int64_t bytes = groups.width * static_cast<int64_t>(aoti_torch_dtype_element_size(x.dtype()));
+    copy_rows(x.data<const char>(), index.data<const int64_t>(), out.data<char>(), groups.batch, groups.m, groups.n, bytes,
+              threads());
+    *stack = std::move(out).result();
+}
+
+void unmerge_backward(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments given{stack};
+    const Tensor grad = given.tensor().dense(), index = given.tensor().dense();
+    const Groups groups(grad, index, given.number());
+    Shape shape = grad.shape();
+    shape[groups.lead] = groups.m;
+    Tensor out = empty(shape, grad.dtype());
+    by_dtype(grad, [&](auto element) {
+        using T = decltype(element);
+        sum_rows(grad.data<const T>(), index.data<const int64_t>(), out.data<T>(), groups.batch, groups.m, groups.n,
+                 groups.width, threads());
+    });
+    *stack = std::move(out).result();
+}
+
 // x is read through its strides: terms that all samples share are expanded, and those of windows transposed.
 void merge_bias(StableIValue* stack, uint64_t, uint64_t) {
     Arguments given{stack};
@@ -721,5 +842,8 @@ extern "C" bool tome_register(const char* name) {
            !aoti_torch_library_impl(library, "merge", merge) &&
            !aoti_torch_library_impl(library, "merge_add", merge_add) &&
            !aoti_torch_library_impl(library, "merge_bias", merge_bias) &&
-           !aoti_torch_library_impl(library, "merge_size", merge_size);
+           !aoti_torch_library_impl(library, "merge_size", merge_size) &&
+           !aoti_torch_library_impl(library, "merge_backward", merge_backward) &&
+           !aoti_torch_library_impl(library, "unmerge", unmerge) &&
+           !aoti_torch_library_impl(library, "unmerge_backward", unmerge_backward);
 }

@@ -35,6 +35,9 @@ SCHEMAS = {
     "merge_add": f"(Tensor x, Tensor y, Tensor? size, Tensor size_out, {INDEX}) -> Tensor",
     "merge_bias": f"(Tensor x, Tensor? size, Tensor size_out, {INDEX}) -> Tensor",
     "merge_size": f"(Tensor? size, {INDEX}) -> Tensor",
+    "merge_backward": f"(Tensor grad, Tensor? size, Tensor size_out, {INDEX}) -> Tensor",
+    "unmerge": "(Tensor x, Tensor index) -> Tensor",
+    "unmerge_backward": "(Tensor grad, Tensor index, SymInt groups) -> Tensor",
 }
 """Those of `tome_fx.ops` too."""
 
