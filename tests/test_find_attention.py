@@ -60,7 +60,7 @@ def test_the_rewritten_block() -> None:
     model, args = build(Spec(depth=2, mlp="gelu", readout="cls"))
     _, seen = record(model, args, r=4, drop_unread=False)
     ops = seen.ops()
-    want = {"tome.match_size": 2, "tome.merge_add": 2, "tome.unmerge": 0}
+    want = {"tome.match_size": 2, "tome.merge_add": 2, "tome.unmerge_aten": 0}
     assert {name: ops[name] for name in want} == want
 
 

@@ -319,8 +319,8 @@ def tome_ops(**config: Any) -> dict[str, int]:
 def test_each_choice_costs_only_what_it_needs() -> None:
     """The paper's choices emit what they always did; others one op for the match, and as few for the merge."""
     assert tome_ops() == tome_ops(metric="value") == {"match_size": 2, "merge_add": 2}
-    assert tome_ops(merging="keep") == {"match_size": 2, "unmerge": 2}
-    assert tome_ops(merging="prune") == {"match": 2, "unmerge": 2}
+    assert tome_ops(merging="keep") == {"match_size": 2, "unmerge_aten": 2}
+    assert tome_ops(merging="prune") == {"match": 2, "unmerge_aten": 2}
     # what the rows weigh in the second merge; in the first it is the sizes
     assert tome_ops(merging="plain") == {"match_size": 2, "merge_add": 2, "merge_size": 1}
     assert tome_ops(partition="random") == {"match_by": 2, "merge_size": 2, "merge_add": 2, "log_size": 1}

@@ -115,7 +115,7 @@ def test_rotary_positions_from_outside(first: str) -> None:
     def spy(gm: torch.fx.GraphModule, values: Any) -> Any:
         rewritten, _ = tome_fx.backend.transform(gm, values, tome_fx.tome_backend(6, placement="stream").config)
         assert rewritten is not None
-        for name, op in (("unmerge", tome.unmerge.default), ("merge", tome.merge.default)):
+        for name, op in (("unmerge", tome.unmerge_aten.default), ("merge", tome.merge.default)):
             nodes = rewritten.graph.find_nodes(op="call_function", target=op)
             tables[name] += sum(source(node.args[0]).target in TURNS for node in nodes)
         return rewritten.forward

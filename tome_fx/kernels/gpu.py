@@ -218,8 +218,8 @@ def merge(
 
 
 def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    back, *rest = ops._merge_backward(ctx, grad)
-    return back, back if ctx.added else None, *rest
+    back = ops.merge_backward_aten(grad, *ctx.saved_tensors)
+    return back, back if ctx.added else None, None, None, None, None, None
 
 
 def _merge_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
