@@ -168,17 +168,19 @@ def _lossless(law: _Law, r: int, convolved: bool, placement: str) -> Row:
 
 
 def _apart(zoo: Any, r: int, placement: str) -> str:
-    """The law of the batch: "apart", how far off a sample is, or why it says nothing."""
+    """The law of the batch: "apart", how far off a sample is, or why it says nothing. Raises what merging raises."""
     import torch
 
     import zoo_models
     from tests import palette
 
     torch._dynamo.reset()
+    exact, args, kwargs = palette.in_float64(zoo.model, zoo.args, zoo.kwargs)
     try:
-        found, _ = palette.samples_apart(zoo.model, zoo.args, zoo.kwargs, r, zoo_models.BATCH, placement=placement)
-    except (RuntimeError, ValueError, TypeError, AssertionError, torch._dynamo.exc.TorchDynamoException) as problem:
+        exact(*args, **kwargs)
+    except (RuntimeError, ValueError, TypeError, torch._dynamo.exc.TorchDynamoException) as problem:
         return f"n/a ({type(problem).__name__}: {str(problem)[:160]})"
+    found, _ = palette.samples_apart(zoo.model, zoo.args, zoo.kwargs, r, zoo_models.BATCH, placement=placement)
     if found is None:
         return "n/a (its samples mix without merging too)"
     return "apart" if found < APART else f"mixed: {found:.1e}"

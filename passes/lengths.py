@@ -345,8 +345,9 @@ def _merge(walk: _Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
 
 def _unmerge(walk: _Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
     """[*index, *rest of x]"""
-    x, *_, index = _tensors(node) if node.target is torch.ops.tome.unmerge.default else _tensors(node)[:-2]
-    return (*walk.shape(index), *walk.shape(x)[len(walk.shape(index)) :])
+    x, *_ = args = cast(Sequence[fx.Node], node.args)
+    index = walk.shape(args[-1 if node.target is torch.ops.tome.unmerge.default else -3])
+    return (*index, *walk.shape(x)[len(index) :])
 
 
 def _sums(walk: _Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:

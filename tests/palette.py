@@ -190,6 +190,13 @@ def _exact(x: Any) -> Any:
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
+def in_float64(
+    model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any] | None
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """A copy of a model, and its inputs."""
+    return copy.deepcopy(model).double(), *tree_map(_exact, (tuple(args), kwargs or {}))
+
+
 def is_rounding(
     error: float,
     want: Any,
@@ -203,8 +210,8 @@ def is_rounding(
 ) -> bool:
     """Whether an error against float32's `want` is float32's own: in float64 the law holds to 1e-9, and `want` is at
     least a quarter as far from float64 (the variance of tokens that have become alike has no digits left)."""
-    exact = copy.deepcopy(model).double()
-    args, kwargs, want = tree_map(_exact, (tuple(args), kwargs or {}, want))
+    exact, args, kwargs = in_float64(model, args, kwargs)
+    want = tree_map(_exact, want)
     with torch.set_grad_enabled(grad):
         truth = exact(*args, **kwargs)
     if error > 4 * distance(want, truth):
@@ -220,8 +227,7 @@ def samples_apart(
     In float64, where no tie is broken by rounding. Outputs that mix samples without merging too (noise, a contrastive
     loss) do not count; None where all do.
     """
-    model = copy.deepcopy(model).double()
-    given = tree_map(_exact, (tuple(args), kwargs or {}))
+    model, *given = in_float64(model, args, kwargs)
 
     def eager(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
         torch.manual_seed(1)

@@ -290,7 +290,7 @@ def merge_backward_aten(
 def _merge_backward_fake(
     grad: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor
 ) -> Tensor:
-    return grad.new_empty((*assign.shape, *grad.shape[assign.dim() :]))
+    return _unmerge_fake(grad, assign)
 
 
 @_opaque("merge_backward" + cpu.SCHEMAS["merge_backward"], _merge_backward_fake)

@@ -282,19 +282,22 @@ void add_row(const T* x, const T* y, int64_t from, int64_t width, float* out) {
     }
 }
 
-// For every new token the list of tokens that join it, in the order of `moved`: `first`, then `next` of each.
+// The members 0 to `count` of each of m groups in a sample, in their order: `first`, then `next` of each, -1 at the end.
+template <class F>
+void list_members(int64_t batch, int64_t m, int64_t count, F group, std::vector<int64_t>& first,
+                  std::vector<int64_t>& next) {
+    first.assign(batch * m, -1);
+    next.assign(batch * count, -1);
+    for (int64_t b = 0; b < batch; ++b) {
+        for (int64_t j = count - 1; j >= 0; --j) next[b * count + j] = std::exchange(first[b * m + group(b, j)], j);
+    }
+}
+
+// For every new token the list of tokens that join it, in the order of `moved`.
 void joining(const int64_t* assign, const int64_t* moved, int64_t batch, int64_t n, int64_t r,
              std::vector<int64_t>& first, std::vector<int64_t>& next) {
-    const int64_t m = n - r;
-    first.assign(batch * m, -1);
-    next.assign(batch * r, -1);
-    for (int64_t b = 0; b < batch; ++b) {
-        for (int64_t j = r - 1; j >= 0; --j) {
-            int64_t& head = first[b * m + assign[b * n + moved[b * r + j]]];
-            next[b * r + j] = head;
-            head = j;
-        }
-    }
+    const auto group = [=](int64_t b, int64_t j) { return assign[b * n + moved[b * r + j]]; };
+    list_members(batch, n - r, r, group, first, next);
 }
 
 // y, where it is not null, is added to x first; the sum is rounded to T, as the add of its own would round it.
@@ -354,10 +357,8 @@ void copy_rows(const char* x, const int64_t* index, char* out, int64_t batch, in
 template <class T>
 void sum_rows(const T* grad, const int64_t* index, T* out, int64_t batch, int64_t m, int64_t n, int64_t width,
               int threads) {
-    std::vector<int64_t> first(batch * m, -1), next(batch * n, -1);
-    for (int64_t b = 0; b < batch; ++b) {
-        for (int64_t i = n - 1; i >= 0; --i) next[b * n + i] = std::exchange(first[b * m + index[b * n + i]], i);
-    }
+    std::vector<int64_t> first, next;
+    list_members(batch, m, n, [=](int64_t b, int64_t i) { return index[b * n + i]; }, first, next);
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> sum(width);
@@ -613,6 +614,13 @@ int threads() {
     return static_cast<int>(found);
 }
 
+// The shape of x with another length of dim d.
+Shape resized(const Tensor& x, int64_t d, int64_t length) {
+    Shape shape = x.shape();
+    shape[d] = length;
+    return shape;
+}
+
 // A dense index is where the kernels read and write.
 void check_range(const Tensor& index, int64_t end) {
     const int64_t* at = index.data<const int64_t>();
@@ -640,17 +648,7 @@ struct Index {
     }
 
     // [*sample, n - r, *rest] of an x [*sample, n, *rest].
-    Shape merged(const Tensor& x) const {
-        Shape shape = x.shape();
-        shape[lead] = n - r;
-        return shape;
-    }
-    // And back.
-    Shape whole(const Tensor& x) const {
-        Shape shape = x.shape();
-        shape[lead] = n;
-        return shape;
-    }
+    Shape merged(const Tensor& x) const { return resized(x, lead, n - r); }
 };
 
 struct Axis {
@@ -740,7 +738,7 @@ void merge_backward(StableIValue* stack, uint64_t, uint64_t) {
     const Tensor grad = given.tensor().dense();
     const Tensor size = given.optional().dense(), size_out = given.tensor().dense();
     const Index index(given);
-    Tensor out = empty(index.whole(grad), grad.dtype());
+    Tensor out = empty(resized(grad, index.lead, index.n), grad.dtype());
     const int64_t m = index.n - index.r, rows = index.batch * m, width = rows ? grad.numel() / rows : 0;
     by_dtype(grad, [&](auto element) {
         using T = decltype(element);
@@ -768,9 +766,7 @@ void unmerge(StableIValue* stack, uint64_t, uint64_t) {
     Arguments given{stack};
     const Tensor x = given.tensor().dense(), index = given.tensor().dense();
     const Groups groups(x, index, x.size(index.dim() - 1));
-    Shape shape = x.shape();
-    shape[groups.lead] = groups.n;
-    Tensor out = empty(shape, x.dtype());
+    Tensor out = empty(resized(x, groups.lead, groups.n), x.dtype());
     const int64_t bytes = groups.width * static_cast<int64_t>(aoti_torch_dtype_element_size(x.dtype()));
     copy_rows(x.data<const char>(), index.data<const int64_t>(), out.data<char>(), groups.batch, groups.m, groups.n, bytes,
               threads());
@@ -781,9 +777,7 @@ void unmerge_backward(StableIValue* stack, uint64_t, uint64_t) {
     Arguments given{stack};
     const Tensor grad = given.tensor().dense(), index = given.tensor().dense();
     const Groups groups(grad, index, given.number());
-    Shape shape = grad.shape();
-    shape[groups.lead] = groups.m;
-    Tensor out = empty(shape, grad.dtype());
+    Tensor out = empty(resized(grad, groups.lead, groups.m), grad.dtype());
     by_dtype(grad, [&](auto element) {
         using T = decltype(element);
         sum_rows(grad.data<const T>(), index.data<const int64_t>(), out.data<T>(), groups.batch, groups.m, groups.n,
