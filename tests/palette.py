@@ -229,22 +229,26 @@ def samples_apart(
     """
     model, *given = in_float64(model, args, kwargs)
 
-    def eager(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    def fresh(given: Any) -> Any:
+        """Inputs of their own for a call: a model may write to them."""
         torch.manual_seed(1)
+        return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, given)
+
+    def eager(given: Any) -> list[Tensor]:
+        args, kwargs = fresh(given)
         with torch.no_grad():
             return leaves(model(*args, **kwargs))
 
-    def merged(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Tensor], Any]:
-        torch.manual_seed(1)
-        out, report = run(model, args, kwargs, r, **config)
+    def merged(given: Any) -> tuple[list[Tensor], Any]:
+        out, report = run(model, *fresh(given), r, **config)
         return leaves(out), report
 
-    want = eager(*given)
-    got, report = merged(*given)
+    want = eager(given)
+    got, report = merged(given)
     worst: float | None = None
     for i in range(batch):
         alone = tree_map(lambda x, i=i: x[i : i + 1] if isinstance(x, Tensor) and x.shape[:1] == (batch,) else x, given)
-        for whole, own, whole_merged, own_merged in zip(want, eager(*alone), got, merged(*alone)[0], strict=True):
+        for whole, own, whole_merged, own_merged in zip(want, eager(alone), got, merged(alone)[0], strict=True):
             dims = [d for d, (n, m) in enumerate(zip(whole.shape, own.shape, strict=True)) if n != m]
             if len(dims) != 1 or whole.shape[dims[0]] != batch * own.shape[dims[0]]:
                 continue

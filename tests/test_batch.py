@@ -34,7 +34,9 @@ def assert_apart(model: nn.Module, args: tuple[Any, ...], r: Any, **config: Any)
 
 @pytest.mark.parametrize("placement", ["stream", "branch"])
 @pytest.mark.parametrize("spec", [*(Spec(batch=BATCH, layout=x, readout="multi") for x in LAYOUT),
-                                  *(Spec(batch=BATCH, mask=x) for x in MASK[1:])], ids=str)  # fmt: skip
+                                  *(Spec(batch=BATCH, mask=x) for x in MASK[1:]),
+                                  Spec(batch=BATCH, stem="tokens", prefix="none", pos="inplace", readout="mean")],
+                         ids=str)  # fmt: skip
 def test_plain_transformers(spec: Spec, placement: str) -> None:
     assert_apart(build(spec)[0], inputs(spec, 1), R, placement=placement)
 
