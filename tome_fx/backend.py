@@ -311,15 +311,11 @@ def _by_length(
     with_symbols = lengths.Lengths(counts)
 
     mode = FakeTensorMode(shape_env=ShapeEnv())
+    # layers of other lengths share few entries, each is kept, and to copy a symbolic shape out costs more than the op
+    mode.cache_enabled = False
 
     def inner_compile(graph: fx.GraphModule, values: Sequence[Any], **kwargs: Any) -> Any:
-        values = with_symbols(graph, values)
-        cached = mode.cache_enabled
-        mode.cache_enabled = False  # to copy a symbolic shape out of the cache costs more than to run the op
-        try:
-            return _compile_traced(graph, values, **kwargs)
-        finally:
-            mode.cache_enabled = cached
+        return _compile_traced(graph, with_symbols(graph, values), **kwargs)
 
     context = TracingContext(mode)
     if (outer := TracingContext.try_get()) is not None:
