@@ -267,9 +267,8 @@ class _Walk:
     def _note_unmerges(self, node: fx.Node, call: Call, ins: list[Layout], decision: Decision) -> None:
         reasons = dict(decision.reasons)
         for i, (have, want) in enumerate(zip(ins, decision.ins, strict=True)):
-            kept = {run.key: run.step.chain() for runs in want for run in runs}
-            lost = [run for runs in have for run in runs if run.step not in kept.get(run.key, ())]
-            if lost:
+            kept = [{run.key: run.step.chain() for run in runs} for runs in want]
+            if any(run.step not in kept[d].get(run.key, ()) for d, runs in enumerate(have) for run in runs):
                 why = reasons.get(i, "its operands were merged apart from each other")
                 self.plan.unmerges.append(Unmerge(call.op, node.name, place(node), why))
 
