@@ -9,8 +9,8 @@ intermediate values somebody else reads.
     s = baddbmm(bias, q, kT, alpha=c) ; m = masked_fill(s, mask, -inf) ; p = softmax(m, -1) ; o = bmm(dropout(p), v)
     ->  o = scaled_dot_product_attention(q, k, v, attn_mask=bias + where(mask, -inf, 0), dropout_p, scale=c)
 
-`find_attention` lists the sites. Correctness does not depend on either: what is not fused follows the measure
-principle op by op.
+`find_attention` lists the sites, also those whose softmax has columns beside the products (attention sinks).
+Correctness does not depend on either: what is not fused follows the measure principle op by op.
 """
 
 from __future__ import annotations
@@ -440,12 +440,13 @@ def _fused_site(node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Ca
 
 def _open_site(node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Call], index: int) -> AttentionSite | None:
     """A softmax that was not fused: its keys are the operand of the nearest product with the softmax axis."""
-    axis = leaves(facts.dims(node)[call.axis(call.args["dim"])])
-    if not axis:
-        return None
-    product = _product_above(call.nodes[0], axis, facts, calls)
-    out = _product_below(node, axis, facts, calls)
-    if product is None or out is None:
+    whole = leaves(facts.dims(node)[call.axis(call.args["dim"])])
+    for axis in _key_axes(whole, facts):
+        product = _product_above(call.nodes[0], axis, facts, calls)
+        out = _product_below(node, axis, facts, calls)
+        if product is not None and out is not None:
+            break
+    else:
         return None
     inner_call = calls[product]
     rule = find(inner_call)
@@ -477,6 +478,13 @@ def _open_site(node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Cal
         v=v,
         others=((queries, query_inner), (values, value_inner)),
     )
+
+
+def _key_axes(axis: Dim, facts: Facts) -> list[Dim]:
+    """What may be the keys of a softmax over `axis`: all of it, or a piece (attention sinks join columns that are no
+    product, and are cut off again)."""
+    joined = [leaves(part) for parts, whole in facts.joins if leaves(whole) == axis for part in parts]
+    return [found for found in (axis, *joined) if found]
 
 
 def _values(softmax: fx.Node, out: Call, axis: Dim, facts: Facts) -> tuple[fx.Node | None, int, tuple[int, ...]]:

@@ -19,7 +19,7 @@ Where no value holds the tokens of queries and keys in one dim (projections by c
 it and the attention, the operands of the attention itself are merged, compared by the keys.
 
 Where an attention joins the tokens of several streams (image and text), the longest of them merges for good, at the add
-of its part of the output.
+of its part of the output. So do the tokens of queries whose keys stand among others (learned keys, a context).
 
 In cross attention (keys pooled from the tokens, or other tokens altogether) the queries alone merge, in a branch.
 Not so a decoder's, whose tokens see each other in causal order: a group would show the past what comes after.
@@ -187,14 +187,14 @@ def _block(
     queries = leaves(facts.dims(site.q)[site.query_dim])
     crossed = keys != queries
     tokens = queries if crossed else keys
-    if not tokens or (crossed and placement == "stream"):
+    joined = None if placement == "branch" else _joined(site, facts, calls, reach, keys, queries)
+    if not tokens or (crossed and joined is None and placement == "stream"):
         return SkipReason("cross attention", site.name, "queries and keys are different tokens")
     if reach.features & {*keys, *queries}:
         return SkipReason("attention over channels", site.name, "its keys are features, which a weight made")
     why = site.causal if not site.masked or crossed or placement == "stream" else None
     if why := why or (_only_causal(sites, facts, tokens) if crossed else None):
         return SkipReason("causal or windowed mask", site.name, why)
-    joined = None if crossed or placement == "branch" else _joined(site, facts, calls, reach, tokens)
     if joined is not None:
         return _stream_of_its_own(site, facts, *joined, protect)
     placed = _place(site, facts, calls, sites, reach, tokens, placement)
@@ -252,16 +252,19 @@ def _place(
 
 
 def _joined(
-    site: AttentionSite, facts: Facts, calls: dict[fx.Node, Call], reach: Reach, tokens: Dim
+    site: AttentionSite, facts: Facts, calls: dict[fx.Node, Call], reach: Reach, keys: Dim, queries: Dim
 ) -> tuple[fx.Node, fx.Node, Dim] | None:
-    """Where an attention joins the tokens of several streams (image and text): the longest stream's merge point.
+    """Where the keys join the tokens of several streams (image and text), or those of the queries and others (learned
+    keys): the longest stream's merge point.
 
     That is the add of a part of its output to a stream that was joined. Not under a mask: it would have to be cut.
     """
     if site.causal is not None or site.masked or score_terms(site, facts, calls, reach):
         return None
-    pieces = {leaves(part) for parts, axis in facts.joins if leaves(axis) == tokens for part in parts} - {()}
-    if not pieces or not isinstance(_merge_point(site, facts, reach, tokens), SkipReason):
+    pieces = {leaves(part) for parts, axis in facts.joins if leaves(axis) == keys for part in parts} - {()}
+    if keys != queries:
+        pieces &= {queries}
+    if not pieces or not isinstance(_merge_point(site, facts, reach, keys), SkipReason):
         return None
     found: list[tuple[fx.Node, fx.Node, Dim]] = []
     for node in reach.nodes[reach.index[site.out] + 1 :]:

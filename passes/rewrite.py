@@ -28,7 +28,7 @@ from torch.fx._lazy_graph_module import _make_graph_module  # inside torch.compi
 from tome_fx import ops  # noqa: F401 - defines the operators
 from tome_fx.config import ToMeConfig
 
-from .axes import Atom, Dims, leaves, size_of
+from .axes import Atom, Dim, Dims, leaves, size_of
 from .capture import Captured, is_impure
 from .find_blocks import PAPERS, Block
 from .layout import DimLayout, Layout, Run, Step, is_plain, plain
@@ -390,18 +390,25 @@ class Emitter:
         by_heads = at is not None
         dims = self.facts.dims(source)
         where = [(d, i) for d, dim in enumerate(dims) for i in _find(leaves(dim), block.tokens)]
-        (dim, start), *_ = [w for w in where if w[0] == at] if by_heads else where
-        key = (start, len(block.tokens))
-        run = (Run(*key, prev),) if prev else ()
+        where = [w for w in where if w[0] == at] if by_heads else where
+        tokens, ends = block.tokens, (0, 0)
+        if where:
+            dim, start = where[0]
+        else:  # joined with other tokens
+            assert at is not None
+            dim, start, tokens, ends = at, 0, leaves(dims[at]), self._ends(dims[at], block.tokens) or ends
+        run = (Run(start, len(tokens), prev.shift(*ends)),) if prev else ()
         want = tuple(run if d == dim else () for d in range(len(dims)))
         if source is block.merge:
             assert value is not None
             whole = self.convert(value, dims, have, want)
         else:
             whole = self.fetch(source, want)
+        if any(ends):
+            whole = whole.narrow(dim, ends[0], merge.step.before)
         x, factors = self._factored(whole, dims, want)
         spots = [self._spot(factors, leaf) for leaf in leaves(merge.step.sample)]
-        token = [i for i, (d, f) in enumerate(factors) if d == dim and (isinstance(f, Run) or f in block.tokens)]
+        token = [i for i, (d, f) in enumerate(factors) if d == dim and (isinstance(f, Run) or f in tokens)]
         if by_heads:
             inner = [i for i, (d, _) in enumerate(factors) if d in inner_dims and i not in spots]
         else:
@@ -435,7 +442,18 @@ class Emitter:
         """Whether an operand of the attention has the tokens in that dim, and every sample axis."""
         dims = self.facts.dims(node)
         own = {leaf for dim in dims for leaf in leaves(dim)}
-        return bool(_find(leaves(dims[at]), block.tokens)) and set(leaves(block.sample)) <= own
+        there = bool(_find(leaves(dims[at]), block.tokens)) or self._ends(dims[at], block.tokens) is not None
+        return there and set(leaves(block.sample)) <= own
+
+    def _ends(self, dim: Dim, tokens: Dim) -> tuple[int, int] | None:
+        """How many others stand before and behind the tokens in a dim that joins them; None where it does not."""
+        for parts, joined in self.facts.joins if len(leaves(dim)) == 1 else ():
+            if leaves(joined) == leaves(dim):
+                at = [i for i, part in enumerate(parts) if leaves(part) == leaves(tokens)]
+                sizes = [size_of(leaves(part)) for part in parts]
+                if len(at) == 1 and all(isinstance(size, int) for i, size in enumerate(sizes) if i not in at):
+                    return sum(sizes[: at[0]]), sum(sizes[at[0] + 1 :])
+        return None
 
     # -- conversions -----------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from tests import strategies
 from tests import test_branch as branch
+from tests import test_joined_keys as joined
 from tests import test_mlps as mlps
 from tests import test_two_streams as streams
 from tests.models import LAYOUT, MASK, Spec, build, inputs, redraw
@@ -80,3 +81,9 @@ def test_two_streams() -> None:
     torch.manual_seed(0)
     args = torch.randn(BATCH, streams.IMAGE, streams.D), torch.randn(BATCH, streams.TEXT, streams.D)
     assert_apart(redraw(streams.Net("text")), args, R)
+
+
+@pytest.mark.parametrize("form", joined.FORMS)
+def test_keys_among_others(form: str) -> None:
+    torch.manual_seed(0)
+    assert_apart(redraw(joined.Net(form)), (torch.randn(BATCH, joined.N, joined.D),), R)

@@ -1,0 +1,137 @@
+"""Keys that are the tokens of the queries and others: learned keys, sinks, latents that read a context."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tome_fx
+from tests.models import redraw
+from tests.palette import assert_lossless, palette_tokens, run
+
+D, H, N, R = 32, 4, 48, 6
+TOKENS = [(48, 42), (42, 36), (36, 30)]
+FORMS = ["front", "behind", "sink", "sink_first", "module", "module_zeros"]
+
+
+class Block(nn.Module):
+    """`form`: where the keys that are no tokens stand, or how a sink is spelled."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.qkv, self.proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.mlp = nn.Sequential(nn.Linear(D, 64), nn.GELU(), nn.Linear(64, D))
+        self.memory = nn.Parameter(torch.randn(2, H, 5, D // H))
+        self.sink = nn.Parameter(torch.randn(H))
+        self.module = nn.MultiheadAttention(
+            D, H, batch_first=True, add_bias_kv=form == "module", add_zero_attn=form == "module_zeros"
+        )
+
+    def attention(self, x: Tensor) -> Tensor:
+        if self.form.startswith("module"):
+            return self.module(x, x, x, need_weights=False)[0]
+        q, k, v = self.qkv(x).unflatten(-1, (3, H, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.form.startswith("sink"):
+            scores = q @ k.mT * (D // H) ** -0.5
+            sink = self.sink.view(1, H, 1, 1).expand(*scores.shape[:3], 1)
+            if self.form == "sink":
+                out = torch.cat([scores, sink], -1).softmax(-1)[..., :-1] @ v
+            else:
+                out = torch.cat([sink, scores], -1).softmax(-1)[..., 1:] @ v
+        elif self.form == "none":
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            own = self.memory[:, None].expand(-1, x.shape[0], -1, -1, -1)
+            k, v = (torch.cat([t, m] if self.form == "behind" else [m, t], 2) for m, t in zip(own, (k, v), strict=True))
+            mask = torch.arange(k.shape[2])[None].remainder(4) > 0 if self.form == "masked" else None
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Net(nn.Module):
+    def __init__(self, form: str, depth: int = 3) -> None:
+        super().__init__()
+        self.blocks, self.head = nn.Sequential(*(Block(form) for _ in range(depth))), nn.Linear(D, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(x).mean(1))
+
+
+class Latents(nn.Module):
+    """Latents that read a context and themselves, as the resampler of Flamingo (arXiv 2204.14198) does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.empty(1, N, D))
+        self.q, self.kv, self.proj = (nn.ModuleList(nn.Linear(D, n * D) for _ in range(3)) for n in (1, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.latents.expand(x.shape[0], -1, -1)
+        for q, kv, proj in zip(self.q, self.kv, self.proj, strict=True):
+            k, v = kv(torch.cat([x, y], 1)).unflatten(-1, (2, H, -1)).permute(2, 0, 3, 1, 4)
+            out = F.scaled_dot_product_attention(q(y).unflatten(-1, (H, -1)).transpose(1, 2), k, v)
+            y = y + proj(out.transpose(1, 2).flatten(2))
+        return y
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_stream_merges_for_good(form: str) -> None:
+    torch.manual_seed(0)
+    model = redraw(Net(form)).eval()
+    report = assert_lossless(model, (palette_tokens(2, N, D),), R, tokens=TOKENS, control=True)
+    assert {site.placement for site in report.sites} == {"stream"}
+    assert not report.unmerges, report
+
+
+def test_latents_that_read_a_context() -> None:
+    torch.manual_seed(0)
+    model = redraw(Latents()).eval()
+    model.latents.data = palette_tokens(1, N, D, k=3)
+    assert_lossless(model, (torch.randn(2, 20, D),), R, tokens=TOKENS, placement="stream", control=True)
+
+
+@pytest.mark.parametrize("metric", ["key", "query", "value"])
+@pytest.mark.parametrize("form", ["front", "behind"])
+def test_tokens_are_compared_by_their_own_keys(form: str, metric: str) -> None:
+    """So the groups of the first block are those that it would have without the other keys."""
+    torch.manual_seed(0)
+    model, x = redraw(Net("none", depth=1)).eval(), torch.randn(2, N, D)
+    alone = tome_fx.trace_tokens(model, (x,), r=R, metric=metric).groups
+    model.blocks[0].form = form
+    assert torch.equal(tome_fx.trace_tokens(model, (x,), r=R, metric=metric).groups, alone)
+    assert not torch.equal(tome_fx.trace_tokens(model, (x,), r=R, metric="input").groups, alone)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_tokens_to_merge_is_the_identity(form: str) -> None:
+    torch.manual_seed(0)
+    model, x = redraw(Net(form)).eval(), torch.randn(2, N, D)
+    with torch.no_grad():
+        assert torch.equal(run(model, (x,), None, 0)[0], model(x))
+
+
+@pytest.mark.parametrize("form", ["front", "sink"])
+def test_gradients(form: str) -> None:
+    torch.manual_seed(0)
+    model = redraw(Net(form))
+    out, report = run(model, (torch.randn(2, N, D),), None, R, grad=True)
+    out.square().mean().backward()
+    assert report.merged_sites == 3
+    used = {"front": "memory", "sink": "sink"}[form]
+    assert all(bool(block.get_parameter(used).grad.isfinite().all()) for block in model.blocks)
+
+
+def test_under_a_mask_the_queries_merge_in_a_branch() -> None:
+    """The mask would have to be cut: the stream stays whole, the result is right."""
+    torch.manual_seed(0)
+    model, x = redraw(Net("masked")).eval(), palette_tokens(2, N, D)
+    report = assert_lossless(model, (x,), R)
+    assert {site.placement for site in report.sites if site.merged} <= {"branch", "mlp"}
