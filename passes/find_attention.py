@@ -15,6 +15,7 @@ Correctness does not depend on either: what is not fused follows the measure pri
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -527,6 +528,8 @@ def _product_below(node: fx.Node, axis: Dim, facts: Facts, calls: dict[fx.Node, 
     todo, seen = list(node.users), set()
     while todo:
         node = todo.pop(0)
+        if node.target is operator.getitem:  # one of the pieces of a split
+            todo += list(node.users)
         if node in seen or node not in calls:
             continue
         seen.add(node)

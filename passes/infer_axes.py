@@ -23,7 +23,7 @@ from .axes import fresh_dims, leaves, same
 from .rules import Call, Facts, find, tensors_of
 from .rules.base import UNKNOWN, Role, Rule, SignatureRule, result_read, sources
 from .rules.contraction import Attention, Contraction, Convolution
-from .rules.joins import SliceRule, SplitRule
+from .rules.joins import CatRule, SliceRule, SplitRule
 from .rules.pointwise import POINTWISE, MaskRule
 from .rules.reduce import Softmax
 from .rules.views import ExpandRule, PermuteRule, ViewRule
@@ -238,7 +238,7 @@ _FILLED = {aten.full.default, aten.ones.default, aten.zeros.default, aten.new_fu
 
 
 def _scores(calls: dict[fx.Node, Call]) -> set[fx.Node]:
-    """Nodes whose value reaches a softmax or exp through pointwise ops and views: terms of attention scores."""
+    """Nodes whose value reaches a softmax or exp through pointwise ops, views and cat: terms of attention scores."""
     todo = [c.nodes[0] for c in calls.values() if c.nodes and (isinstance(find(c), Softmax) or c.target in _EXP)]
     found: set[fx.Node] = set()
     while todo:
@@ -249,7 +249,7 @@ def _scores(calls: dict[fx.Node, Call]) -> set[fx.Node]:
         rule = find(call)
         if isinstance(rule, Contraction):
             found.add(node)
-        elif _elementwise(rule):
+        elif isinstance(rule, CatRule) or _elementwise(rule):
             found.add(node)
             todo += sources(node, call.nodes)
     return found

@@ -6,8 +6,8 @@ where the softmax stands open, the way back from it to the product q k^T tells w
 
     scores.masked_fill(mask, -inf)   where(mask, scores, -inf)   scores + m   scores * m - 1e4 * (1 - m)
 
-A mask that the way mixes (by a product over heads, by an op that nobody knows) says nothing that can be kept: such a
-site is left alone, with the reason.
+A mask that the way mixes (by a product over heads, by an op that nobody knows), or that joins after columns that are no
+keys (attention sinks), says nothing that can be kept: such a site is left alone, with the reason.
 
 A mask of pairs lets each query see keys of its own (shifted windows, a window of several pictures). Merging is right
 where such a mask cuts every window into parts that see themselves and nobody else, and only tokens of one part merge:
@@ -33,8 +33,9 @@ from .reach import Reach
 from .rules import Call, Facts, find
 from .rules.base import SHAPED, UNKNOWN, sources
 from .rules.contraction import Contraction
+from .rules.joins import CatRule
 from .rules.pointwise import MaskRule, scalar
-from .rules.reduce import Softmax
+from .rules.reduce import Softmax, reduced_dims
 from .rules.views import ExpandRule, PermuteRule, RepeatRule, ViewRule
 
 aten = torch.ops.aten
@@ -64,9 +65,17 @@ def score_terms(site: AttentionSite, facts: Facts, calls: dict[fx.Node, Call], r
     if site.fused:
         return list(calls[site.out].nodes[3:]) if site.masked else []
     fixed = facts.constant | facts.given
+    ways = _ways(site, calls, reach)
     tokens = {*leaves(facts.dims(site.q)[site.query_dim]), *leaves(facts.dims(site.k)[site.key_dim])}
-    terms = [n for way, _ in _ways(site, calls, reach) for *_, n in _aside(way, calls)]
+    tokens |= _softmax_axes(ways, facts, calls)
+    terms = [n for way, _ in ways for *_, n in _aside(way, calls)]
     return [n for n in dict.fromkeys(terms) if (n in fixed or told(n, facts)) and _varies_with(n, facts) & tokens]
+
+
+def _softmax_axes(ways: list[tuple[list[fx.Node], bool]], facts: Facts, calls: dict[fx.Node, Call]) -> set[Any]:
+    """The leaves that the softmaxes are over: not the keys' where columns that are no keys have joined the scores."""
+    ends = [calls[way[-1]] for way, after in ways if not after]
+    return {leaf for end in ends for d in reduced_dims(end) for leaf in leaves(facts.dims(end.nodes[0])[d])}
 
 
 def told(node: fx.Node, facts: Facts) -> bool:
@@ -121,8 +130,13 @@ def key_masks(
         for term in score_terms(site, facts, calls, reach):
             reader.term(term, -LEFT_OUT if term.meta["val"].dtype is torch.bool else 1.0)
     else:
-        for way, after in _ways(site, calls, reach):
+        ways = _ways(site, calls, reach)
+        for way, after in ways:
             (reader.probabilities if after else reader.scores)(way)
+        wider = _softmax_axes(ways, facts, calls) - set(tokens)
+        wide = next((n for n in score_terms(site, facts, calls, reach) if _varies_with(n, facts) & wider), None)
+        if wide is not None:
+            return f"{wide.name} joins scores that have columns beside the keys"
     unread = reader.unread()
     if unread is not None:
         return f"{unread.name} masks keys in a way that is not understood"
@@ -159,7 +173,7 @@ class _Reader:
             call = self.calls[node]
             # What is scaled after it has joined would have to be merged as it is scaled.
             scale = scale if scale == 1 else None
-            shares = _shares(call, scale)
+            shares = [scale] * len(call.nodes) if isinstance(find(call), CatRule) else _shares(call, scale)
             for i, term in aside.get(node, ()):
                 self._joins(call, i, term, scale)
             todo += zip(call.nodes, shares, strict=True)

@@ -13,7 +13,7 @@ from tests.palette import assert_lossless, palette_tokens, run
 
 D, H, N, R = 32, 4, 48, 6
 TOKENS = [(48, 42), (42, 36), (36, 30)]
-FORMS = ["front", "behind", "sink", "sink_first", "module", "module_zeros"]
+FORMS = ["front", "behind", "sink", "sink_first", "sink_split", "module", "module_zeros"]
 
 
 class Block(nn.Module):
@@ -27,21 +27,35 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(D, 64), nn.GELU(), nn.Linear(64, D))
         self.memory = nn.Parameter(torch.randn(2, H, 5, D // H))
         self.sink = nn.Parameter(torch.randn(H))
+        self.table = nn.Parameter(torch.randn(H, N, N))
         self.module = nn.MultiheadAttention(
             D, H, batch_first=True, add_bias_kv=form == "module", add_zero_attn=form == "module_zeros"
         )
 
-    def attention(self, x: Tensor) -> Tensor:
+    def probabilities(self, scores: Tensor, pad: Tensor | None) -> Tensor:
+        """With a sink, a column of scores that no key made."""
+        if self.form.endswith("table"):
+            scores = scores + self.table
+        if self.form == "table":
+            return scores.softmax(-1)
+        if self.form == "sink_masked":
+            scores = scores.masked_fill(pad[:, None, None], float("-inf"))
+        sink = self.sink.view(1, H, 1, 1).expand(*scores.shape[:3], 1)
+        if self.form == "sink_first":
+            return torch.cat([sink, scores], -1).softmax(-1)[..., 1:]
+        scores = torch.cat([scores, sink], -1)
+        if self.form == "sink_masked_late":
+            scores = scores.masked_fill(F.pad(pad, (0, 1))[:, None, None], float("-inf"))
+        if self.form == "sink_split":
+            return scores.softmax(-1).split([scores.shape[-1] - 1, 1], -1)[0]
+        return scores.softmax(-1)[..., :-1]
+
+    def attention(self, x: Tensor, pad: Tensor | None) -> Tensor:
         if self.form.startswith("module"):
             return self.module(x, x, x, need_weights=False)[0]
         q, k, v = self.qkv(x).unflatten(-1, (3, H, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        if self.form.startswith("sink"):
-            scores = q @ k.mT * (D // H) ** -0.5
-            sink = self.sink.view(1, H, 1, 1).expand(*scores.shape[:3], 1)
-            if self.form == "sink":
-                out = torch.cat([scores, sink], -1).softmax(-1)[..., :-1] @ v
-            else:
-                out = torch.cat([sink, scores], -1).softmax(-1)[..., 1:] @ v
+        if self.form.startswith("sink") or self.form == "table":
+            out = self.probabilities(q @ k.mT * (D // H) ** -0.5, pad) @ v
         elif self.form == "none":
             out = F.scaled_dot_product_attention(q, k, v)
         else:
@@ -51,18 +65,20 @@ class Block(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(out.transpose(1, 2).flatten(2))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
+    def forward(self, x: Tensor, pad: Tensor | None = None) -> Tensor:
+        x = x + self.attention(self.norm1(x), pad)
         return x + self.mlp(self.norm2(x))
 
 
 class Net(nn.Module):
     def __init__(self, form: str, depth: int = 3) -> None:
         super().__init__()
-        self.blocks, self.head = nn.Sequential(*(Block(form) for _ in range(depth))), nn.Linear(D, 7)
+        self.blocks, self.head = nn.ModuleList(Block(form) for _ in range(depth)), nn.Linear(D, 7)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.blocks(x).mean(1))
+    def forward(self, x: Tensor, pad: Tensor | None = None) -> Tensor:
+        for block in self.blocks:
+            x = block(x, pad)
+        return self.head(x.mean(1) if pad is None else x.masked_fill(pad[..., None], 0.0).sum(1))
 
 
 class Latents(nn.Module):
@@ -135,3 +151,38 @@ def test_under_a_mask_the_queries_merge_in_a_branch() -> None:
     model, x = redraw(Net("masked")).eval(), palette_tokens(2, N, D)
     report = assert_lossless(model, (x,), R)
     assert {site.placement for site in report.sites if site.merged} <= {"branch", "mlp"}
+
+
+def test_terms_of_the_scores_beside_a_sink() -> None:
+    """A sink that takes nothing changes nothing: tables merge as they do without it."""
+    torch.manual_seed(0)
+    model, x = redraw(Net("table")).eval(), torch.randn(2, N, D)
+    want, report = run(model, (x,), None, R)
+    assert report.merged_sites == 3
+    for block in model.blocks:
+        block.form, block.sink.data = "sink_table", torch.full((H,), -1e4)
+    got, report = run(model, (x,), None, R)
+    assert report.merged_sites == 3
+    torch.testing.assert_close(got, want)
+
+
+def padded() -> tuple[Tensor, Tensor]:
+    pad = torch.arange(N).expand(2, -1) >= torch.tensor([[40], [30]])
+    return torch.randn(2, N, D), pad
+
+
+def test_padding_beside_a_sink_has_no_weight() -> None:
+    torch.manual_seed(0)
+    model, (x, pad) = redraw(Net("sink_masked")).eval(), padded()
+    assert_lossless(model, (palette_tokens(2, N, D), pad), R, tokens=TOKENS, control=True)
+    want, _ = run(model, (x, pad), None, R, padding_first=True)
+    got, _ = run(model, (x.masked_fill(pad[..., None], 3.0), pad), None, R, padding_first=True)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.filterwarnings("ignore::tome_fx.ToMeWarning")
+def test_a_mask_of_the_joined_columns_is_left_alone() -> None:
+    torch.manual_seed(0)
+    _, report = run(redraw(Net("sink_masked_late")).eval(), padded(), None, R)
+    assert report.merged_sites == 0
+    assert all(skip.kind == "unclear mask" for skip in report.skipped), report

@@ -14,7 +14,7 @@ import torch
 from ..axes import Dims, fresh, leaves, same, unify
 from ..axes import expr as size_expr
 from ..layout import DimLayout, Layout, Run, plain
-from .base import Call, Decision, Emitter, Facts, Letter, Role, Rule, Signature, SignatureRule, register
+from .base import Call, Decision, Emitter, Facts, Fill, Letter, Role, Rule, Signature, SignatureRule, register
 
 aten = torch.ops.aten
 WHOLE_SAMPLE = "takes apart the samples it was merged within"
@@ -108,7 +108,7 @@ class CatRule(Rule):
         d, pieces = self.dim(call), self.pieces(call)
         if not any(any(layout) for layout in ins):
             return Decision(tuple(ins), (plain(call.out.dim()),))
-        sig = self._signature(call, d)
+        sig = self._signature(call, d, facts)
         inner = SignatureRule(lambda *_: sig)
         bare = [_replaced(layout, d, ()) if len(layout) > d else layout for layout in ins]
         base = inner.plan(call, bare, facts)
@@ -124,15 +124,29 @@ class CatRule(Rule):
             base.reasons,
         )
 
+    def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
+        fills = self._fills(call, env.facts)
+        operands = [
+            env.fetch(n, layout, fills.get(i, Fill.MEAN))
+            for i, (n, layout) in enumerate(zip(call.nodes, decision.ins, strict=True))
+        ]
+        return env.run(call, operands)
+
     @staticmethod
-    def _signature(call: Call, d: int) -> Signature:
+    def _fills(call: Call, facts: Facts) -> dict[int, Fill]:
+        """Columns of scores merge as what is added to scores does."""
+        floats = [i for i, v in enumerate(call.vals) if v.dtype.is_floating_point]
+        return dict.fromkeys(floats, Fill.BIAS) if call.node in facts.scores else {}
+
+    def _signature(self, call: Call, d: int, facts: Facts) -> Signature:
         rank = call.out.dim()
         letters: tuple[Letter, ...] = tuple(("cat" if k == d else k) for k in range(rank))
         own = [
             tuple(("piece", i) if name == "cat" else name for name in letters[: v.dim()])
             for i, v in enumerate(call.vals)
         ]
-        return Signature(tuple(own), (letters,), linear=frozenset(range(len(call.vals))), additive=True)
+        linear = frozenset(range(len(call.vals)))
+        return Signature(tuple(own), (letters,), linear=linear, additive=True, fills=self._fills(call, facts))
 
     def _along(
         self, call: Call, ins: Sequence[Layout], facts: Facts, d: int, pieces: list[int]
