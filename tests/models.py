@@ -29,11 +29,13 @@ STEM = ("conv", "linear", "tokens")
 PREFIX = ("none", "cls", "cls_dist", "cls_reg", "late")
 POS = ("none", "learned", "patches", "inplace", "sincos")
 MASK = ("none", "bool", "float", "min")
+EXTRA = ("none", "front", "behind", "sink")
 READOUT = ("cls", "dist", "mean", "mean_all", "sum", "masked_mean", "max", "attn_pool", "cls_mean", "tokens", "patches",
            "grid", "hidden", "multi", "cumsum", "flatten", "var")  # fmt: skip
 CHOICES: dict[str, tuple[str, ...]] = {
     "attention": ATTENTION, "kind": KIND, "scale": SCALE, "softmax": SOFTMAX, "qkv": QKV, "mlp": MLP, "layout": LAYOUT,
-    "stem": STEM, "prefix": PREFIX, "pos": POS, "mask": MASK, "readout": READOUT, "norm": ("pre", "post"),
+    "stem": STEM, "prefix": PREFIX, "pos": POS, "mask": MASK, "extra": EXTRA, "readout": READOUT,
+    "norm": ("pre", "post"),
 }  # fmt: skip
 PREFIX_LEN = {"none": 0, "cls": 1, "cls_dist": 2, "cls_reg": 5, "late": 1}
 
@@ -63,6 +65,8 @@ class Spec:
     pos: str = "none"
     readout: str = "cls"
     mask: str = "none"
+    extra: str = "none"
+    """Three learned keys before or behind those of the tokens, or a sink: a column of scores that no key made."""
     talking: bool = False
     """CaiT: heads mixed by a linear map with bias, before and after the softmax."""
     cross: bool = False
@@ -102,6 +106,10 @@ class Spec:
             "talking heads need the head axis": self.talking
             and (self.attention in ("bmm", "baddbmm") or self.kind != "softmax"),
             "a per-key bias mixed over the heads is none any more": self.mask != "none" and self.talking,
+            "torch's own modules have no such keys": self.extra != "none" and self.attention in TORCH_ATTENTION,
+            "extra keys are for softmax": self.extra != "none" and self.kind != "softmax",
+            "a mask of keys and learned ones has to be cut": self.extra in ("front", "behind") and self.mask != "none",
+            "a sink needs an open softmax": self.extra == "sink" and self.attention == "sdpa",
             "key masks are for softmax": self.mask != "none" and self.kind != "softmax",
             "no class token to read": self.readout in ("cls", "cls_mean") and self.prefix == "none",
             "no distillation token to read": self.readout == "dist" and self.prefix != "cls_dist",
@@ -210,6 +218,10 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = make(self.head_dim), make(self.head_dim)
         if spec.talking:
             self.mix_before, self.mix_after = nn.Linear(self.heads, self.heads), nn.Linear(self.heads, self.heads)
+        if spec.extra == "sink":
+            self.sink = nn.Parameter(torch.randn(self.heads, 1, 1))
+        elif spec.extra != "none":
+            self.learned = nn.Parameter(torch.randn(2, 1, self.heads, 3, self.head_dim))
         self.drop = nn.Dropout(spec.drop)
         self.proj = nn.Linear(spec.dim, spec.dim)
 
@@ -254,7 +266,12 @@ class Attention(nn.Module):
             scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
         if self.spec.talking:
             scores = self.mix_before(scores.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if self.spec.extra == "sink":
+            sink = self.sink if scores.ndim == 4 else self.sink.repeat(scores.shape[0] // self.heads, 1, 1)
+            scores = torch.cat([scores, sink.expand(*scores.shape[:-1], 1)], dim=-1)
         weights = self.softmax(scores)
+        if self.spec.extra == "sink":
+            weights = weights[..., :-1]
         if self.spec.talking:
             weights = self.mix_after(weights.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return self.drop(weights)
@@ -315,6 +332,10 @@ class Attention(nn.Module):
         q, k, v = self.project(x, batch)
         if self.spec.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.spec.extra in ("front", "behind"):
+            own = self.learned.expand(-1, batch, -1, -1, -1)
+            order = 1 if self.spec.extra == "front" else -1
+            k, v = (torch.cat([m, t][::order], dim=2) for m, t in zip(own, (k, v), strict=True))
         out = self.softmax_attention(q, k, v, bias) if self.kind == "softmax" else self.other_attention(q, k, v)
         if self.spec.layout == "nbd":
             out = out.permute(2, 0, 1, 3).flatten(2)

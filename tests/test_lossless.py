@@ -106,6 +106,14 @@ MIXED = [
     Spec(prefix="late", kind="linear", readout="mean"),
     Spec(prefix="none", slice_write=True, readout="tokens"),
     Spec(pos="inplace", slice_write=True, mlp="relu_", readout="hidden"),
+    Spec(extra="front", readout="mean"),
+    Spec(extra="behind", attention="bmm", layout="nbd", prefix="cls_reg", readout="mean"),
+    Spec(extra="front", attention="einsum_bnhd", layout="rows", readout="cls"),
+    Spec(extra="behind", attention="matmul", talking=True, readout="mean"),
+    Spec(extra="sink", attention="matmul", mask="bool", readout="mean"),
+    Spec(extra="sink", attention="baddbmm", mask="float", readout="mean"),
+    Spec(extra="sink", attention="bmm", softmax="upcast", readout="cls"),
+    Spec(extra="sink", attention="einsum", talking=True, readout="mean"),
     Spec(batch=1, readout="mean"),
     Spec(dim=36, heads=2, grid=(6, 6), prefix="none", readout="mean"),  # N == D
     Spec(batch=37, readout="cls", depth=2),  # B == N
