@@ -484,8 +484,7 @@ def _open_site(node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Cal
 def _key_axes(axis: Dim, facts: Facts) -> list[Dim]:
     """What may be the keys of a softmax over `axis`: all of it, or a piece (attention sinks join columns that are no
     product, and are cut off again)."""
-    joined = [leaves(part) for parts, whole in facts.joins if leaves(whole) == axis for part in parts]
-    return [found for found in (axis, *joined) if found]
+    return [found for found in (axis, *(part for parts in facts.joined(axis) for part in parts)) if found]
 
 
 def _values(softmax: fx.Node, out: Call, axis: Dim, facts: Facts) -> tuple[fx.Node | None, int, tuple[int, ...]]:

@@ -259,12 +259,12 @@ def _joined(
 
     That is the add of a part of its output to a stream that was joined. Not under a mask: it would have to be cut.
     """
-    if site.causal is not None or site.masked or score_terms(site, facts, calls, reach):
-        return None
-    pieces = {leaves(part) for parts, axis in facts.joins if leaves(axis) == keys for part in parts} - {()}
+    pieces = {part for parts in facts.joined(keys) for part in parts} - {()}
     if keys != queries:
         pieces &= {queries}
-    if not pieces or not isinstance(_merge_point(site, facts, reach, keys), SkipReason):
+    if not pieces or site.causal is not None or site.masked or score_terms(site, facts, calls, reach):
+        return None
+    if not isinstance(_merge_point(site, facts, reach, keys), SkipReason):
         return None
     found: list[tuple[fx.Node, fx.Node, Dim]] = []
     for node in reach.nodes[reach.index[site.out] + 1 :]:

@@ -67,15 +67,19 @@ def score_terms(site: AttentionSite, facts: Facts, calls: dict[fx.Node, Call], r
     fixed = facts.constant | facts.given
     ways = _ways(site, calls, reach)
     tokens = {*leaves(facts.dims(site.q)[site.query_dim]), *leaves(facts.dims(site.k)[site.key_dim])}
-    tokens |= _softmax_axes(ways, facts, calls)
+    tokens |= _columns(site, ways, facts, calls)
     terms = [n for way, _ in ways for *_, n in _aside(way, calls)]
     return [n for n in dict.fromkeys(terms) if (n in fixed or told(n, facts)) and _varies_with(n, facts) & tokens]
 
 
-def _softmax_axes(ways: list[tuple[list[fx.Node], bool]], facts: Facts, calls: dict[fx.Node, Call]) -> set[Any]:
-    """The leaves that the softmaxes are over: not the keys' where columns that are no keys have joined the scores."""
+def _columns(
+    site: AttentionSite, ways: list[tuple[list[fx.Node], bool]], facts: Facts, calls: dict[fx.Node, Call]
+) -> set[Any]:
+    """The leaves of softmax axes in which the keys stand beside columns that are none."""
+    keys = leaves(facts.dims(site.k)[site.key_dim])
     ends = [calls[way[-1]] for way, after in ways if not after]
-    return {leaf for end in ends for d in reduced_dims(end) for leaf in leaves(facts.dims(end.nodes[0])[d])}
+    axes = [leaves(facts.dims(end.nodes[0])[d]) for end in ends for d in reduced_dims(end)]
+    return {leaf for axis in axes if any(keys in parts for parts in facts.joined(axis)) for leaf in axis}
 
 
 def told(node: fx.Node, facts: Facts) -> bool:
@@ -133,10 +137,12 @@ def key_masks(
         ways = _ways(site, calls, reach)
         for way, after in ways:
             (reader.probabilities if after else reader.scores)(way)
-        wider = _softmax_axes(ways, facts, calls) - set(tokens)
-        wide = next((n for n in score_terms(site, facts, calls, reach) if _varies_with(n, facts) & wider), None)
-        if wide is not None:
-            return f"{wide.name} joins scores that have columns beside the keys"
+        columns = _columns(site, ways, facts, calls)
+        late = (
+            [n for n in score_terms(site, facts, calls, reach) if _varies_with(n, facts) & columns] if columns else []
+        )
+        if late:
+            return f"{late[0].name} joins scores that have columns beside the keys"
     unread = reader.unread()
     if unread is not None:
         return f"{unread.name} masks keys in a way that is not understood"

@@ -389,15 +389,10 @@ class Emitter:
         source, at, inner_dims = self._compared(block)
         by_heads = at is not None
         dims = self.facts.dims(source)
-        where = [(d, i) for d, dim in enumerate(dims) for i in _find(leaves(dim), block.tokens)]
-        where = [w for w in where if w[0] == at] if by_heads else where
-        tokens, ends = block.tokens, (0, 0)
-        if where:
-            dim, start = where[0]
-        else:  # joined with other tokens
-            assert at is not None
-            dim, start, tokens, ends = at, 0, leaves(dims[at]), self._ends(dims[at], block.tokens) or ends
-        run = (Run(start, len(tokens), prev.shift(*ends)),) if prev else ()
+        place = self._standing(dims, at, block.tokens)
+        assert place is not None
+        dim, key, ends = place
+        run = (Run(*key, prev.shift(*ends)),) if prev else ()
         want = tuple(run if d == dim else () for d in range(len(dims)))
         if source is block.merge:
             assert value is not None
@@ -408,7 +403,7 @@ class Emitter:
             whole = whole.narrow(dim, ends[0], merge.step.before)
         x, factors = self._factored(whole, dims, want)
         spots = [self._spot(factors, leaf) for leaf in leaves(merge.step.sample)]
-        token = [i for i, (d, f) in enumerate(factors) if d == dim and (isinstance(f, Run) or f in tokens)]
+        token = self._token_spots(factors, dims, dim, key)
         if by_heads:
             inner = [i for i, (d, _) in enumerate(factors) if d in inner_dims and i not in spots]
         else:
@@ -442,17 +437,23 @@ class Emitter:
         """Whether an operand of the attention has the tokens in that dim, and every sample axis."""
         dims = self.facts.dims(node)
         own = {leaf for dim in dims for leaf in leaves(dim)}
-        there = bool(_find(leaves(dims[at]), block.tokens)) or self._ends(dims[at], block.tokens) is not None
-        return there and set(leaves(block.sample)) <= own
+        return self._standing(dims, at, block.tokens) is not None and set(leaves(block.sample)) <= own
 
-    def _ends(self, dim: Dim, tokens: Dim) -> tuple[int, int] | None:
-        """How many others stand before and behind the tokens in a dim that joins them; None where it does not."""
-        for parts, joined in self.facts.joins if len(leaves(dim)) == 1 else ():
-            if leaves(joined) == leaves(dim):
-                at = [i for i, part in enumerate(parts) if leaves(part) == leaves(tokens)]
-                sizes = [size_of(leaves(part)) for part in parts]
-                if len(at) == 1 and all(isinstance(size, int) for i, size in enumerate(sizes) if i not in at):
-                    return sum(sizes[: at[0]]), sum(sizes[at[0] + 1 :])
+    def _standing(self, dims: Dims, at: int | None, tokens: Dim) -> tuple[int, tuple[int, int], tuple[int, int]] | None:
+        """Where the tokens stand, in dim `at` if it is given: the dim, the run of its leaves that holds them, and how
+        many others that run holds before and behind them; None where they do not."""
+        tokens = leaves(tokens)
+        for d in range(len(dims)) if at is None else (at,):
+            for start in _find(leaves(dims[d]), tokens):
+                return d, (start, len(tokens)), (0, 0)
+        if at is None or len(leaves(dims[at])) != 1:
+            return None
+        for parts in self.facts.joined(dims[at]):
+            if parts.count(tokens) == 1:
+                i = parts.index(tokens)
+                front, behind = ([size_of(part) for part in others] for others in (parts[:i], parts[i + 1 :]))
+                if all(isinstance(size, int) for size in (*front, *behind)):
+                    return at, (0, 1), (sum(front), sum(behind))
         return None
 
     # -- conversions -----------------------------------------------------------------------------------------------

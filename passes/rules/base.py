@@ -115,6 +115,10 @@ class Facts:
     def dims(self, node: fx.Node, result: int = 0) -> Dims:
         return self.axes[node][result]
 
+    def joined(self, axis: Dim) -> list[list[Dim]]:
+        """The axes, in order, that were concatenated to this one, for each place where they were."""
+        return [[leaves(part) for part in parts] for parts, whole in self.joins if leaves(whole) == leaves(axis)]
+
     def varies(self, node: fx.Node, d: int) -> bool:
         """Whether a value may differ along a dim."""
         val = node.meta["val"]
