@@ -80,14 +80,13 @@ def run_pipeline(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig) 
     with _timed(seconds, "flatten_grids"):
         flatten_grids(captured.gm)
     with _timed(seconds, "infer_axes"):
-        facts, calls = infer_axes(captured.gm, captured.model_input, captured.buffers)
+        facts, calls = infer_axes(captured.gm, captured.model_input, captured.values)
+    facts.protect = config.protect
     report.unknown_ops = facts.unknown
     with _timed(seconds, "find_attention"):
         sites = find_attention(captured.gm, facts, calls)
     with _timed(seconds, "find_blocks"):
-        blocks, skipped = find_blocks(
-            captured.gm, facts, calls, sites, config.protect, config.placement, config.pairing
-        )
+        blocks, skipped = find_blocks(captured.gm, facts, calls, sites, config.placement, config.pairing)
     with _timed(seconds, "plan"):
         plan = make_plan(captured.gm, facts, calls, blocks, config)
     report.r = plan.r

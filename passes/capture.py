@@ -40,7 +40,7 @@ class Captured:
 
     gm: the graph module. fakes: one fake value per placeholder. attributes: tensor attributes and constants by name,
     for which the first `len(attributes)` placeholders stand. model_input: per placeholder, whether it varies from
-    call to call. buffers: the real values of constant placeholders that no optimiser changes.
+    call to call. values: the real values of constant placeholders, parameters and buffers.
     """
 
     gm: fx.GraphModule
@@ -48,7 +48,7 @@ class Captured:
     attributes: dict[str, Tensor]
     model_input: list[bool]
     fake_mode: FakeTensorMode
-    buffers: dict[fx.Node, Tensor]
+    values: dict[fx.Node, Tensor]
 
 
 def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
@@ -77,12 +77,12 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
     held = {**constants, **attributes}
     varies = [False] * len(held) + [_is_model_input(n, v) for n, v in zip(placeholders, inputs, strict=True)]
     inside = traced.graph.find_nodes(op="placeholder")
-    buffers = {
+    known = {
         node: value
         for node, value, moves in zip(inside, [*held.values(), *inputs], varies, strict=True)
-        if isinstance(value, Tensor) and not moves and not isinstance(value, (FakeTensor, torch.nn.Parameter))
+        if type(value) in (Tensor, torch.nn.Parameter) and not moves and not value.is_meta
     }
-    return Captured(traced, [node.meta["val"] for node in inside], held, varies, mode, buffers)
+    return Captured(traced, [node.meta["val"] for node in inside], held, varies, mode, known)
 
 
 def _fake_mode(inputs: Sequence[Any]) -> FakeTensorMode:

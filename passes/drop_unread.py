@@ -26,7 +26,7 @@ from torch.fx.node import map_aggregate
 
 from .axes import expr, same
 from .capture import is_impure
-from .plan import size_hint
+from .values import size_hint
 from .rules import Call, Facts, find
 from .rules.base import Role, SignatureRule, tensors_of
 from .rules.joins import CatRule, SelectRule, SliceRule, SplitRule

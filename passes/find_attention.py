@@ -45,6 +45,9 @@ _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, at
 _MASKED_OUT = -1e4
 
 
+TELLS_PAIRS = "its mask decides for each query which keys it sees"
+
+
 @dataclass(frozen=True)
 class AttentionSite:
     """q, k, out: nodes. query_dim, key_dim: where their tokens stand. inner_dims: the dims of k that the scores
@@ -429,7 +432,7 @@ def _fused_site(node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Ca
     rank = k.meta["val"].dim()
     causal = "the attention is causal" if call.args.get("is_causal") else None
     if causal is None and len(call.nodes) == 4 and facts.per_pair(call.nodes[3], -2, -1):
-        causal = f"{call.nodes[3].name} tells each query apart which keys it sees"
+        causal = TELLS_PAIRS
     queries = q.meta["val"].dim() - 2
     name = place(node) or f"attention {index}"
     values = v.meta["val"].dim() - 2

@@ -40,12 +40,13 @@ from tome_fx.config import ToMeConfig
 from tome_fx.report import SkipReason
 
 from .axes import Dim, leaves, locate, size_of
-from .find_attention import AttentionSite
+from .find_attention import TELLS_PAIRS, AttentionSite
 from .find_mlps import find_mlps
 from .masks import KeyMask, key_masks, parted, same_mask, score_terms, token_dims, told
 from .reach import Reach
 from .rules import Call, Facts, find
 from .rules.contraction import Contraction
+from .special import Special, special
 
 aten = torch.ops.aten
 _ADDS = {aten.add.Tensor}
@@ -60,7 +61,7 @@ class Block:
     """One place to merge.
 
     tokens: the leaves of the token axis. sample: the leaves along which each entry is merged on its own.
-    merge: the node whose value is merged. stream: the residual operand of that add. prefix, suffix: protected tokens.
+    merge: the node whose value is merged. stream: the residual operand of that add. special: the tokens that never merge.
     length: tokens before any merge. branch: the merge ends where its values meet the stream; merge and stream are then
     one node. crossed: the tokens are the queries of cross attention. operands: where not the value of `merge` is merged
     but operands of it (an attention's queries, keys and values), (operand, dim) of each; `stream` is the one they are
@@ -74,8 +75,7 @@ class Block:
     sample: Dim
     merge: fx.Node
     stream: fx.Node
-    prefix: int
-    suffix: int
+    special: Special
     length: Any
     branch: bool = False
     crossed: bool = False
@@ -96,7 +96,6 @@ def find_blocks(
     facts: Facts,
     calls: dict[fx.Node, Call],
     sites: list[AttentionSite],
-    protect: str | int,
     placement: str,
     pairing: tuple[str, str, str] = PAPERS,
 ) -> tuple[list[Block], list[SkipReason]]:
@@ -105,7 +104,7 @@ def find_blocks(
     blocks: list[Block] = []
     skipped: list[SkipReason] = []
     for site in sites:
-        found = _block(site, facts, calls, sites, reach, protect, placement, pairing)
+        found = _block(site, facts, calls, sites, reach, placement, pairing)
         if isinstance(found, Block) and any(b.merge is found.merge for b in blocks):
             found = SkipReason("shared merge point", site.name, "another attention of the same block merges here")
         if isinstance(found, Block):
@@ -113,7 +112,7 @@ def find_blocks(
         else:
             skipped.append(found)
     if placement != "stream":
-        blocks += _mlps(facts, calls, sites, blocks, reach, protect)
+        blocks += _mlps(facts, calls, sites, blocks, reach)
     return blocks, skipped
 
 
@@ -123,7 +122,6 @@ def _mlps(
     sites: list[AttentionSite],
     blocks: list[Block],
     reach: Reach,
-    protect: str | int,
 ) -> list[Block]:
     """Blocks for the MLPs whose stream does not merge, unless a mask of the attention keeps tokens apart."""
     found = []
@@ -137,17 +135,15 @@ def _mlps(
             continue
         if not masks and any(_keeps_apart(s, held.get(s), facts, calls, reach, tokens) for s in (mlp.site, *same)):
             continue
-        prefix, suffix = protected(facts, tokens) if protect == "auto" else (int(protect), 0)
-        length = size_of(tokens)
-        if _unfit(mlp.site, length, prefix + suffix):
+        kept, length = special(facts, tokens), size_of(tokens)
+        if _unfit(mlp.site, length, kept.count):
             continue
         alone = leaves(facts.dims(value)[mlp.dim]) == tokens
         size = value.meta["val"].shape[mlp.dim] if alone else length
         rest = reach.features | mlp.features | set(tokens)
         sample = tuple(leaf for dim in facts.dims(value) for leaf in leaves(dim) if leaf not in rest)
         operands = () if mlp.entry is None else ((mlp.entry, mlp.dim),)
-        found.append(Block(mlp.site, tokens, sample, mlp.merge, value, prefix, suffix, size, True, False, operands,
-                           True, masks))  # fmt: skip
+        found.append(Block(mlp.site, tokens, sample, mlp.merge, value, kept, size, True, False, operands, True, masks))
     return found
 
 
@@ -179,7 +175,6 @@ def _block(
     calls: dict[fx.Node, Call],
     sites: list[AttentionSite],
     reach: Reach,
-    protect: str | int,
     placement: str,
     pairing: tuple[str, str, str],
 ) -> Block | SkipReason:
@@ -196,23 +191,22 @@ def _block(
     if why := why or (_only_causal(sites, facts, tokens) if crossed else None):
         return SkipReason("causal or windowed mask", site.name, why)
     if joined is not None:
-        return _stream_of_its_own(site, facts, *joined, protect)
+        return _stream_of_its_own(site, facts, *joined)
     placed = _place(site, facts, calls, sites, reach, tokens, placement)
     if isinstance(placed, SkipReason):
         return placed
     node, stream, branch, operands = placed
     sample = _sample(site, facts, stream if operands else node, tokens, crossed, reach.features)
-    prefix, suffix = protected(facts, tokens) if protect == "auto" else (int(protect), 0)
-    if unfit := _unfit(site, size_of(tokens), prefix + suffix):
+    kept = special(facts, tokens)
+    if unfit := _unfit(site, size_of(tokens), kept.count):
         return unfit
-    pairs = _pair_mask(site, facts, calls, tokens, sample, (prefix, suffix), reach)
+    pairs = _pair_mask(site, facts, calls, tokens, sample, reach)
     if pairs is not None and not isinstance(pairs, str):
         pairs = _unkept(pairs[0], branch, pairing) or pairs
     if pairs is None:  # told apart in a way that names no axis of tokens
         pairs = site.causal
     if isinstance(pairs, str):
-        kind = "windowed mask" if site.causal is None else "causal or windowed mask"
-        return SkipReason(kind, site.name, site.causal or pairs)
+        return SkipReason("causal or windowed mask", site.name, pairs)
     if pairs is not None:
         facts.parted |= set(score_terms(site, facts, calls, reach))
     masks = () if crossed else _key_masks(site, facts, calls, reach, tokens, sample, node)
@@ -221,8 +215,7 @@ def _block(
     value, at = (site.q, site.query_dim) if crossed else (site.k, site.key_dim)
     length = value.meta["val"].shape[at]
     parts, most = pairs or (None, None)
-    return Block(site, tokens, sample, node, stream, prefix, suffix, length, branch, crossed, operands, False, masks,
-                 parts, most)  # fmt: skip
+    return Block(site, tokens, sample, node, stream, kept, length, branch, crossed, operands, False, masks, parts, most)
 
 
 def _place(
@@ -278,16 +271,15 @@ def _joined(
 
 
 def _stream_of_its_own(
-    site: AttentionSite, facts: Facts, node: fx.Node, stream: fx.Node, tokens: Dim, protect: str | int
+    site: AttentionSite, facts: Facts, node: fx.Node, stream: fx.Node, tokens: Dim
 ) -> Block | SkipReason:
     """The block of one of the streams that an attention joins."""
-    prefix, suffix = protected(facts, tokens) if protect == "auto" else (int(protect), 0)
-    length = size_of(tokens)
-    if unfit := _unfit(site, length, prefix + suffix):
+    kept, length = special(facts, tokens), size_of(tokens)
+    if unfit := _unfit(site, length, kept.count):
         return unfit
     keys = {leaf for dim in facts.dims(site.k) for leaf in leaves(dim)}
     sample = tuple(leaf for dim in facts.dims(node) for leaf in leaves(dim) if leaf in keys)
-    return Block(site, tokens, sample, node, stream, prefix, suffix, length)
+    return Block(site, tokens, sample, node, stream, kept, length)
 
 
 def _only_causal(sites: list[AttentionSite], facts: Facts, tokens: Dim) -> str | None:
@@ -389,28 +381,23 @@ def _pair_mask(
     calls: dict[fx.Node, Call],
     tokens: Dim,
     sample: Dim,
-    ends: tuple[int, int],
     reach: Reach,
 ) -> tuple[fx.Node, int] | str | None:
-    """A mask of pairs among the terms of the scores: one group could hold tokens that it keeps apart.
+    """A mask of pairs among the terms of the scores (see `pairs.py`): one group could hold tokens that it keeps apart.
 
-    Masks are bool terms, what the caller gives, and tables that differ from sample to sample (shifted windows). Returns
-    the mask and how many tokens of each sample may merge where only tokens of one part do (see `masks.parted`), or why
-    nothing may.
+    Returns the mask and how many tokens of each sample may merge where only tokens of one part do (see `masks.parted`),
+    or why nothing may.
     """
     found: tuple[fx.Node, int] | None = None
     for term in score_terms(site, facts, calls, reach):
         pair = token_dims(term, facts, tokens)
         if len(pair) < 2 or not reach.leads(term, site.out):
             continue
-        windows = term in facts.constant and any(
-            set(leaves(dim)) & set(sample) and facts.varies(term, d) for d, dim in enumerate(facts.dims(term))
-        )
-        if not windows and not facts.per_pair(term, *pair[-2:]):
+        if not facts.per_pair(term, *pair[-2:]):
             continue
-        mask = parted(term, facts, calls, tokens, sample, *ends)
+        mask = parted(term, facts, calls, tokens, sample)
         if mask is None or (found is not None and not same_mask(mask[0], found[0], facts)):
-            return f"{term.name} tells each query apart which keys it sees"
+            return TELLS_PAIRS
         found = mask
     return found
 
@@ -473,34 +460,4 @@ def _sample(site: AttentionSite, facts: Facts, node: fx.Node, tokens: Dim, cross
     return tuple(found)
 
 
-def protected(facts: Facts, tokens: Dim) -> tuple[int, int]:
-    """Protected tokens at the front and at the back: pieces that come from parameters alone, and positions read alone.
-
-    A read of more than a quarter of the axis is no special token: it unmerges instead.
-    """
-    length = size_of(tokens)
-    most = length // 4 if isinstance(length, int) else 64
-    front = back = 0
-    for axis, sizes in facts.segments:
-        # A table put together from parameters alone (positions) tells nothing of which tokens are special.
-        if leaves(axis) != tokens or all(constant for _, constant in sizes):
-            continue
-        front = max(front, _constant_run(sizes))
-        back = max(back, _constant_run(sizes[::-1]))
-    for axis, lead, tail in facts.cuts:
-        if leaves(axis) == tokens:
-            front = max(front, lead if lead <= max(most, 1) else 0)
-            back = max(back, tail if tail <= max(most, 1) else 0)
-    return front, back
-
-
-def _constant_run(sizes: list) -> int:
-    total = 0
-    for size, constant in sizes:
-        if not constant or not isinstance(size, int):
-            break
-        total += size
-    return total
-
-
-__all__ = ["Block", "find_blocks", "protected"]
+__all__ = ["Block", "find_blocks"]

@@ -16,32 +16,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import _disable_current_modes
 
 from .axes import expr as size_expr
 from .axes import fresh_dims, leaves, same
+from .pairs import Pairs, elementwise
 from .rules import Call, Facts, find, tensors_of
 from .rules.base import UNKNOWN, Role, Rule, SignatureRule, result_read, sources
 from .rules.contraction import Attention, Contraction, Convolution
 from .rules.joins import CatRule, SliceRule, SplitRule
-from .rules.pointwise import POINTWISE, MaskRule
 from .rules.reduce import Softmax
 from .rules.views import ExpandRule, PermuteRule, ViewRule
+from .values import Values, same_along
 
 aten = torch.ops.aten
 
 
 def infer_axes(
-    gm: fx.GraphModule, model_input: Sequence[bool], buffers: Mapping[fx.Node, Tensor]
+    gm: fx.GraphModule, model_input: Sequence[bool], held: Mapping[fx.Node, Tensor]
 ) -> tuple[Facts, dict[fx.Node, Call]]:
     """Facts about every value, and the bound call of every node that runs an op on tensors.
 
-    model_input: for each placeholder, whether it varies from call to call. buffers: the values of some that do not.
+    model_input: for each placeholder, whether it varies from call to call. held: the values of some that do not.
     """
-    facts, calls = Facts(buffers=dict(buffers)), {}
+    facts, calls = Facts(buffers={n for n, value in held.items() if not isinstance(value, torch.nn.Parameter)}), {}
     angles = _Angles(facts)
     varies = iter(model_input)
-    known = _KnownValues()
+    values = Values(held, facts.constant)
+    known = _Numbers(values)
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             (facts.given if next(varies) else facts.constant).add(node)
@@ -70,7 +71,7 @@ def infer_axes(
         _note_uniform(call, rule, facts)
         known.note(node, facts)
         if any(v.dtype is torch.bool for v in results) or (
-            _elementwise(rule) and any(n in facts.decided for n in sources(node, call.nodes))
+            elementwise(rule) and any(n in facts.decided for n in sources(node, call.nodes))
         ):
             facts.decided.add(node)
         if _given(call, rule, facts):
@@ -79,49 +80,48 @@ def infer_axes(
         if rule is UNKNOWN and call.operands:
             facts.unknown[call.op] = facts.unknown.get(call.op, 0) + 1
     facts.scores = _scores(calls)
+    facts.pairs = Pairs(facts, calls, values)
     return facts, calls
 
 
-class _KnownValues:
-    """The values of what the graph makes from nothing but numbers: positions, and masks that turn out to be all True.
+class _Numbers:
+    """What the graph makes from nothing but numbers: positions, and masks that turn out to be all True.
 
     A mask spelled as a comparison of positions (`q >= 0`) says nothing of a dim along which its value is the same.
     """
 
     LARGEST = 2**18
-    """Elements of a tensor that is still computed."""
+    """Elements of a tensor that is looked at."""
 
-    def __init__(self) -> None:
-        self.values: dict[fx.Node, Any] = {}
+    def __init__(self, values: Values) -> None:
+        self.values = values
+        self.made: set[fx.Node] = set()
 
     def note(self, node: fx.Node, facts: Facts) -> None:
-        """Compute a node where its operands are known, and note the dims along which it does not vary."""
-        val, target = node.meta.get("val"), node.target
-        if not isinstance(val, Tensor) or not isinstance(target, torch._ops.OpOverload):
+        """Note the dims along which a node that is made of numbers does not vary."""
+        val = node.meta.get("val")
+        if node.op != "call_function" or any(n not in self.made for n in node.all_input_nodes):
             return
-        if any(n not in self.values for n in node.all_input_nodes) or target._schema.is_mutable:
-            return
-        if torch.Tag.nondeterministic_seeded in target.tags or "empty" in target._schema.name:
+        if not isinstance(val, Tensor):
             return
         if not all(isinstance(s, int) for s in val.shape) or val.numel() > self.LARGEST:
             return
-        with _disable_current_modes(), torch.no_grad():
-            value = self.values[node] = target(*fx.map_arg(node.args, self.values.get),
-                                               **fx.map_arg(node.kwargs, self.values.get))  # fmt: skip
-        same_along = (
-            {d for d in range(value.dim()) if bool((value == value.narrow(d, 0, 1)).all())} if value.numel() else set()
-        )
-        if same_along:
-            facts.uniform[node] = facts.uniform.get(node, frozenset()) | same_along
+        value = self.values.of(node)
+        if value is not None:
+            self.made.add(node)
+            if same := same_along(value):
+                facts.uniform[node] = facts.uniform.get(node, frozenset()) | same
 
 
 def _given(call: Call, rule: Rule, facts: Facts) -> bool:
     """Whether a value still says of single positions what an input of the model said: no product came between."""
     read = sources(call.node, call.nodes)
     given = [n for n in read if n in facts.given]
+    if isinstance(rule, Contraction) and Role.SUM not in rule.signature(call, facts).roles.values():
+        return bool(given) and len(given) == len(read)  # an outer product
     if not given or isinstance(rule, (Contraction, Convolution, Attention)):
         return False
-    if not _elementwise(rule) or all(n in facts.given or n in facts.constant for n in read):
+    if not elementwise(rule) or all(n in facts.given or n in facts.constant for n in read):
         return True
     return any(n.meta["val"].dim() > 1 and facts.varies(n, -1) and facts.varies(n, -2) for n in given)
 
@@ -148,10 +148,6 @@ class _Angles:
         turned = any(n in facts.angles for n in read) and not isinstance(rule, Contraction)
         if turned and all(n in facts.angles or n in facts.constant for n in read):
             facts.angles.add(node)
-
-
-def _elementwise(rule: Rule) -> bool:
-    return rule is POINTWISE or isinstance(rule, (MaskRule, ViewRule, PermuteRule, ExpandRule))
 
 
 def _note_channels(call: Call, rule: SignatureRule, facts: Facts) -> None:
@@ -249,7 +245,7 @@ def _scores(calls: dict[fx.Node, Call]) -> set[fx.Node]:
         rule = find(call)
         if isinstance(rule, Contraction):
             found.add(node)
-        elif isinstance(rule, CatRule) or _elementwise(rule):
+        elif isinstance(rule, CatRule) or elementwise(rule):
             found.add(node)
             todo += sources(node, call.nodes)
     return found

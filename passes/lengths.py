@@ -26,8 +26,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .axes import Expr, expr, quotient
-from .plan import Plan, size_hint
+from .plan import Plan
 from .rules import Call
+from .values import size_hint
 
 aten, prims = torch.ops.aten, torch.ops.prims
 Shape = tuple[Expr, ...]

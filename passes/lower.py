@@ -45,7 +45,7 @@ from tome_fx.kernels import cpu
 
 from .axes import expr, same
 from .capture import is_impure
-from .plan import size_hint
+from .values import size_hint
 from .rules import Call
 
 aten = torch.ops.aten

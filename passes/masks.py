@@ -16,14 +16,13 @@ where such a mask cuts every window into parts that see themselves and nobody el
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import _disable_current_modes
 
 from tome_fx.ops import LEFT_OUT
 
@@ -37,6 +36,7 @@ from .rules.joins import CatRule
 from .rules.pointwise import MaskRule, scalar
 from .rules.reduce import Softmax, reduced_dims
 from .rules.views import ExpandRule, PermuteRule, RepeatRule, ViewRule
+from .special import special
 
 aten = torch.ops.aten
 _SUMS = {aten.add.Tensor, aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default}
@@ -44,8 +44,6 @@ _VIEWS = ViewRule, PermuteRule, ExpandRule, RepeatRule
 _PASS = (aten.to, aten._to_copy, aten.clone, aten.contiguous, aten.detach, aten.alias, aten.type_as, aten.dropout)
 _ADD, _SUBTRACT = (aten.add,), (aten.sub, aten.subtract)
 _MULTIPLY, _DIVIDE = (aten.mul, aten.multiply), (aten.div, aten.divide, aten.true_divide)
-_LARGEST = 2**22
-"""Elements of a mask whose value is looked into."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,10 @@ def _columns(
 
 
 def told(node: fx.Node, facts: Facts) -> bool:
-    """Whether a value says of single tokens what the caller or a comparison said: no model computed or learned it."""
-    return node in facts.given or node in facts.decided or node.meta["val"].dtype is torch.bool
+    """Whether a value says of single tokens what the caller, a comparison or a constant mask said: no model computed or
+    learned it."""
+    said = node in facts.given or node in facts.decided or node.meta["val"].dtype is torch.bool
+    return said or (facts.pairs is not None and facts.pairs.marks(node))
 
 
 def _ways(site: AttentionSite, calls: dict[fx.Node, Call], reach: Reach) -> list[tuple[list[fx.Node], bool]]:
@@ -335,32 +335,26 @@ def _varies_with(node: fx.Node, facts: Facts) -> set[Any]:
 
 
 def parted(
-    term: fx.Node, facts: Facts, calls: dict[fx.Node, Call], tokens: Dim, sample: Dim, prefix: int, suffix: int
+    term: fx.Node, facts: Facts, calls: dict[fx.Node, Call], tokens: Dim, sample: Dim
 ) -> tuple[fx.Node, int] | None:
     """The mask of pairs that a term of the scores is a sum with, and how many tokens of any window may merge.
 
     None where the value of the mask is not known, or does not cut each window into parts that see only themselves.
     """
 
-    def told(node: fx.Node) -> bool:
-        return bool(_varies_with(node, facts) & set(sample)) or node in facts.decided or node in facts.given
-
-    values: dict[fx.Node, Tensor] = {}
+    def tells(node: fx.Node) -> bool:
+        pair = token_dims(node, facts, tokens)
+        return len(pair) == 2 and facts.per_pair(node, *pair)
 
     def is_mask(node: fx.Node) -> bool:
-        pair = len(token_dims(node, facts, tokens)) == 2 and told(node)
-        if not pair or not _varies_with(node, facts) <= {*tokens, *sample}:
-            return False
-        value = _value(node, facts)
-        if value is not None:
-            values[node] = value
-        return value is not None
+        known = _varies_with(node, facts) <= {*tokens, *sample} and _value(node, facts) is not None
+        return known and tells(node) and _allowed(node, facts, tokens) is not None
 
     masks, others = _summands(term, is_mask, calls)
     # Parts of two masks at once are not counted out.
-    if len(masks) != 1 or any(len(token_dims(node, facts, tokens)) == 2 and told(node) for node in others):
+    if len(masks) != 1 or any(map(tells, others)):
         return None
-    allowed = _allowed(values[masks[0]], token_dims(masks[0], facts, tokens), prefix, suffix)
+    allowed = _allowed(masks[0], facts, tokens)
     return None if allowed is None else (masks[0], allowed)
 
 
@@ -370,40 +364,18 @@ def same_mask(a: fx.Node, b: fx.Node, facts: Facts) -> bool:
     return x is not None and y is not None and torch.equal(x.flatten(), y.flatten())
 
 
-def _value(root: fx.Node, facts: Facts) -> Tensor | None:
-    """A constant of the graph computed from numbers and buffers; None where a weight or an input goes into it."""
-    order, todo, seen = [], [root], set()
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        order.append(node)
-        val, target = node.meta.get("val"), cast(Any, node.target)
-        if node in facts.buffers:
-            continue
-        pure = isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable
-        if node not in facts.constant or node.op != "call_function" or not pure or not isinstance(val, Tensor):
-            return None
-        if torch.Tag.nondeterministic_seeded in target.tags or "empty" in target._schema.name:
-            return None
-        if not all(isinstance(s, int) for s in val.shape) or val.numel() > _LARGEST:
-            return None
-        todo += node.all_input_nodes
-    held: dict[fx.Node, Any] = {}
-    with _disable_current_modes(), torch.no_grad():
-        for node in sorted(order):
-            if node in facts.buffers:
-                held[node] = facts.buffers[node]
-            else:
-                args, kwargs = fx.map_arg(node.args, held.get), fx.map_arg(node.kwargs, held.get)
-                held[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return held[root]
+def _value(node: fx.Node, facts: Facts) -> Tensor | None:
+    """The value of a constant of known shape."""
+    sized = all(isinstance(size, int) for size in node.meta["val"].shape)
+    return facts.pairs.value(node) if sized and facts.pairs is not None else None
 
 
-def _allowed(value: Tensor, pair: Sequence[int], prefix: int, suffix: int) -> int | None:
+def _allowed(node: fx.Node, facts: Facts, tokens: Dim) -> int | None:
     """How many tokens of every window have a partner in their own part; None where there are no such parts."""
-    value = value.movedim(tuple(pair), (-2, -1))
+    value = _value(node, facts)
+    if value is None:
+        return None
+    value = value.movedim(tuple(token_dims(node, facts, tokens)), (-2, -1))
     seen = value if value.dtype is torch.bool else value > LEFT_OUT
     if value.dtype is not torch.bool and not bool((value.masked_fill(~seen, 0.0) == 0).all()):
         return None  # scores of its own
@@ -413,10 +385,10 @@ def _allowed(value: Tensor, pair: Sequence[int], prefix: int, suffix: int) -> in
     same = (shared == count[:, :, None]) & (shared == count[:, None, :])
     if not bool((same | (shared == 0)).all()) or not bool((same == row.bool()).all()):
         return None
-    body = same[:, prefix : n - suffix, prefix : n - suffix]
+    free = special(facts, tokens).free(n).to(same.device)
+    same = same & free & free[:, None]
     # Sources stand at even places of the axis: see `tome_fx.ops.match`.
-    odd = prefix % 2
-    return int(body[:, odd::2, 1 - odd :: 2].any(-1).sum(-1).min())
+    return int(same[:, ::2, 1::2].any(-1).sum(-1).min())
 
 
 __all__ = ["KeyMask", "key_masks", "parted", "same_mask", "score_terms", "token_dims", "told"]

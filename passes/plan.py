@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._sympy.value_ranges import bound_sympy
 
 from tome_fx.config import ToMeConfig
 from tome_fx.report import SiteReport, SkipReason, Unmerge
@@ -34,6 +33,7 @@ from .rules.base import Fill, SignatureRule, fill_of, result_read
 from .rules.contraction import Attention
 from .rules.joins import SelectRule, SliceRule, SplitRule
 from .rules.views import ExpandRule, PermuteRule, ViewRule
+from .values import size_hint
 
 aten = torch.ops.aten
 # Rules of ops that compute nothing.
@@ -185,17 +185,6 @@ def _profitable(
             why = f"matching would cost {plan.spent[site]:.2g} FLOPs and save {plan.saved.get(site, 0.0):.2g}"
             dropped.append(SkipReason(kind, blocks[site].name, why))
             active.remove(site)
-
-
-def size_hint(size: Any) -> int:
-    """A size as a number: a symbolic one by the value it was traced with, one that only values tell (nonzero) by its
-    least."""
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    node: Any = size.node
-    if node.hint is not None:
-        return int(node.hint)
-    return int(max(bound_sympy(node.expr, node.shape_env.var_to_range).lower, 0))
 
 
 class _Walk:
@@ -406,7 +395,7 @@ class _Walk:
             self._skip(block, "extensive stream", "the residual stream is a sum over tokens")
             return None, 0
         before: Any = held.step.after if held is not None else block.length
-        prefix, suffix = block.prefix, block.suffix
+        prefix, suffix = block.special.prefix, block.special.suffix
         r = merged_away(self.wanted[index], before, prefix + suffix)
         free = block.length - prefix - suffix
         most = [] if block.most is None else [block.most]
@@ -526,4 +515,4 @@ def site_reports(
     return rows
 
 
-__all__ = ["Merge", "Plan", "make_plan", "site_reports", "size_hint"]
+__all__ = ["Merge", "Plan", "make_plan", "site_reports"]

@@ -83,17 +83,28 @@ class Decision:
     reasons: tuple[tuple[int, str], ...] = ()
 
 
+class PairMasks(Protocol):
+    """What `pairs.Pairs` answers."""
+
+    def tell(self, node: fx.Node, query: Dim, key: Dim) -> bool:
+        """Whether a term of the scores rules out keys of the axis `key` for some queries of the axis `query` alone."""
+
+    def marks(self, node: fx.Node) -> bool:
+        """Whether a value that depends on no input went into a term and rules keys out."""
+
+
 @dataclass
 class Facts:
     """What the analyses know of the graph.
 
     axes: dims of every tensor result of every node. constant: nodes that depend on no model input. scores: nodes on
     the way to a softmax. uniform: dims along which a value is the same everywhere. decided: values that a bool tensor
-    went into. given: inputs of the model, and what was made of them without a product. segments: sizes of the pieces
-    a token axis was concatenated from, with whether each depends on no input. joins: axes that were concatenated, and
-    the axis it made. channels: axes that come from a weight. cuts: reads of an axis at a fixed position, (leaves,
-    from the front, from the back). buffers: the values of the model's buffers at compile time. parted: masks of pairs
-    within whose parts alone tokens merge. angles: sines and cosines of positions, and what is put together from them.
+    went into. given: inputs of the model, and what was made of them without a product. origins: axes that are slices:
+    (axis, of which, from, to). segments: a value that was concatenated, along which axis, and of each piece the axis,
+    the size and whether it depends on no input. joins: axes that were concatenated, and the axis it made. channels:
+    axes that come from a weight. cuts: reads of a part of an axis, (value, axis, from, to). buffers: the model's buffers. pairs: what masks say of pairs. protect: the option of that name.
+    parted: masks of pairs within whose parts alone tokens merge. angles: sines and cosines of positions, and what is
+    put together from them.
     """
 
     axes: dict[fx.Node, tuple[Dims, ...]] = field(default_factory=dict)
@@ -103,11 +114,14 @@ class Facts:
     decided: set[fx.Node] = field(default_factory=set)
     given: set[fx.Node] = field(default_factory=set)
     slices: dict[tuple, Any] = field(default_factory=dict)
-    segments: list[tuple[tuple, list[tuple[Any, bool]]]] = field(default_factory=list)
+    origins: list[tuple[Dim, Dim, Any, Any]] = field(default_factory=list)
+    segments: list[tuple[fx.Node, Dim, list[tuple[Dim, Any, bool]]]] = field(default_factory=list)
     joins: list[tuple[list[Dim], Dim]] = field(default_factory=list)
     channels: list[Dim] = field(default_factory=list)
-    cuts: list[tuple[tuple, int, int]] = field(default_factory=list)
-    buffers: dict[fx.Node, Tensor] = field(default_factory=dict)
+    cuts: list[tuple[fx.Node, Dim, Any, Any]] = field(default_factory=list)
+    buffers: set[fx.Node] = field(default_factory=set)
+    pairs: PairMasks | None = None
+    protect: Any = "auto"
     parted: set[fx.Node] = field(default_factory=set)
     angles: set[fx.Node] = field(default_factory=set)
     unknown: dict[str, int] = field(default_factory=dict)
@@ -126,15 +140,11 @@ class Facts:
         return size_expr(val.shape[d]) != 1 and d not in self.uniform.get(node, ())
 
     def per_pair(self, node: fx.Node, query: int, key: int) -> bool:
-        """Whether a term of the scores says something else of each pair of tokens, so that no merge can keep it.
-
-        Bool masks and masks that the caller gives are such terms (causal, windowed). A float table that depends on no
-        input, or that the model computes (relative positions), may be averaged, and what is the same for all queries is
-        a mask of the keys.
-        """
-        if node.meta["val"].dim() < 2 or not (self.varies(node, query) and self.varies(node, key)):
+        """Whether a term of the scores is a mask of pairs (see `pairs.py`), so that no merge can keep what it says."""
+        if self.pairs is None or node in self.parted or node.meta["val"].dim() < 2:
             return False
-        return (node in self.given or node in self.decided) and node not in self.parted
+        dims = self.dims(node)
+        return self.pairs.tell(node, leaves(dims[query]), leaves(dims[key]))
 
 
 def tensors_of(value: Any) -> tuple[Tensor, ...]:

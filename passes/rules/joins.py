@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
 from ..axes import Dims, fresh, leaves, same, unify
 from ..axes import expr as size_expr
@@ -80,12 +81,9 @@ class CatRule(Rule):
         joined = fresh(total) if known is None else known
         if known is None:
             facts.joins.append((dims, joined))
-        sizes: list[tuple[Any, bool]] = []
-        for i, dim in zip(pieces, dims, strict=True):
-            nested = next((s for key, s in facts.segments if leaves(key) == leaves(dim)), None)
-            constant = call.nodes[i] in facts.constant
-            sizes += nested if nested else [(size_expr(call.vals[i].shape[d]), constant)]
-        facts.segments.append((joined, sizes))
+        parts = [(facts.dims(n)[d], size_expr(n.meta["val"].shape[d]), n in facts.constant)
+                 for n in (call.nodes[i] for i in pieces)]  # fmt: skip
+        facts.segments.append((call.node, joined, parts))
         return joined
 
     def _restores(self, call: Call, facts: Facts, d: int, pieces: list[int], whole: Any) -> bool:
@@ -199,6 +197,7 @@ def slice_dim(facts: Facts, dim: Any, size: Any, start: Any, stop: Any, step: in
         facts.slices[key] = new
         if step == 1 and new:
             facts.slices["origin", leaves(new)] = (dim, start, stop)
+            facts.origins.append((new, dim, start, stop))
     return facts.slices[key]
 
 
@@ -256,7 +255,7 @@ class SliceRule(Rule):
     def axes(self, call: Call, facts: Facts) -> tuple[Dims, ...]:
         d, start, stop, step, size = self._spec(call)
         dims = facts.dims(call.nodes[0])
-        _note_cut(facts, dims[d], start, stop, size)
+        _note_cut(facts, call.nodes[0], dims[d], start, stop, size)
         return ((*dims[:d], slice_dim(facts, dims[d], size, start, stop, step), *dims[d + 1 :]),)
 
     def plan(self, call: Call, ins: Sequence[Layout], facts: Facts) -> Decision:
@@ -290,17 +289,10 @@ class SliceRule(Rule):
         return x.narrow(d, x.shape[d] - (size - start), stop - start)
 
 
-def _note_cut(facts: Facts, dim: Any, start: Any, stop: Any, size: Any) -> None:
-    """Remember which positions at either end of an axis are read on their own."""
-    front = start if not same(start, 0) else stop
-    back = size - stop if not same(stop, size) else size - start
-    front = front if isinstance(front, int) and not same(front, size) else 0
-    back = back if isinstance(back, int) and not same(back, size) else 0
-    if isinstance(size, int) and front and back and (same(start, 0) or same(stop, size)):
-        # A slice of one end protects that end; the other is the rest of the axis.
-        front, back = (front, 0) if front <= back else (0, back)
-    if dim and (front or back):
-        facts.cuts.append((dim, front, back))
+def _note_cut(facts: Facts, node: fx.Node, dim: Any, start: Any, stop: Any, size: Any) -> None:
+    """Remember that a part of an axis of a value is read on its own."""
+    if dim and not (same(start, 0) and same(stop, size)):
+        facts.cuts.append((node, dim, start, stop))
 
 
 class SelectRule(Rule):
@@ -314,7 +306,7 @@ class SelectRule(Rule):
     def axes(self, call: Call, facts: Facts) -> tuple[Dims, ...]:
         d, index, size = self._spec(call)
         dims = facts.dims(call.nodes[0])
-        _note_cut(facts, dims[d], index, index + 1, size) if index != 0 else _note_cut(facts, dims[d], 0, 1, size)
+        _note_cut(facts, call.nodes[0], dims[d], index, index + 1, size)
         return ((*dims[:d], *dims[d + 1 :]),)
 
     def plan(self, call: Call, ins: Sequence[Layout], facts: Facts) -> Decision:
@@ -357,7 +349,7 @@ class SplitRule(Rule):
         size, at, out = size_expr(call.vals[0].shape[d]), 0, []
         for piece in call.results:
             stop = at + size_expr(piece.shape[d])
-            _note_cut(facts, dims[d], at, stop, size)
+            _note_cut(facts, call.nodes[0], dims[d], at, stop, size)
             out.append((*dims[:d], slice_dim(facts, dims[d], size, at, stop, 1), *dims[d + 1 :]))
             at = stop
         return tuple(out)
@@ -478,7 +470,7 @@ class ScatterSlice(SignatureRule):
             start, stop, step, size = self._spec(call, d)
             if step == 1 and call.vals[1].dim() == call.vals[0].dim():
                 unify(slice_dim(facts, dims[d], size, start, stop, step), facts.dims(call.nodes[1])[d])
-                _note_cut(facts, dims[d], start, stop, size)
+                _note_cut(facts, call.nodes[0], dims[d], start, stop, size)
         return (dims,)
 
     @staticmethod
