@@ -1,6 +1,7 @@
 """verify: what must hold of every rewritten graph. Always on: it is cheap.
 
-The graph is well-formed; placeholders are the same in the same order; outputs have the shape, dtype and device they had.
+The graph is well-formed; placeholders are the same in the same order; outputs have the shape, dtype and device that
+they had.
 That no merged value reaches an op without a rule holds by construction (`plan` unmerges before such an op).
 """
 
