@@ -169,7 +169,7 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # a scalar, or an array as a list
         return value.tolist()
     if isinstance(value, Real):
-        return float(value) if not hasattr(value, "__index__") else index(value)  # type: ignore[arg-type]
+        return float(value) if not hasattr(value, "__index__") else index(value)
     return index(value) if hasattr(value, "__index__") else value
 
 
