@@ -81,6 +81,7 @@ class Emitter:
         self.source = captured.gm.graph
         self.facts, self.calls, self.plan, self.config = facts, calls, plan, config
         self.builder = Builder(captured.fake_mode)
+        self.inputs: dict[fx.Node, Any] = {}
         self.env: dict[fx.Node, Any] = {}
         self.steps: dict[Step, StepTensors] = {}
         self._converted: dict[Any, Traced] = {}
@@ -93,7 +94,10 @@ class Emitter:
     # -- nodes -----------------------------------------------------------------------------------------------------
 
     def run_graph(self) -> fx.Graph:
-        """The new graph."""
+        """The new graph. Its inputs stand first, in their old order, whatever a merge at one of them reads early."""
+        for node in self.source.find_nodes(op="placeholder"):
+            self.builder.begin(node)
+            self.inputs[node] = self.builder.placeholder(node)
         for node in self.source.nodes:
             if node.op == "output":
                 self.builder.begin(node)
@@ -119,7 +123,7 @@ class Emitter:
 
     def _value(self, n: fx.Node) -> Any:
         if n.op == "placeholder":
-            return self.builder.placeholder(n)
+            return self.inputs[n]
         if n.op != "call_function":
             raise NotImplementedError(f"{n.op} node {n.name}")
         if n.target is operator.getitem and isinstance(self.env.get(n.args[0]), tuple):  # type: ignore[arg-type]

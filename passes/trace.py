@@ -42,7 +42,7 @@ class Builder:
 
     def begin(self, node: fx.Node) -> None:
         """Nodes made from now on come from `node`."""
-        self.origin = {k: v for k, v in node.meta.items() if k not in _OF_THE_VALUE}
+        self.origin = {k: v for k, v in node.meta.items() if k not in OF_THE_VALUE}
 
     def placeholder(self, node: fx.Node) -> Any:
         """A copy of an input of the old graph."""
@@ -151,7 +151,7 @@ class Builder:
         return self.mode.shape_env.create_symintnode(size, hint=None)
 
 
-_OF_THE_VALUE = frozenset({"val", "tensor_meta", "example_value", "constant", "unbacked_bindings"})
+OF_THE_VALUE = frozenset({"val", "tensor_meta", "example_value", "constant", "unbacked_bindings"})
 
 
 def fake_like(val: FakeTensor, shape: Sequence[Any]) -> FakeTensor:
@@ -281,4 +281,4 @@ def cat(parts: Sequence[Traced], d: int) -> Traced:
     return parts[0].builder.call(aten.cat.default, list(parts), d)
 
 
-__all__ = ["Builder", "Traced", "cat", "fake_like"]
+__all__ = ["OF_THE_VALUE", "Builder", "Traced", "cat", "fake_like"]

@@ -1,6 +1,7 @@
 """verify: what must hold of every rewritten graph. Always on: it is cheap.
 
-The graph is well-formed; placeholders are as many as before; outputs have the shape, dtype and device they had.
+The graph is well-formed; placeholders are the same in the same order; outputs have the shape, dtype and device that
+they had.
 That no merged value reaches an op without a rule holds by construction (`plan` unmerges before such an op).
 """
 
@@ -19,9 +20,9 @@ class VerifyError(Exception):
 def verify(before: fx.GraphModule, after: fx.GraphModule) -> None:
     """Raise VerifyError unless `after` can stand in for `before`."""
     after.graph.lint()
-    count = [len(gm.graph.find_nodes(op="placeholder")) for gm in (before, after)]
-    if count[0] != count[1]:
-        raise VerifyError(f"the graph had {count[0]} inputs and has {count[1]}")
+    given, kept = ([str(n.target) for n in gm.graph.find_nodes(op="placeholder")] for gm in (before, after))
+    if given != kept:
+        raise VerifyError(f"the graph had the inputs {', '.join(given)} and has {', '.join(kept)}")
     old, new = _outputs(before), _outputs(after)
     if len(old) != len(new):
         raise VerifyError(f"the graph had {len(old)} outputs and has {len(new)}")

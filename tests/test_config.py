@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
+import sympy
 import torch
 
 import tome_fx
@@ -14,7 +17,7 @@ from tests.models import Spec, build
 from tests.palette import compiled
 from tome_fx import tome_backend
 from tome_fx.backend import tome
-from tome_fx.config import ToMeConfig, config_from
+from tome_fx.config import ToMeConfig, config_from, updated
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"r": -1}, ValueError, "0 or more"),
@@ -128,6 +131,57 @@ def test_config_is_a_frozen_value() -> None:
     assert ToMeConfig(r=[3, 1]) != ToMeConfig(r=(3, 1))
     with pytest.raises(dataclasses.FrozenInstanceError):
         ToMeConfig(r=3).r = 4  # type: ignore[misc]
+
+
+class Index:
+    """A whole number of somebody's own."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __index__(self) -> int:
+        return self.value
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [np.int64, np.int8, np.uint16, np.array, torch.tensor, Index, sympy.Integer, np.intp],
+    ids=lambda w: w.__name__,
+)
+def test_whole_numbers_of_others(whole: Any) -> None:
+    """In every place that takes an int, in a list, in a pair and through loose keys: the same config, the same hash."""
+    for name in ("r", "protect", "every", "multiple"):
+        made, plain = (ToMeConfig(**{"r": 4, name: value}) for value in (whole(3), 3))
+        assert made == plain
+        assert hash(made) == hash(plain)
+        assert type(getattr(made, name)) is int
+    assert tome_backend([whole(8), 4, whole(2)]) == tome_backend([8, 4, 2])
+    assert tome_backend((whole(8), -1)) == tome_backend((8, -1))
+    assert tome_backend((8, whole(-1) if whole is not np.uint16 else -1)) == tome_backend((8, -1))
+    assert config_from({"r": whole(8)}) == updated(ToMeConfig(), {"r": whole(8)}) == ToMeConfig(r=8)
+
+
+@pytest.mark.parametrize(
+    "real", [np.float64, np.float32, np.float16, np.array, torch.tensor, lambda x: Fraction(x)], ids=str
+)
+def test_real_numbers_of_others(real: Any) -> None:
+    assert ToMeConfig(r=real(0.125)) == ToMeConfig(r=0.125)
+    assert ToMeConfig(flops=real(0.5)) == ToMeConfig(flops=0.5)
+    assert ToMeConfig(r=(8, real(0.5))) == ToMeConfig(r=(8, 0.5))
+    with pytest.raises(ValueError, match="below 1"):
+        ToMeConfig(r=real(8.0))
+
+
+def test_arrays_and_flags_of_others() -> None:
+    assert ToMeConfig(r=np.array([8, 4, 2])) == ToMeConfig(r=torch.tensor([8, 4, 2])) == ToMeConfig(r=[8, 4, 2])
+    assert ToMeConfig(r=4, prop_attn=np.bool_(False), strict=torch.tensor(True)) == ToMeConfig(
+        r=4, prop_attn=False, strict=True
+    )
+    for wrong in (np.bool_(True), torch.tensor(True), np.datetime64("2020")):
+        with pytest.raises(TypeError, match="r must be an int"):
+            ToMeConfig(r=wrong)
+    with pytest.raises(TypeError, match="ints"):
+        ToMeConfig(r=np.array([1.5, 2]))
 
 
 def test_config_from_loose_keys() -> None:

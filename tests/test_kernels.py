@@ -302,3 +302,76 @@ def test_other_dtypes_take_the_aten_form(dtype: torch.dtype) -> None:
     out = OPS.merge(x, None, OPS.merge_size(None, assign, keep, moved), assign, keep, moved)
     assert out.dtype == dtype
     assert out.shape == (2, 15, 5)
+
+
+def operands() -> dict[str, torch.Tensor]:
+    """Arguments of all operators, by name: two samples of 10 tokens, of which 4 go."""
+    x = torch.randn(2, 10, 6)
+    assign, keep, moved, _, size_out, _ = OPS.match_size(x, torch.ones(2, 10), 4, 0, 0)
+    named = {"metric": x, "x": x, "y": x.cos(), "grad": x[:, 4:], "size": torch.ones(2, 10), "size_out": size_out}
+    return {**named, "assign": assign, "keep": keep, "moved": moved, "index": assign}
+
+
+CALLS = {
+    "match_size": lambda o, t: o.match_size(t["metric"], t["size"], 4, 0, 0),
+    "merge": lambda o, t: o.merge(t["x"], t["size"], t["size_out"], t["assign"], t["keep"], t["moved"]),
+    "merge_add": lambda o, t: o.merge_add(t["x"], t["y"], t["size"], t["size_out"], t["assign"], t["keep"], t["moved"]),
+    "merge_bias": lambda o, t: o.merge_bias(t["x"], t["size"], t["size_out"], t["assign"], t["keep"], t["moved"]),
+    "merge_size": lambda o, t: o.merge_size(t["size"], t["assign"], t["keep"], t["moved"]),
+    "merge_backward": lambda o, t: o.merge_backward(
+        t["grad"], t["size"], t["size_out"], t["assign"], t["keep"], t["moved"]
+    ),
+    "unmerge": lambda o, t: o.unmerge(t["grad"], t["index"]),
+    "unmerge_backward": lambda o, t: o.unmerge_backward(t["x"], t["index"], 6),
+}
+READ = {
+    "match_size": ("size",), "merge": ("x", "size", "size_out", "assign", "keep", "moved"),
+    "merge_add": ("x", "y", "size", "size_out", "assign", "keep", "moved"),
+    "merge_bias": ("x", "size", "size_out", "assign", "keep", "moved"),
+    "merge_size": ("size", "assign", "keep", "moved"),
+    "merge_backward": ("grad", "size", "size_out", "assign", "keep", "moved"), "unmerge": ("grad", "index"),
+    "unmerge_backward": ("x", "index"),
+}  # fmt: skip
+WRONG = {
+    "a sample fewer": lambda t: t[:1],
+    "a token fewer": lambda t: t[:, :-1],
+    "another sample axis": lambda t: t[None],
+    "no sample axis": lambda t: t[0],
+    "no dims": lambda t: t.flatten()[0],
+    "samples and tokens exchanged": lambda t: t.transpose(0, 1),
+    "one token": lambda t: t[:, :1],
+    "no token": lambda t: t[:, :0],
+}
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["C++", "ATen"])
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+@pytest.mark.parametrize("name", CALLS, ids=str)
+def test_operands_that_do_not_fit_are_refused(
+    name: str, wrong: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each operand alone in another shape: an error, never memory of others. Only `unmerge` has a result of any length:
+    that of its index."""
+    if not compiled:
+        monkeypatch.setattr(cpu, "library", lambda: None)
+    held = operands()
+    CALLS[name](OPS, held)
+    for operand in READ[name]:
+        changed = WRONG[wrong](held[operand])
+        if name == "unmerge" and operand == "index" and changed.dim() == 2 and len(changed) == 2:
+            continue
+        with pytest.raises((ValueError, IndexError, RuntimeError)):
+            CALLS[name](OPS, {**held, operand: changed})
+
+
+@pytest.mark.parametrize("name", CALLS, ids=str)
+def test_operands_of_another_dtype_are_refused(name: str) -> None:
+    """The kernels read sizes as float32 and indices as int64."""
+    held = operands()
+    for operand in {"size", "size_out", "assign", "keep", "moved", "index"} & set(READ[name]):
+        for dtype in (torch.float16, torch.float64, torch.int32):
+            with pytest.raises(ValueError, match=f"{operand} must be (float32|int64)"):
+                CALLS[name](CPU, {**held, operand: held[operand].to(dtype)})
+    if "y" in READ[name]:
+        with pytest.raises(ValueError, match=r"y must be float32 \[2, 10, 6\].*is bfloat16 \[2, 10, 6\]"):
+            CALLS[name](CPU, {**held, "y": held["y"].bfloat16()})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
+from operator import index
 from typing import Any
 
 from tome_fx import matching
@@ -18,6 +20,8 @@ PLACEMENTS = ("auto", "stream", "branch")
 @dataclass(frozen=True)
 class ToMeConfig:
     """How to merge. Equal configs share compiled code; any change recompiles.
+
+    Numbers of NumPy or torch, and all with `__index__`, are taken as Python's; an array is a list.
 
     Raises TypeError or ValueError, with a sentence that says what is allowed, on impossible values.
     """
@@ -70,9 +74,7 @@ class ToMeConfig:
     """Whether `r` was given as a list (kept as a tuple so that the config is hashable)."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.r, list):
-            object.__setattr__(self, "r", tuple(self.r))
-            object.__setattr__(self, "is_list", True)
+        self._make_plain()
         if self.flops is not None:
             if self.r is not None:
                 raise ValueError(f"give r or flops, not both; got r={self.r!r} and flops={self.flops!r}")
@@ -103,6 +105,13 @@ class ToMeConfig:
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.padding_first and self.matcher == "random":
             raise ValueError('padding_first goes by similarity, and matcher="random" does not: leave one of them out')
+
+    def _make_plain(self) -> None:
+        for f in fields(self):
+            object.__setattr__(self, f.name, _plain(getattr(self, f.name)))
+        if isinstance(self.r, list):
+            object.__setattr__(self, "r", tuple(self.r))
+            object.__setattr__(self, "is_list", True)
 
     def _check_r(self) -> None:
         allowed = "an int of 0 or more, a float below 1 (a share), (r, inflection), or a list with one int per block"
@@ -149,6 +158,19 @@ class ToMeConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of NumPy, of torch, or with `__index__` as Python's, also in a list or a tuple; all else as it is."""
+    if isinstance(value, (bool, int, float, str)) and type(value).__module__ == "builtins":
+        return value
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+    if hasattr(value, "tolist"):  # a scalar, or an array as a list
+        return value.tolist()
+    if isinstance(value, Real):
+        return float(value) if not hasattr(value, "__index__") else index(value)
+    return index(value) if hasattr(value, "__index__") else value
 
 
 def _real(value: Any) -> bool:

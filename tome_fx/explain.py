@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.fx._pytree import tree_flatten_spec
+from torch.utils._pytree import tree_leaves
 
 from tome_fx.backend import ToMeError, transform
 from tome_fx.config import config_from
@@ -26,19 +30,21 @@ def explain(
     r: Any = None,
     **config: Any,
 ) -> ToMeReport:
-    """What tome_backend would do to `model(*args, **kwargs)`. No kernel of the model is run.
+    """What tome_backend would do to `model(*args, **kwargs)`. Nothing is merged and nothing is compiled.
 
-    Each graph is analysed on fake tensors and then stands in for itself with zeros, so that a model with graph breaks
-    is seen whole. `config`: the keywords of `tome_backend`. Raises what torch.compile raises where it cannot trace.
+    Each graph is analysed on fake tensors and then runs once as it is, unmerged, so that Python which reads numbers from
+    tensors between graphs goes the way that it goes in a call. What the call writes to buffers and inputs is undone,
+    and so are the random numbers that it draws. `config`: the keywords of `tome_backend`. Raises what torch.compile
+    raises where it cannot trace, and what the model itself raises.
     """
     settings = config_from({"r": r, "inner": "eager", **config})
     found: list[ToMeReport] = []
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         found.append(transform(gm, inputs, settings)[1])
-        return _zeros_like_outputs(gm)
+        return gm.forward
 
-    with _isolated():
+    with _isolated(), _undone(model, (args, kwargs)):
         try:
             torch.compile(model, backend=backend)(*args, **(kwargs or {}))
         except BackendCompilerFailed as error:
@@ -55,17 +61,18 @@ def _isolated() -> Any:
     return torch._dynamo.config.patch({name: 10_000 for name in names})
 
 
-def _zeros_like_outputs(gm: fx.GraphModule) -> Callable[..., Any]:
-    (output,) = gm.graph.find_nodes(op="output")
-
-    def zeros(node: fx.Node) -> Any:
-        value = node.meta.get("example_value", node.meta.get("val"))
-        if isinstance(value, Tensor):
-            shape = [int(s) for s in value.shape]
-            return torch.zeros(shape, dtype=value.dtype, device=value.device)
-        return int(value) if isinstance(value, torch.SymInt) else value
-
-    return lambda *_: fx.map_arg(output.args[0], zeros)
+@contextmanager
+def _undone(model: Any, inputs: Any) -> Iterator[None]:
+    """Put back what is written to a model's buffers and to inputs, and the state of random numbers."""
+    held = [*model.buffers()] if isinstance(model, torch.nn.Module) else []
+    held += [x for x in tree_leaves(inputs) if type(x) is Tensor]
+    before = [(x, x._version, x.detach().clone()) for x in held if not x.is_inference()]
+    with torch.random.fork_rng():
+        yield
+    with torch.no_grad():
+        for x, version, value in before:
+            if x._version != version:
+                x.copy_(value)
 
 
 def rewrite(
@@ -90,7 +97,7 @@ def _rewritten(
     model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, config: Mapping[str, Any]
 ) -> tuple[fx.GraphModule, ToMeReport]:
     settings = config_from({"inner": "eager", **config})
-    exported = torch.export.export(model, tuple(args), dict(kwargs or {}), strict=False)
+    exported = torch.export.export(model, tuple(args), _in_order(model, kwargs or {}), strict=False)
     source = _module(exported)
     flat = [_flat_value(node) for node in source.graph.find_nodes(op="placeholder")]
     rewritten, report = transform(source, flat, settings)
@@ -105,6 +112,12 @@ def _rewritten(
     _flatten_output(rewritten.graph)
     rewritten.recompile()
     return rewritten, report
+
+
+def _in_order(model: torch.nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments in the order of the model's signature, so that the traced module takes them by position too."""
+    names = [name for name in inspect.signature(model.forward).parameters if name in kwargs]
+    return {name: kwargs[name] for name in dict.fromkeys([*names, *kwargs])}
 
 
 def _module(exported: Any) -> fx.GraphModule:
@@ -209,4 +222,5 @@ def trace_tokens(
 
 
 def _flat_inputs(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> list[Any]:
-    return list(gm.graph._codegen.process_inputs(*args, **(kwargs or {})))
+    """A call's arguments as the graph takes them, by name where they were named."""
+    return list(tree_flatten_spec((tuple(args), dict(kwargs or {})), gm._in_spec))  # type: ignore[arg-type]

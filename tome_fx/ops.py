@@ -92,7 +92,7 @@ def match(
         `(assign, keep, moved, similarity)`, see the module docstring; `similarity` is float32 `[*sample, r]`,
         the cosine of each merged pair. None of them carries a gradient.
 
-    Raises: ValueError from the CPU kernel, where r, prefix or suffix is out of range.
+    Raises: ValueError where r, prefix or suffix is out of range, or (all operators here) where shapes do not fit.
     """
     if torch.is_autocast_enabled(metric.device.type):
         with torch.autocast(metric.device.type, enabled=False):
@@ -112,6 +112,10 @@ def _match(metric: Tensor, size: Tensor | None, r: int, prefix: int, suffix: int
         return kernels.match_size(metric, size, r, prefix, suffix, heads)
     sample = metric.shape[: -3 if heads else -2]
     metric = metric if heads else metric.unsqueeze(-2)
+    if not (r >= 0 and prefix >= 0 and suffix >= 0 and 2 * r <= metric.shape[-3] - prefix - suffix):
+        raise ValueError("r must be 0 to (N - prefix - suffix) // 2")
+    if size is not None:
+        _must_begin("size", size, (*sample, metric.shape[-3]), size.dim())
     found = match_aten(metric.reshape(-1, *metric.shape[-3:]), r, prefix, suffix)
     return tuple(x.reshape(*sample, x.shape[-1]) for x in found)
 
@@ -240,6 +244,29 @@ def _column(size: Tensor, like: Tensor) -> Tensor:
     return size.reshape(*size.shape, *(1 for _ in range(like.dim() - size.dim())))
 
 
+def check_shapes(
+    size: Tensor | None, size_out: Tensor | None, assign: Tensor, keep: Tensor, moved: Tensor, **rows: Tensor
+) -> None:
+    """Raise ValueError unless all fit one matching, as the C++ kernels do; for the forms that have no such check.
+
+    rows: by name, x and y `[*sample, N, *rest]` or grad `[*sample, N', *rest]`.
+    """
+    lead, n, r = assign.shape[:-1], assign.shape[-1], moved.shape[-1]
+    _must_begin("moved", moved, (*lead, r), moved.dim())
+    _must_begin("keep", keep, (*lead, n - r), keep.dim())
+    for name, x, length in (("size", size, n), ("size_out", size_out, n - r)):
+        if x is not None:
+            _must_begin(name, x, (*lead, length), x.dim())
+    for name, x in rows.items():
+        _must_begin(name, x, (*lead, n - r if name == "grad" else n), assign.dim())
+
+
+def _must_begin(name: str, x: Tensor, shape: tuple[int, ...], dims: int) -> None:
+    if x.shape[:dims] != shape:
+        raise ValueError(f"{name} must be {list(shape)} to fit the sample axes and tokens of the others, "
+                         f"and is {list(x.shape)}")  # fmt: skip
+
+
 # -- merge -------------------------------------------------------------------------------------------------------------
 
 
@@ -275,8 +302,10 @@ def merge(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep
 
     Returns: `[*sample, N', *rest]`, the dtype of `x`, contiguous; the sums run in float32 at least.
     """
-    kernels = _native(x)
-    return (kernels.merge if kernels else merge_aten)(x, size, size_out, assign, keep, moved)
+    if (kernels := _native(x)) is not None:
+        return kernels.merge(x, size, size_out, assign, keep, moved)
+    check_shapes(size, size_out, assign, keep, moved, x=x)
+    return merge_aten(x, size, size_out, assign, keep, moved)
 
 
 def merge_backward_aten(
@@ -301,8 +330,10 @@ def merge_backward(
 
     grad: `[*sample, N', *rest]`, floating; the others as in `merge`. Returns `[*sample, N, *rest]` in the same dtype.
     """
-    kernels = _native(grad)
-    return (kernels.merge_backward if kernels else merge_backward_aten)(grad, size, size_out, assign, keep, moved)
+    if (kernels := _native(grad)) is not None:
+        return kernels.merge_backward(grad, size, size_out, assign, keep, moved)
+    check_shapes(size, size_out, assign, keep, moved, grad=grad)
+    return merge_backward_aten(grad, size, size_out, assign, keep, moved)
 
 
 def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -335,8 +366,10 @@ def _merge_size_fake(size: Tensor | None, assign: Tensor, keep: Tensor, moved: T
 @_opaque("merge_size" + cpu.SCHEMAS["merge_size"], _merge_size_fake)
 def merge_size(size: Tensor | None, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
     """Original tokens behind each new token: float32 `[*sample, N']`. size: as in `merge`. No gradient."""
-    kernels = _native(assign, torch.float32)
-    return (kernels.merge_size if kernels else merge_size_aten)(size, assign, keep, moved)
+    if (kernels := _native(assign, torch.float32)) is not None:
+        return kernels.merge_size(size, assign, keep, moved)
+    check_shapes(size, None, assign, keep, moved)
+    return merge_size_aten(size, assign, keep, moved)
 
 
 @_opaque("log_size(Tensor size) -> Tensor", torch.empty_like)
@@ -375,8 +408,10 @@ def merge_bias(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor,
     Args: as in `merge`; `x` `[*sample, N, *rest]`, floating, may hold -inf.
     Returns: `[*sample, N', *rest]`, the dtype of `x`; computed in float32.
     """
-    kernels = _native(x)
-    return (kernels.merge_bias if kernels else merge_bias_aten)(x, size, size_out, assign, keep, moved)
+    if (kernels := _native(x)) is not None:
+        return kernels.merge_bias(x, size, size_out, assign, keep, moved)
+    check_shapes(size, size_out, assign, keep, moved, x=x)
+    return merge_bias_aten(x, size, size_out, assign, keep, moved)
 
 
 def _merge_bias_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -414,8 +449,10 @@ def unmerge(x: Tensor, index: Tensor) -> Tensor:
     x: `[*sample, N', *rest]`, any dtype. index: int64 `[*sample, N]`, values in [0, N'). Returns `[*sample, N, *rest]`.
     Raises IndexError or, from the ATen form, RuntimeError for other values.
     """
-    kernels = cpu.library() if x.device.type == "cpu" else None
-    return (kernels.unmerge if kernels else unmerge_aten)(x, index)
+    if x.device.type == "cpu" and (kernels := cpu.library()) is not None:
+        return kernels.unmerge(x, index)
+    _must_begin("x", x, tuple(index.shape[:-1]), index.dim() - 1)
+    return unmerge_aten(x, index)
 
 
 def unmerge_backward_aten(grad: Tensor, index: Tensor, groups: int) -> Tensor:
@@ -436,8 +473,10 @@ def unmerge_backward(grad: Tensor, index: Tensor, groups: int) -> Tensor:
 
     grad: `[*sample, N, *rest]`, floating. index: as in `unmerge`. groups: N'. Returns `[*sample, N', *rest]`.
     """
-    kernels = _native(grad)
-    return (kernels.unmerge_backward if kernels else unmerge_backward_aten)(grad, index, groups)
+    if (kernels := _native(grad)) is not None:
+        return kernels.unmerge_backward(grad, index, groups)
+    _must_begin("grad", grad, tuple(index.shape), index.dim())
+    return unmerge_backward_aten(grad, index, groups)
 
 
 def _unmerge_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -507,6 +546,7 @@ def merge_add(
     kernels = _native(x)
     if kernels is not None:
         return kernels.merge_add(x, y, size, size_out, assign, keep, moved)
+    check_shapes(size, size_out, assign, keep, moved, x=x, y=y)
     return merge_aten(x + y, size, size_out, assign, keep, moved)
 
 

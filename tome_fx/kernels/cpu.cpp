@@ -14,6 +14,7 @@
 #include <cstring>
 #include <limits>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -542,6 +543,8 @@ class Tensor {
         const int64_t* sizes = asked<int64_t*>(aoti_torch_get_sizes, held);
         return Shape(sizes, sizes + dim());
     }
+    bool there() const { return held; }
+    AtenTensorHandle get() const { return held; }
     // Null for no tensor.
     template <class T>
     T* data() const {
@@ -572,6 +575,38 @@ Tensor Tensor::dense() && {
     Tensor out = empty(shape(), dtype());
     check(aoti_torch_copy_(out.held, held, false));
     return out;
+}
+
+std::string named(int32_t dtype, const Shape& shape, bool more) {
+    std::string text = dtype == aoti_torch_dtype_float32()    ? "float32 ["
+                       : dtype == aoti_torch_dtype_bfloat16() ? "bfloat16 ["
+                       : dtype == aoti_torch_dtype_int64()    ? "int64 ["
+                                                              : "of another dtype, [";
+    for (const int64_t length : shape) text += std::to_string(length) + ", ";
+    if (more) return text + "...]";
+    if (!shape.empty()) text.resize(text.size() - 2);
+    return text + "]";
+}
+
+// The kernels read by these shapes: a tensor that has another is refused. more: any dims may follow.
+void expect(const char* name, const Tensor& x, const Shape& wanted, int32_t dtype, bool more = false) {
+    if (!x.there()) return;
+    const int64_t* sizes = asked<int64_t*>(aoti_torch_get_sizes, x.get());
+    const int64_t rank = x.dim(), leading = static_cast<int64_t>(wanted.size());
+    if (x.dtype() == dtype && (more ? rank >= leading : rank == leading) && std::equal(wanted.begin(), wanted.end(), sizes)) {
+        return;
+    }
+    throw std::invalid_argument(std::string(name) + " must be " + named(dtype, wanted, more) + " to fit the sample axes and "
+                                "tokens of the others, and is " + named(x.dtype(), x.shape(), false));
+}
+
+// An index of tokens, int64 [*sample, n].
+Tensor indices(const char* name, Tensor&& x) {
+    if (x.dim() < 1 || x.dtype() != aoti_torch_dtype_int64()) {
+        throw std::invalid_argument(std::string(name) + " must be int64 [*sample, n], and is " +
+                                    named(x.dtype(), x.shape(), false));
+    }
+    return std::move(x).dense();
 }
 
 // The arguments of a call in their order. Each is ours and is taken once.
@@ -635,18 +670,27 @@ struct Index {
     int64_t lead, n, r, batch;
 
     explicit Index(Arguments& given)
-        : assign(given.tensor().dense()),
-          keep(given.tensor().dense()),
-          moved(given.tensor().dense()),
+        : assign(indices("assign", given.tensor())),
+          keep(indices("keep", given.tensor())),
+          moved(indices("moved", given.tensor())),
           lead(assign.dim() - 1),
           n(assign.size(lead)),
           r(moved.size(lead)),
           batch(n ? assign.numel() / n : 0) {
+        const int32_t whole = aoti_torch_dtype_int64();
+        expect("moved", moved, rows(std::min(r, n)), whole);
+        expect("keep", keep, rows(n - r), whole);
         check_range(assign, n - r);
         check_range(keep, n);
         check_range(moved, n);
     }
 
+    // [*sample, length]
+    Shape rows(int64_t length) const { return resized(assign, lead, length); }
+    void expect_sizes(const Tensor& size, const Tensor& size_out) const {
+        expect("size", size, rows(n), aoti_torch_dtype_float32());
+        expect("size_out", size_out, rows(n - r), aoti_torch_dtype_float32());
+    }
     // [*sample, n - r, *rest] of an x [*sample, n, *rest].
     Shape merged(const Tensor& x) const { return resized(x, lead, n - r); }
 };
@@ -678,6 +722,7 @@ void match_size(StableIValue* stack, uint64_t, uint64_t) {
     const bool heads = given.flag();
 
     const int64_t last = metric.dim() - 1, lead = last - (heads ? 2 : 1);
+    if (lead < 0) throw std::invalid_argument("metric must be [*sample, N, d], with heads [*sample, N, h, d]");
     std::vector<Axis> samples = axes(metric, 0, lead);
     if (samples.size() > 1 || (metric.size(last) > 1 && metric.stride(last) != 1)) {
         metric = std::move(metric).dense();
@@ -691,6 +736,7 @@ void match_size(StableIValue* stack, uint64_t, uint64_t) {
     const int64_t step_h = heads ? metric.stride(lead + 1) : 0;
     Shape shape = metric.shape();
     shape.resize(lead + 1);
+    expect("size", size, shape, aoti_torch_dtype_float32());
     const auto made = [&shape](int64_t length, int32_t dtype) {
         shape.back() = length;
         return empty(shape, dtype);
@@ -710,6 +756,9 @@ void match_size(StableIValue* stack, uint64_t, uint64_t) {
 void merge_of(const Tensor& x, const Tensor& y, Arguments given, StableIValue* stack) {
     const Tensor size = given.optional().dense(), size_out = given.tensor().dense();
     const Index index(given);
+    expect("x", x, index.rows(index.n), x.dtype(), true);
+    expect("y", y, x.shape(), x.dtype());
+    index.expect_sizes(size, size_out);
     Tensor out = empty(index.merged(x), x.dtype());
     const int64_t rows = index.batch * index.n, width = rows ? x.numel() / rows : 0;
     by_dtype(x, [&](auto element) {
@@ -738,6 +787,8 @@ void merge_backward(StableIValue* stack, uint64_t, uint64_t) {
     const Tensor grad = given.tensor().dense();
     const Tensor size = given.optional().dense(), size_out = given.tensor().dense();
     const Index index(given);
+    expect("grad", grad, index.rows(index.n - index.r), grad.dtype(), true);
+    index.expect_sizes(size, size_out);
     Tensor out = empty(resized(grad, index.lead, index.n), grad.dtype());
     const int64_t m = index.n - index.r, rows = index.batch * m, width = rows ? grad.numel() / rows : 0;
     by_dtype(grad, [&](auto element) {
@@ -752,20 +803,24 @@ void merge_backward(StableIValue* stack, uint64_t, uint64_t) {
 struct Groups {
     int64_t lead, n, m, batch, width;
 
-    Groups(const Tensor& x, const Tensor& index, int64_t m)
-        : lead(index.dim() - 1), n(index.size(lead)), m(m), batch(n ? index.numel() / n : 0), width(1) {
+    // rows: how many x has to have, -1 for any number.
+    Groups(const Tensor& x, const Tensor& index, int64_t rows, int64_t groups)
+        : lead(index.dim() - 1), n(index.size(lead)), m(groups), batch(n ? index.numel() / n : 0), width(1) {
+        Shape shape = index.shape();
+        shape.pop_back();
+        if (rows >= 0) shape.push_back(rows);
+        expect(rows < 0 ? "x" : "grad", x, shape, x.dtype(), true);
+        if (x.dim() <= lead) throw std::invalid_argument("x must be [*sample, groups, *rest] for an index [*sample, n]");
+        if (rows < 0) m = x.size(lead);
         for (int64_t d = lead + 1; d < x.dim(); ++d) width *= x.size(d);
-        if (x.numel() != batch * x.size(lead) * width) {
-            throw std::invalid_argument("an index must have the sample axes of what it is for");
-        }
         check_range(index, m);
     }
 };
 
 void unmerge(StableIValue* stack, uint64_t, uint64_t) {
     Arguments given{stack};
-    const Tensor x = given.tensor().dense(), index = given.tensor().dense();
-    const Groups groups(x, index, x.size(index.dim() - 1));
+    const Tensor x = given.tensor().dense(), index = indices("index", given.tensor());
+    const Groups groups(x, index, -1, 0);
     Tensor out = empty(resized(x, groups.lead, groups.n), x.dtype());
     const int64_t bytes = groups.width * static_cast<int64_t>(aoti_torch_dtype_element_size(x.dtype()));
     copy_rows(x.data<const char>(), index.data<const int64_t>(), out.data<char>(), groups.batch, groups.m, groups.n, bytes,
@@ -775,8 +830,10 @@ void unmerge(StableIValue* stack, uint64_t, uint64_t) {
 
 void unmerge_backward(StableIValue* stack, uint64_t, uint64_t) {
     Arguments given{stack};
-    const Tensor grad = given.tensor().dense(), index = given.tensor().dense();
-    const Groups groups(grad, index, given.number());
+    const Tensor grad = given.tensor().dense(), index = indices("index", given.tensor());
+    const int64_t count = given.number();
+    if (count < 0) throw std::invalid_argument("groups must be 0 or more");
+    const Groups groups(grad, index, index.size(index.dim() - 1), count);
     Tensor out = empty(resized(grad, groups.lead, groups.m), grad.dtype());
     by_dtype(grad, [&](auto element) {
         using T = decltype(element);
@@ -792,6 +849,8 @@ void merge_bias(StableIValue* stack, uint64_t, uint64_t) {
     Tensor x = given.tensor();
     const Tensor size = given.optional().dense(), size_out = given.tensor().dense();
     const Index index(given);
+    expect("x", x, index.rows(index.n), x.dtype(), true);
+    index.expect_sizes(size, size_out);
     std::vector<Axis> samples = axes(x, 0, index.lead), rest = axes(x, index.lead + 1, x.dim());
     if (samples.size() > 1 || rest.size() > 2) {
         x = std::move(x).dense();
@@ -815,6 +874,7 @@ void merge_size(StableIValue* stack, uint64_t, uint64_t) {
     Arguments given{stack};
     const Tensor size = given.optional().dense();
     const Index index(given);
+    expect("size", size, index.rows(index.n), aoti_torch_dtype_float32());
     Tensor out = empty(index.merged(index.assign), aoti_torch_dtype_float32());
     const float* before = size.data<const float>();
     const int64_t m = index.n - index.r;

@@ -143,6 +143,7 @@ def _merge_size(size, slot, keep, moved, out, n, after, r, SIZED: tl.constexpr, 
 @triton_op("tome::merge_size_triton", mutates_args=())
 def merge_size(size: Tensor | None, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
     """`tome::merge_size`: float32 `[*sample, N']`. No gradient."""
+    ops.check_shapes(size, None, assign, keep, moved)
     assign, keep, moved = assign.contiguous(), keep.contiguous(), moved.contiguous()
     out = keep.new_empty(keep.shape, dtype=torch.float32)
     slot, after = assign.gather(-1, moved), keep.shape[-1]
@@ -202,6 +203,7 @@ def merge(
     moved: Tensor,
 ) -> Tensor:
     """`tome::merge_add` of `x` and `y` (None: `tome::merge`), `[*sample, N, *rest]` of one dtype in `DTYPES`."""
+    ops.check_shapes(size, size_out, assign, keep, moved, x=x, **({} if y is None else {"y": y}))
     x, size_out, assign, keep, moved = (t.contiguous() for t in (x, size_out, assign, keep, moved))
     rest = x.shape[assign.dim() :]
     out = x.new_empty((*keep.shape, *rest))
