@@ -113,7 +113,8 @@ def find_blocks(
             skipped.append(found)
     if placement != "stream":
         blocks += _mlps(facts, calls, sites, blocks, reach)
-    return blocks, skipped
+    skipped += [why for block in blocks if (why := _unplaced(block, pairing))]
+    return [block for block in blocks if not _unplaced(block, pairing)], skipped
 
 
 def _mlps(
@@ -155,6 +156,14 @@ def _unfit(site: AttentionSite, length: Any, kept: int) -> SkipReason | None:
     if free_unbacked_symbols(length):
         return SkipReason("unknown token count", site.name, f"only the values of an input tell its {length} tokens")
     return None
+
+
+def _unplaced(block: Block, pairing: tuple[str, str, str]) -> SkipReason | None:
+    """Why special tokens between the others would not stay alone."""
+    if not block.special.inner or pairing[:2] == PAPERS[:2]:
+        return None
+    why = f"matcher={pairing[0]!r} with partition={pairing[1]!r} may pair special tokens that stand between others"
+    return SkipReason("special tokens", block.name, why)
 
 
 def _keeps_apart(

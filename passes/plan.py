@@ -395,18 +395,20 @@ class _Walk:
             self._skip(block, "extensive stream", "the residual stream is a sum over tokens")
             return None, 0
         before: Any = held.step.after if held is not None else block.length
-        prefix, suffix = block.special.prefix, block.special.suffix
-        r = merged_away(self.wanted[index], before, prefix + suffix)
-        free = block.length - prefix - suffix
+        prefix, suffix, kept = block.special.prefix, block.special.suffix, block.special.count
+        r = merged_away(self.wanted[index], before, kept)
+        free = block.length - kept
         most = [] if block.most is None else [block.most]
         if isinstance(free, int) and free < SHORT_AXIS:
-            most.append(max(before - prefix - suffix - free // 2, 0))
+            most.append(max(before - kept - free // 2, 0))
+        if block.special.inner:  # all of them may stand where sources do
+            most.append(max((before - prefix - suffix) // 2 - len(block.special.inner), 0))
         if self.multiple > 1 and isinstance(before, int):
             most.append((before - prefix - suffix) // 2)
             r = self._rounded(r, before, min(most), held.step.chain()[0].site if held else index)
         r = min([r, *most])
         if r == 0:
-            why = f"{before} tokens left of {block.length}, {prefix + suffix} protected"
+            why = f"{before} tokens left of {block.length}, {kept} protected"
             why += f", counts in multiples of {self.multiple}" * (self.multiple > 1)
             if block.most == 0:
                 why = "its mask leaves some token no partner"
@@ -462,7 +464,7 @@ class _Walk:
 
 def _tokens(block: Block, step: Step, r: int) -> tuple[Any, ...]:
     """What two merges have in common that can have the same groups."""
-    return (block.tokens, block.masks, block.parts, step.prev, step.sample, step.before, step.prefix, step.suffix, r)
+    return (block.tokens, block.masks, block.parts, block.special, step.prev, step.sample, step.before, r)
 
 
 def _elements_of(node: fx.Node) -> int:
@@ -510,7 +512,7 @@ def site_reports(
                                    placement, pair))  # fmt: skip
             continue
         step = merge.step
-        kept, placement = step.prefix + step.suffix, "branch" if step.branch else "stream"
+        kept, placement = merge.block.special.count, "branch" if step.branch else "stream"
         rows.append(SiteReport(site.name, _pair(step), kept, True, total, placement=placement, mlp=pair))
     return rows
 

@@ -312,6 +312,7 @@ class Emitter:
         metric, heads = self._metric(merge, value, have)
         metric, call, block, config = metric.detach(), self.builder.call, merge.block, self.config
         weight, kinds = self._weight(block, step.prev), []
+        compared_by = () if config.similarity == "cosine" else (config.similarity,)
         if weight is not None:
             kinds.append(call(tome.key_kinds.default, weight))
         if block.parts is not None:
@@ -319,8 +320,10 @@ class Emitter:
         if kinds:
             first = config.padding_first and weight is not None
             kind = cat(kinds, -1) if len(kinds) > 1 else kinds[0]
-            compared_by = () if config.similarity == "cosine" else (config.similarity,)
             metric, heads = call(tome.apart.default, metric, kind, heads, first, *compared_by), False
+        if block.special.inner:  # they are unlike all others, whatever they hold
+            kind = call(tome.place_kinds.default, self._special(block, step.prev))
+            metric, heads = call(tome.apart.default, metric, kind, heads, True, *compared_by), False
         match, names = (tome.match.default, ()) if config.pairing == PAPERS else (tome.match_by.default, config.pairing)
         assign, keep, moved, similarity = call(match, metric, merge.r, step.prefix, step.suffix, heads, *names)
         similarity.node.args[0].meta["tome_merge"] = block.name
@@ -351,6 +354,19 @@ class Emitter:
                 else:
                     weight = call(tome.unmerge.default, held_before, at.keep)
             self._weights[key] = weight
+        return self._weights[key]
+
+    def _special(self, block: Block, step: Step | None) -> Traced:
+        """bool [*sample, N]: the tokens between the ends that never merge, in the state `step`."""
+        key = (block.special, leaves(block.sample), step)
+        if key not in self._weights:
+            call, device = self.builder.call, block.merge.meta["val"].device
+            if step is None:
+                marked = call(tome.places.default, list(block.special.inner), block.length, device=device)
+                sizes = [self._size_of([leaf]) for leaf in leaves(block.sample)]
+                self._weights[key] = marked.expand([*sizes, block.length])
+            else:
+                self._weights[key] = call(tome.unmerge.default, self._special(block, step.prev), self._step(step).keep)
         return self._weights[key]
 
     def _seen(self, block: Block, mask: KeyMask) -> Traced:

@@ -55,8 +55,10 @@ class ToMeConfig:
     """What becomes of a pair: "mean" (weighted by size), "plain" (mean of the rows that meet), "keep" (the
     destination's row) or "prune" (the source is dropped and counts no more: no sizes, no proportional attention, pools
     over what is left; where a full-length result is asked for, dropped tokens have their destination's row)."""
-    protect: str | int = "auto"
-    """Leading tokens that never merge: "auto" finds class, distillation and register tokens, or a number."""
+    protect: str | int | tuple[int, int] | list[int] | frozenset[int] = "auto"
+    """Tokens that never merge: "auto" finds class, distillation, camera and register tokens; a number of leading tokens;
+    `(count, period)`, the first `count` of every `period` tokens (of every frame); or a list of positions, negative ones
+    from the end."""
     placement: str = "auto"
     """"stream" merges on the residual stream for good, "branch" around each attention and MLP alone (the stream keeps
     its length); "auto" takes the stream where there is one and a branch elsewhere, and either only where it pays."""
@@ -93,10 +95,7 @@ class ToMeConfig:
             ("inner", INNER),
         ):
             _one_of(name, getattr(self, name), allowed)
-        if self.protect != "auto" and (
-            isinstance(self.protect, bool) or not isinstance(self.protect, int) or self.protect < 0
-        ):
-            raise ValueError(f'protect must be "auto" or a number of leading tokens, 0 or more, got {self.protect!r}')
+        self._check_protect()
         for name in ("every", "multiple"):
             if not _whole(getattr(self, name)) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be an int of 1 or more, got {getattr(self, name)!r}")
@@ -112,6 +111,20 @@ class ToMeConfig:
         if isinstance(self.r, list):
             object.__setattr__(self, "r", tuple(self.r))
             object.__setattr__(self, "is_list", True)
+
+    def _check_protect(self) -> None:
+        protect: Any = self.protect
+        given = protect
+        allowed = '"auto", a number of leading tokens, (count, period), or a list of positions'
+        if isinstance(protect, list):
+            protect = frozenset(protect) if all(map(_whole, protect)) else None
+            object.__setattr__(self, "protect", protect)
+        if isinstance(protect, tuple):
+            fits = len(protect) == 2 and all(map(_whole, protect)) and 0 <= protect[0] <= protect[1] > 0
+        else:
+            fits = protect == "auto" or isinstance(protect, frozenset) or (_whole(protect) and protect >= 0)
+        if not fits:
+            raise ValueError(f"protect must be {allowed}, got {given!r}")
 
     def _check_r(self) -> None:
         allowed = "an int of 0 or more, a float below 1 (a share), (r, inflection), or a list with one int per block"

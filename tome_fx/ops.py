@@ -583,6 +583,24 @@ def key_kinds(weight: Tensor) -> Tensor:
     return torch.stack([seen, seen.logical_not()], -1).to(torch.float32)
 
 
+@_opaque(
+    "places(int[] positions, SymInt length, *, Device device) -> Tensor",
+    lambda positions, length, device: torch.empty(length, dtype=torch.bool, device=device),
+)
+def places(positions: list[int], length: int, device: torch.device) -> Tensor:
+    """bool `[length]`: True at these positions."""
+    marked = torch.zeros(length, dtype=torch.bool)
+    marked[list(positions)] = True
+    return marked.to(device)
+
+
+def place_kinds(special: Tensor) -> Tensor:
+    """bool `[*sample, N]` -> `[*sample, N, 3]`: (1, 0, 0) where a token may merge; unlike these and unlike each other the
+    special ones at even places, where sources stand, and at odd ones, where destinations do."""
+    even = torch.arange(special.shape[-1], device=special.device) % 2 == 0
+    return torch.stack([special.logical_not(), special & even, special & even.logical_not()], -1).to(torch.float32)
+
+
 def part_kinds(mask: Tensor) -> Tensor:
     """A mask of pairs `[*sample, N, N]` that parts the tokens -> the same unit vector for all tokens of one part."""
     seen = mask.to(torch.float32) if mask.dtype is torch.bool else mask.to(torch.float32).exp()
@@ -619,6 +637,7 @@ spelled_out("merge_bias_aten" + cpu.SCHEMAS["merge_bias"], merge_bias_aten)
 spelled_out("unmerge_aten" + cpu.SCHEMAS["unmerge"], unmerge_aten)
 spelled_out("key_weight(Tensor mask) -> Tensor", key_weight)
 spelled_out("key_kinds(Tensor weight) -> Tensor", key_kinds)
+spelled_out("place_kinds(Tensor special) -> Tensor", place_kinds)
 spelled_out("part_kinds(Tensor mask) -> Tensor", part_kinds)
 spelled_out('apart(Tensor metric, Tensor kinds, bool heads, bool first, str similarity="cosine") -> Tensor', apart)
 spelled_out(f"seen_first(Tensor weight, {cpu.INDEX}) -> (Tensor, Tensor)", seen_first)
