@@ -98,6 +98,11 @@ def size_of(dim: Iterable[Atom]) -> Expr:
     return prod((atom.size for atom in dim), start=1)
 
 
+def count_of(atom: Atom) -> int:
+    """The size of an atom, 1 where it is symbolic."""
+    return atom.size if isinstance(atom.size, int) else 1
+
+
 def fresh(size: Expr) -> Dim:
     return () if isinstance(size, int) and size == 1 else (Atom(size),)
 

@@ -29,7 +29,8 @@ It only annotates.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from tome_fx.config import ToMeConfig
 from tome_fx.report import SkipReason
 
-from .axes import Dim, leaves, locate, size_of
+from .axes import Dim, count_of, leaves, locate, size_of
 from .find_attention import TELLS_PAIRS, AttentionSite
 from .find_mlps import find_mlps
 from .masks import KeyMask, key_masks, parted, same_mask, score_terms, token_dims, told
@@ -47,6 +48,7 @@ from .reach import Reach
 from .rules import Call, Facts, find
 from .rules.contraction import Contraction
 from .special import Special, special
+from .values import size_hint
 
 aten = torch.ops.aten
 _ADDS = {aten.add.Tensor}
@@ -67,7 +69,7 @@ class Block:
     but operands of it (an attention's queries, keys and values), (operand, dim) of each; `stream` is the one they are
     compared by. mlp: what merges is the MLP that reads the stream of the site.
     masks: the masks of keys, which give a token no weight. parts: the mask of pairs within whose parts tokens merge.
-    most: how many of them may.
+    most: how many of them may. turn: the sites that merge before it along its chain, and all of the chain.
     """
 
     site: AttentionSite
@@ -84,6 +86,7 @@ class Block:
     masks: tuple[KeyMask, ...] = ()
     parts: fx.Node | None = None
     most: int | None = None
+    turn: tuple[int, int] = (0, 1)
 
     @property
     def name(self) -> str:
@@ -114,7 +117,21 @@ def find_blocks(
     if placement != "stream":
         blocks += _mlps(facts, calls, sites, blocks, reach)
     skipped += [why for block in blocks if (why := _unplaced(block, pairing))]
-    return [block for block in blocks if not _unplaced(block, pairing)], skipped
+    return _in_turn([block for block in blocks if not _unplaced(block, pairing)], reach), skipped
+
+
+def _in_turn(blocks: list[Block], reach: Reach) -> list[Block]:
+    """The blocks with their place in a schedule. It counts along a chain of sites, each computed from the one before: a
+    model that is called twice in a graph, or two towers, go through it once each."""
+    sites = sorted({block.site for block in blocks}, key=lambda site: site.out)
+    depth: dict[AttentionSite, int] = {}
+    first: dict[AttentionSite, AttentionSite] = {}
+    for i, site in enumerate(sites):
+        last = next((s for s in reversed(sites[:i]) if reach.leads(s.out, site.out)), None)
+        depth[site] = depth[last] + 1 if last else 0
+        first[site] = first[last] if last else site
+    longest = {root: max(depth[s] for s in sites if first[s] is root) + 1 for root in set(first.values())}
+    return [replace(block, turn=(depth[block.site], longest[first[block.site]])) for block in blocks]
 
 
 def _mlps(
@@ -139,8 +156,7 @@ def _mlps(
         kept, length = special(facts, tokens), size_of(tokens)
         if _unfit(mlp.site, length, kept.count):
             continue
-        alone = leaves(facts.dims(value)[mlp.dim]) == tokens
-        size = value.meta["val"].shape[mlp.dim] if alone else length
+        size = _length(value, facts, tokens)
         rest = reach.features | mlp.features | set(tokens)
         sample = tuple(leaf for dim in facts.dims(value) for leaf in leaves(dim) if leaf not in rest)
         operands = () if mlp.entry is None else ((mlp.entry, mlp.dim),)
@@ -196,9 +212,13 @@ def _block(
         return SkipReason("cross attention", site.name, "queries and keys are different tokens")
     if reach.features & {*keys, *queries}:
         return SkipReason("attention over channels", site.name, "its keys are features, which a weight made")
+    if (site.q if crossed else site.k) in facts.constant:
+        return SkipReason("tokens of no input", site.name, "its tokens depend on no input: they are weights")
     why = site.causal if not site.masked or crossed or placement == "stream" else None
     if why := why or (_only_causal(sites, facts, tokens) if crossed else None):
         return SkipReason("causal or windowed mask", site.name, why)
+    if isinstance(joined, SkipReason):
+        return joined
     if joined is not None:
         return _stream_of_its_own(site, facts, *joined)
     placed = _place(site, facts, calls, sites, reach, tokens, placement)
@@ -238,6 +258,9 @@ def _place(
 ) -> tuple[fx.Node, fx.Node, bool, tuple[tuple[int, int], ...]] | SkipReason:
     """Where to merge: `Block`'s merge, stream, branch and operands."""
     crossed = leaves(facts.dims(site.k)[site.key_dim]) != tokens
+    if placement != "branch" and _pooled(site, facts, reach, tokens):
+        why = "its queries are pooled from the tokens for this attention alone"
+        return SkipReason("pooled tokens", site.name, why)
     merge = None if placement == "branch" or crossed else _merge_point(site, facts, reach, tokens)
     if merge is not None and not isinstance(merge, SkipReason):
         return *_past_parallel_branch(merge, facts, reach, sites, tokens), False, ()
@@ -255,7 +278,7 @@ def _place(
 
 def _joined(
     site: AttentionSite, facts: Facts, calls: dict[fx.Node, Call], reach: Reach, keys: Dim, queries: Dim
-) -> tuple[fx.Node, fx.Node, Dim] | None:
+) -> tuple[fx.Node, fx.Node, Dim] | SkipReason | None:
     """Where the keys join the tokens of several streams (image and text), or those of the queries and others (learned
     keys): the longest stream's merge point.
 
@@ -274,9 +297,20 @@ def _joined(
             stream = _residual(node, site, facts, reach, piece)
             if stream is not None and not any(piece == other for *_, other in found):
                 found.append((node, stream, piece))
+    longest = max(found, key=lambda place: size_hint(_length(place[0], facts, place[2])), default=None)
     # The merged piece is put between whole ones of known length.
-    sized = [place for place in found if isinstance(size_of(place[2]), int)]
-    return max(sized, key=lambda place: size_of(place[2]), default=None)
+    others = [part for parts in facts.joined(keys) if longest and longest[2] in parts for part in parts]
+    if longest and any(not isinstance(size_of(part), int) for part in others if part != longest[2]):
+        why = "the longest of the streams that it joins stands beside others of unknown length"
+        return SkipReason("joined streams", site.name, why)
+    return longest
+
+
+def _length(node: fx.Node, facts: Facts, tokens: Dim) -> Any:
+    """How many tokens a value holds: an int or a SymInt."""
+    (dim, _), *_ = locate(tokens, facts.dims(node))
+    alone = leaves(facts.dims(node)[dim]) == tokens
+    return node.meta["val"].shape[dim] if alone else size_of(tokens)
 
 
 def _stream_of_its_own(
@@ -288,7 +322,7 @@ def _stream_of_its_own(
         return unfit
     keys = {leaf for dim in facts.dims(site.k) for leaf in leaves(dim)}
     sample = tuple(leaf for dim in facts.dims(node) for leaf in leaves(dim) if leaf in keys)
-    return Block(site, tokens, sample, node, stream, kept, length)
+    return Block(site, tokens, sample, node, stream, kept, _length(node, facts, tokens))
 
 
 def _only_causal(sites: list[AttentionSite], facts: Facts, tokens: Dim) -> str | None:
@@ -333,6 +367,27 @@ def _merge_point(site: AttentionSite, facts: Facts, reach: Reach, tokens: Dim) -
     return SkipReason("no residual add", site.name, nearest)
 
 
+def _stream_beside(site: AttentionSite, reach: Reach) -> fx.Node | None:
+    """The stream that the output of a site is added to."""
+    for node in reach.nodes[reach.index[site.out] + 1 :]:
+        for a in node.args[:2] if node.target in _ADDS and reach.leads(site.out, node) else ():
+            if isinstance(a, fx.Node) and not reach.leads(site.out, a) and reach.leads(a, site.q):
+                return a
+    return None
+
+
+def _pooled(site: AttentionSite, facts: Facts, reach: Reach, tokens: Dim) -> bool:
+    """Whether the queries are fewer than the tokens of the stream that they were made from: landmarks, agents."""
+    stream = _stream_beside(site, reach)
+    if stream is None or _holds(facts, stream, tokens):
+        return False
+    own, others = (
+        prod(count_of(leaf) for dim in facts.dims(node) for leaf in leaves(dim) if leaf not in reach.features)
+        for node in (site.q, stream)
+    )
+    return own < others
+
+
 def _branch_point(
     site: AttentionSite,
     facts: Facts,
@@ -351,18 +406,11 @@ def _branch_point(
     if not crossed:
         keys = set(reach.dominators(site.k))
         shared = [n for n in above if n in keys]
-    after = reach.nodes[reach.index[site.out] + 1 :]
-    streams = [
-        a
-        for node in after
-        if node.target in _ADDS and reach.leads(site.out, node)
-        for a in node.args[:2]
-        if isinstance(a, fx.Node) and not reach.leads(site.out, a) and reach.leads(a, site.q)
-    ][:1]
+    stream = _stream_beside(site, reach)
     others = [other.out for other in sites if other is not site and reach.leads(other.out, site.q)]
     best = None
     for node in shared:
-        if any(reach.leads(node, stream) for stream in streams) or any(reach.leads(node, out) for out in others):
+        if (stream is not None and reach.leads(node, stream)) or any(reach.leads(node, out) for out in others):
             break
         if not isinstance(node.meta.get("val"), torch.Tensor):
             continue

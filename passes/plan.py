@@ -24,7 +24,7 @@ from tome_fx.config import ToMeConfig
 from tome_fx.report import SiteReport, SkipReason, Unmerge
 from tome_fx.schedule import gathered, merged_away, to_multiple, tokens_per_block
 
-from .axes import Atom, leaves, locate
+from .axes import Atom, Dim, count_of, leaves, locate
 from .find_attention import AttentionSite, place
 from .find_blocks import Block
 from .layout import SHORT_AXIS, Layout, Run, Step, plain
@@ -124,24 +124,31 @@ def make_plan(
     gm: fx.GraphModule, facts: Facts, calls: dict[fx.Node, Call], blocks: list[Block], config: ToMeConfig
 ) -> Plan:
     """The plan for a config. Raises ScheduleError where a list of r is longer than the model has blocks."""
-    sites = len(sites_of(blocks))
     if config.flops is not None:
-        r = _r_for(config.flops, lambda r: _profitable(gm, facts, calls, blocks, [r] * sites, config).share, blocks)
-        plan = _profitable(gm, facts, calls, blocks, [r] * sites, config)
+        r = _r_for(config.flops, lambda r: _profitable(gm, facts, calls, blocks, r, config).share, blocks)
+        plan = _profitable(gm, facts, calls, blocks, r, config)
         plan.r = r
         if plan.share > config.flops:
             plan.skipped.append(
                 SkipReason("flops target", "", f"{config.flops} is out of reach; r={r} gives {plan.share:.2f}")
             )
         return plan
-    plan = _profitable(gm, facts, calls, blocks, tokens_per_block(config.schedule, sites), config)
+    plan = _profitable(gm, facts, calls, blocks, config.schedule, config)
     plan.r = config.schedule
     return plan
 
 
-def sites_of(blocks: list[Block]) -> list[AttentionSite]:
-    """The sites that merge, at their attention or its MLP, in graph order."""
-    return sorted({block.site for block in blocks}, key=lambda site: site.out)
+def _wanted(schedule: Any, blocks: list[Block], every: int) -> list[int | float]:
+    """What a schedule asks of each block, by its turn along its chain; an MLP has the share of its attention."""
+    lengths = {block.turn[1] for block in blocks}
+    most = max(lengths, default=0)
+    if isinstance(schedule, list):
+        tokens_per_block(schedule, most)  # raises where even the longest chain is too short
+    by_length = {
+        n: gathered(tokens_per_block(schedule[:n] if isinstance(schedule, list) else schedule, n), every)
+        for n in lengths
+    }
+    return [by_length[block.turn[1]][block.turn[0]] for block in blocks]
 
 
 def _r_for(target: float, share: Any, blocks: list[Block]) -> int:
@@ -160,15 +167,12 @@ def _profitable(
     facts: Facts,
     calls: dict[fx.Node, Call],
     blocks: list[Block],
-    wanted: list[int | float],
+    schedule: Any,
     config: ToMeConfig,
 ) -> Plan:
     """Plan all blocks, drop those that do not pay, and plan again until all pay (placement "auto" only)."""
     active = list(range(len(blocks)))
-    wanted = gathered(wanted, config.every)
-    # An MLP has the share of its attention.
-    at = {site: wanted[i] for i, site in enumerate(sites_of(blocks))}
-    wanted = [at[block.site] for block in blocks]
+    wanted = _wanted(schedule, blocks, config.every)
     dropped: list[SkipReason] = []
     device = blocks[0].merge.meta["val"].device.type if blocks else ""
     costs = COSTS.get(device, COSTS[""])
@@ -339,7 +343,7 @@ class _Walk:
                 for step in start[shared:]:
                     self._spend(step.site, self.costs[step.site].gather * elements / len(start[shared:]))
                 for step in goal[shared:]:
-                    grown = prod(_count_of(leaf) for leaf in leaves(step.sample) if own and leaf not in own)
+                    grown = prod(count_of(leaf) for leaf in leaves(step.sample) if own and leaf not in own)
                     share = size_hint(goal[shared].before) / max(size_hint(step.full), 1) / len(goal[shared:])
                     self._spend(step.site, getattr(self.costs[step.site], each) * elements * grown * share)
 
@@ -353,7 +357,7 @@ class _Walk:
         (dim, start), *_ = locate(block.tokens, self.facts.dims(node))
         key = (start, len(block.tokens))
         runs = layout[dim]
-        step, r = self._step(block, index, key, runs)
+        step, r = self._step(block, index, key, runs, self._merged(node, layout))
         if step is None:
             return
         run = Run(*key, step)
@@ -374,7 +378,8 @@ class _Walk:
         if any(runs != held[0] for runs in held):
             self._skip(block, "apart", "its queries, keys and values were merged apart from each other")
             return ins
-        step, r = self._step(block, index, key, held[0])
+        around = [found for n, layout in zip(call.nodes, ins, strict=True) for found in self._merged(n, layout)]
+        step, r = self._step(block, index, key, held[0], around)
         if step is None:
             return ins
         run = Run(*key, step)
@@ -385,14 +390,36 @@ class _Walk:
             for i, layout in enumerate(ins)
         ]
 
-    def _step(self, block: Block, index: int, key: tuple[int, int], runs: Sequence[Run]) -> tuple[Step | None, int]:
-        """The step of a block and how many tokens it takes; None, and a reason noted, where there is none."""
-        held = next((run for run in runs if run.key == key), None)
-        if held is None and any(run.overlaps(Run(*key, run.step)) for run in runs):
-            self._skip(block, "regrouped axis", "its token axis is merged together with another")
-            return None, 0
+    def _merged(self, node: fx.Node, layout: Layout) -> list[tuple[Dim, Step]]:
+        """The leaves of a value that are merged, by which step."""
+        dims = self.facts.dims(node)
+        return [(leaves(dim)[run.start : run.start + run.count], run.step)
+                for dim, runs in zip(dims, layout, strict=True) for run in runs]  # fmt: skip
+
+    @staticmethod
+    def _clash(block: Block, held: Run | None, around: Sequence[tuple[Dim, Step]]) -> str | None:
+        """Why a block's tokens cannot merge where others have merged already."""
+        sample, tokens = set(leaves(block.sample)), set(leaves(block.tokens))
+        if any(sample & set(merged) or tokens & set(leaves(step.sample)) for merged, step in around):
+            return "its tokens, or the samples they would merge within, are merged along another axis"
+        if held is None and any(tokens & set(merged) for merged, _ in around):
+            return "its token axis is merged together with another"
+        if held is not None and leaves(held.step.sample) != leaves(block.sample):
+            return "its tokens merged before in samples of another kind (one for all, or in another order)"
         if held is not None and held.extensive:
-            self._skip(block, "extensive stream", "the residual stream is a sum over tokens")
+            return "the residual stream is a sum over tokens"
+        return None
+
+    def _step(
+        self, block: Block, index: int, key: tuple[int, int], runs: Sequence[Run], around: Sequence[tuple[Dim, Step]]
+    ) -> tuple[Step | None, int]:
+        """The step of a block and how many tokens it takes; None, and a reason noted, where there is none.
+
+        around: what is merged of the value that would merge.
+        """
+        held = next((run for run in runs if run.key == key), None)
+        if clash := self._clash(block, held, around):
+            self._skip(block, "merged otherwise", clash)
             return None, 0
         before: Any = held.step.after if held is not None else block.length
         prefix, suffix, kept = block.special.prefix, block.special.suffix, block.special.count
@@ -475,17 +502,13 @@ def _width(block: Block, facts: Facts) -> int:
     """Channels of what a block merges: its elements for each token."""
     value = block.stream if block.mlp else block.merge
     apart = {*leaves(block.sample), *leaves(block.tokens)}
-    return prod(_count_of(leaf) for dim in facts.dims(value) for leaf in leaves(dim) if leaf not in apart)
+    return prod(count_of(leaf) for dim in facts.dims(value) for leaf in leaves(dim) if leaf not in apart)
 
 
 def _sites(layouts: Sequence[Layout]) -> list[int]:
     """The sites whose merges these layouts carry, in order."""
     last = {run.step for layout in layouts for runs in layout for run in runs}
     return sorted({step.site for end in last for step in end.chain()})
-
-
-def _count_of(leaf: Atom) -> int:
-    return size_hint(leaf.size) if isinstance(leaf.size, int) else 1
 
 
 def _pair(step: Step) -> tuple[int, int]:
