@@ -16,7 +16,7 @@ Correctness does not depend on either: what is not fused follows the measure pri
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -75,6 +75,9 @@ class AttentionSite:
 
 
 # -- fusing ------------------------------------------------------------------------------------------------------------
+
+
+Order = list[int | None]
 
 
 @dataclass
@@ -295,7 +298,7 @@ class _Fuser:
         assert isinstance(rule, Contraction)
         return call, rule.signature(call, Facts())
 
-    def _queries_and_keys(self, node: fx.Node) -> tuple[tuple[fx.Node, list[int]], tuple[fx.Node, list[int]]]:
+    def _queries_and_keys(self, node: fx.Node) -> tuple[tuple[fx.Node, Order], tuple[fx.Node, Order]]:
         """Nodes of queries and keys with the order of dims that makes them [*batch, l, e] and [*batch, s, e]."""
         call, sig = self._letters(node)
         skip = 1 if node.target in (aten.baddbmm.default, aten.addmm.default) else 0
@@ -308,12 +311,20 @@ class _Fuser:
         found = {}
         for name, other in ((query, key), (key, query)):
             at = next((i for i in (0, 1) if name in ins[i] and other not in ins[i]), None)
-            if at is None or sorted(map(str, ins[at])) != sorted(map(str, [*batch, name, inner[0]])):
+            if at is None:
                 raise _NoMatch
-            found[name] = (nodes[at], [ins[at].index(x) for x in (*batch, name, inner[0])])
+            found[name] = (nodes[at], self._order(ins[at], batch, name, inner[0]))
         return found[query], found[key]
 
-    def _values(self, product: fx.Node) -> tuple[fx.Node, list[int], list[int]]:
+    @staticmethod
+    def _order(letters: Any, batch: Sequence[Any], *last: Any) -> Order:
+        """Where each of [*batch, *last] stands among the letters of an operand; None where it has no such dim and is the
+        same for all (keys that heads share)."""
+        if not set(last) <= set(letters) <= {*batch, *last} or len(set(letters)) < len(letters):
+            raise _NoMatch
+        return [letters.index(x) if x in letters else None for x in (*batch, *last)]
+
+    def _values(self, product: fx.Node) -> tuple[fx.Node, Order, Order]:
         """The values, the order of dims that makes them [*batch, s, f], and that of the result from [*batch, l, f]."""
         call, sig = self._letters(product)
         if len(call.nodes) != 2 or self.probabilities not in call.nodes:
@@ -324,14 +335,14 @@ class _Fuser:
             query, key = key, query
         other = sig.ins[1 - at]
         free = [x for x in other if x not in batch and x != key]
-        if sig.role(key) is not Role.SUM or len(free) != 1 or any(x not in other for x in (*batch, key)):
+        if sig.role(key) is not Role.SUM or len(free) != 1:
             raise _NoMatch
         result = [*batch, query, free[0]]
         if sorted(map(str, sig.outs[0])) != sorted(map(str, result)) or list(sig.roles) != [key]:
             raise _NoMatch
         return (
             call.nodes[1 - at],
-            [other.index(x) for x in (*batch, key, free[0])],
+            self._order(other, batch, key, free[0]),
             [result.index(x) for x in sig.outs[0]],
         )
 
@@ -377,13 +388,21 @@ class _Fuser:
         meta = {"nn_module_stack": self.softmax.meta.get("nn_module_stack", {})}
         return emit(self.graph, self.mode, target, args, kwargs, meta)
 
-    def _permuted(self, node: fx.Node, order: list[int]) -> fx.Node:
-        return node if order == sorted(order) else self._emit(aten.permute.default, node, order)
+    def _permuted(self, node: fx.Node, order: Order) -> fx.Node:
+        held = [d for d in order if d is not None]
+        node = node if held == sorted(held) else self._emit(aten.permute.default, node, held)
+        for d in (d for d, at in enumerate(order) if at is None):
+            node = self._emit(aten.unsqueeze.default, node, d)
+        return node
 
     def _batched(self, node: fx.Node, batch: tuple) -> fx.Node:
         shape = _shape(node)
         if shape[:-2] == tuple(batch):
             return node
+        if len(shape) - 2 == len(batch) and all(a in (1, b) for a, b in zip(shape, batch, strict=False)):
+            sizes = [-1 if a == b else b for a, b in zip(shape, batch, strict=False)]
+            if all(isinstance(size, int) for size in sizes):
+                return self._emit(aten.expand.default, node, [*sizes, -1, -1])
         if not all(isinstance(s, int) for s in (*shape, *batch)):
             raise _NoMatch
         return self._emit(aten.reshape.default, node, [*batch, *shape[-2:]])

@@ -297,13 +297,17 @@ def _joined(
             stream = _residual(node, site, facts, reach, piece)
             if stream is not None and not any(piece == other for *_, other in found):
                 found.append((node, stream, piece))
-    longest = max(found, key=lambda place: size_hint(_length(place[0], facts, place[2])), default=None)
+    longest = max(found, key=lambda place: _hint(_length(place[0], facts, place[2])), default=None)
     # The merged piece is put between whole ones of known length.
     others = [part for parts in facts.joined(keys) if longest and longest[2] in parts for part in parts]
     if longest and any(not isinstance(size_of(part), int) for part in others if part != longest[2]):
         why = "the longest of the streams that it joins stands beside others of unknown length"
         return SkipReason("joined streams", site.name, why)
     return longest
+
+
+def _hint(length: Any) -> int:
+    return size_hint(length) if isinstance(length, (int, torch.SymInt)) else 0
 
 
 def _length(node: fx.Node, facts: Facts, tokens: Dim) -> Any:

@@ -444,15 +444,29 @@ def _own_branches(
 
 
 def _has_sample(sig: Signature, call: Call, facts: Facts, i: int, run: Run) -> bool:
-    """Whether operand i has, or can be broadcast to, the sample axes of a run."""
+    """Whether operand i has, or can be broadcast to, the sample axes of a run.
+
+    A batch of one has no axis that could be looked for. So that a sample does not depend on its batch, a product takes
+    nothing that is the same for all inputs for one of its samples, nor what lacks a dim of size 1 that others have.
+    """
     own = {leaf for dim in facts.dims(call.nodes[i]) for leaf in leaves(dim)}
     missing = {leaf for leaf in leaves(run.step.sample) if leaf not in own}
-    if not missing:
-        return True
-    if sig.frame is None:
-        return False
+    if sig.frame is None and Role.SUM in sig.roles.values():
+        return not missing and call.nodes[i] not in facts.constant and _single(sig, call) <= set(sig.ins[i])
+    if not missing or sig.frame is None:
+        return not missing
     around = {leaf for dim in frame_dims(sig, call, facts) for leaf in leaves(dim)}
     return missing <= around
+
+
+def _single(sig: Signature, call: Call) -> set[Letter]:
+    """The letters of dims of size 1 that an op keeps apart."""
+    return {
+        letter
+        for letters, val in zip(sig.ins, call.vals, strict=True)
+        for letter, size in zip(letters, val.shape, strict=True)
+        if letter is not None and size_expr(size) == 1 and sig.role(letter) is Role.MAP
+    }
 
 
 def frame_dims(sig: Signature, call: Call, facts: Facts) -> Dims:
