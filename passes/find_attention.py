@@ -43,6 +43,7 @@ _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, at
           aten.unflatten.int, aten.unsqueeze.default, aten.squeeze.dim}  # fmt: skip
 # A mask value this low leaves a key out; a milder one is an ordinary score and stays as it is written.
 _MASKED_OUT = -1e4
+_ABSORBS = -1e9
 
 
 TELLS_PAIRS = "its mask decides for each query which keys it sees"
@@ -240,9 +241,11 @@ class _Fuser:
             raise _NoMatch
         match = self._back(call.nodes[x])
         picked = call.nodes[mask]
+        # Where all keys are filled their scores are gone: a number that absorbs them does the same in a sum.
+        low = max(min(value, _ABSORBS), torch.finfo(call.out.dtype).min) if value > -torch.inf else value
 
         def term() -> fx.Node:
-            pair = (value, 0.0) if fills else (0.0, value)
+            pair = (low, 0.0) if fills else (0.0, low)
             return self._emit(aten.where.Scalar, picked, *pair)
 
         self._add_term(match, node, term)

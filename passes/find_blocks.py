@@ -43,7 +43,7 @@ from tome_fx.report import SkipReason
 from .axes import Dim, count_of, leaves, locate, size_of
 from .find_attention import TELLS_PAIRS, AttentionSite
 from .find_mlps import find_mlps
-from .masks import KeyMask, key_masks, parted, same_mask, score_terms, token_dims, told
+from .masks import KeyMask, key_masks, parted, same_mask, score_terms, token_dims
 from .reach import Reach
 from .rules import Call, Facts, find
 from .rules.contraction import Contraction
@@ -70,6 +70,7 @@ class Block:
     compared by. mlp: what merges is the MLP that reads the stream of the site.
     masks: the masks of keys, which give a token no weight. parts: the mask of pairs within whose parts tokens merge.
     most: how many of them may. turn: the sites that merge before it along its chain, and all of the chain.
+    alike: of an MLP, whether tokens that its attention saw as equal are still equal.
     """
 
     site: AttentionSite
@@ -87,6 +88,7 @@ class Block:
     parts: fx.Node | None = None
     most: int | None = None
     turn: tuple[int, int] = (0, 1)
+    alike: bool = False
 
     @property
     def name(self) -> str:
@@ -160,8 +162,19 @@ def _mlps(
         rest = reach.features | mlp.features | set(tokens)
         sample = tuple(leaf for dim in facts.dims(value) for leaf in leaves(dim) if leaf not in rest)
         operands = () if mlp.entry is None else ((mlp.entry, mlp.dim),)
-        found.append(Block(mlp.site, tokens, sample, mlp.merge, value, kept, size, True, False, operands, True, masks))
+        alike = block is not None and not _told_between(block.merge, value, facts, calls, reach, tokens)
+        found.append(Block(mlp.site, tokens, sample, mlp.merge, value, kept, size, True, False, operands, True, masks,
+                           alike=alike))  # fmt: skip
     return found
+
+
+def _told_between(
+    a: fx.Node, b: fx.Node, facts: Facts, calls: dict[fx.Node, Call], reach: Reach, tokens: Dim
+) -> bool:
+    """Whether something that joins on the way from a to b says of single tokens what the model did not compute."""
+    way = reach.between(a, b)
+    joining = {n for node in way[1:] if node in calls for n in calls[node].nodes} - set(way)
+    return any((facts.told(n) or n in facts.constant) and token_dims(n, facts, tokens) for n in joining)
 
 
 def _unfit(site: AttentionSite, length: Any, kept: int) -> SkipReason | None:
@@ -191,7 +204,7 @@ def _keeps_apart(
     if site.causal is not None:
         return True
     own = leaves(facts.dims(site.q)[site.query_dim]) == leaves(facts.dims(site.k)[site.key_dim])
-    return own and any(told(term, facts) for term in score_terms(site, facts, calls, reach))
+    return own and any(facts.told(term) for term in score_terms(site, facts, calls, reach))
 
 
 def _block(

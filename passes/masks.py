@@ -67,7 +67,7 @@ def score_terms(site: AttentionSite, facts: Facts, calls: dict[fx.Node, Call], r
     tokens = {*leaves(facts.dims(site.q)[site.query_dim]), *leaves(facts.dims(site.k)[site.key_dim])}
     tokens |= _columns(site, ways, facts, calls)
     terms = [n for way, _ in ways for *_, n in _aside(way, calls)]
-    return [n for n in dict.fromkeys(terms) if (n in fixed or told(n, facts)) and _varies_with(n, facts) & tokens]
+    return [n for n in dict.fromkeys(terms) if (n in fixed or facts.told(n)) and _varies_with(n, facts) & tokens]
 
 
 def _columns(
@@ -78,13 +78,6 @@ def _columns(
     ends = [calls[way[-1]] for way, after in ways if not after]
     axes = [leaves(facts.dims(end.nodes[0])[d]) for end in ends for d in reduced_dims(end)]
     return {leaf for axis in axes if any(keys in parts for parts in facts.joined(axis)) for leaf in axis}
-
-
-def told(node: fx.Node, facts: Facts) -> bool:
-    """Whether a value says of single tokens what the caller, a comparison or a constant mask said: no model computed or
-    learned it."""
-    said = node in facts.given or node in facts.decided or node.meta["val"].dtype is torch.bool
-    return said or (facts.pairs is not None and facts.pairs.marks(node))
 
 
 def _ways(site: AttentionSite, calls: dict[fx.Node, Call], reach: Reach) -> list[tuple[list[fx.Node], bool]]:
@@ -211,7 +204,7 @@ class _Reader:
 
     def _unknown(self, term: fx.Node) -> None:
         """A term of an op without a rule, which leaves its axes unknown."""
-        if told(term, self.facts) and term.meta["val"].dim():
+        if self.facts.told(term) and term.meta["val"].dim():
             self._others[term] = None
 
     def term(self, root: fx.Node, scale: float | None) -> None:
@@ -227,7 +220,7 @@ class _Reader:
                 continue
             summands = self._summands(node, scale)
             todo += summands
-            if not summands and told(node, self.facts) and len(token_dims(node, self.facts, self.tokens)) < 2:
+            if not summands and self.facts.told(node) and len(token_dims(node, self.facts, self.tokens)) < 2:
                 self._others[node] = None
 
     def _summands(self, node: fx.Node, scale: float | None) -> list[tuple[fx.Node, float | None]]:
@@ -246,7 +239,7 @@ class _Reader:
 
     def _is_mask(self, node: fx.Node) -> bool:
         one = len(token_dims(node, self.facts, self.tokens)) == 1
-        return one and told(node, self.facts) and _varies_with(node, self.facts) <= {*self.tokens, *self.sample}
+        return one and self.facts.told(node) and _varies_with(node, self.facts) <= {*self.tokens, *self.sample}
 
     def _sources(self, root: fx.Node) -> set[fx.Node]:
         """What a mask was made of: the told values that no told value went into."""
@@ -256,7 +249,7 @@ class _Reader:
             if node in seen:
                 continue
             seen.add(node)
-            above = [n for n in self.calls[node].nodes if told(n, self.facts)] if node in self.calls else []
+            above = [n for n in self.calls[node].nodes if self.facts.told(n)] if node in self.calls else []
             todo += above
             found |= set() if above else {node}
         return found
@@ -391,4 +384,4 @@ def _allowed(node: fx.Node, facts: Facts, tokens: Dim) -> int | None:
     return int(same[:, ::2, 1::2].any(-1).sum(-1).min())
 
 
-__all__ = ["KeyMask", "key_masks", "parted", "same_mask", "score_terms", "token_dims", "told"]
+__all__ = ["KeyMask", "key_masks", "parted", "same_mask", "score_terms", "token_dims"]

@@ -40,6 +40,7 @@ class Pairs:
         self.facts, self.calls, self.values = facts, calls, values
         self._told: dict[tuple[fx.Node, Dim, Dim], bool] = {}
         self._marks: dict[fx.Node, bool] = {}
+        self._masked: dict[fx.Node, bool] = {}
 
     def tell(self, node: fx.Node, query: Dim, key: Dim) -> bool:
         at = (node, query, key)
@@ -57,6 +58,14 @@ class Pairs:
                 found = any(self.marks(n) for n in self._inner(node))
             self._marks[node] = found
         return self._marks[node]
+
+    def masked(self, scores: fx.Node) -> bool:
+        if scores not in self._masked:
+            inner = [n for n in self._inner(scores) if n in self.facts.scores]
+            self._masked[scores] = any(map(self.facts.told, (scores, *self._inner(scores)))) or any(
+                map(self.masked, inner)
+            )
+        return self._masked[scores]
 
     def value(self, node: fx.Node) -> Tensor | None:
         """The value of a node, if it is known while compiling."""

@@ -446,7 +446,7 @@ class _Walk:
 
     def _groups(self, block: Block, step: Step, r: int) -> Step | None:
         """The step of an MLP's attention, where it merges the same tokens in the same samples, and as many."""
-        if not block.mlp:
+        if not block.alike:
             return None
         tokens = _tokens(block, step, r)
         for merge in self.plan.merges.values():

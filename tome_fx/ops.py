@@ -394,16 +394,18 @@ def merge_bias_aten(
     if size is not None:
         weight = weight * _column(size, x)
     total = weight.new_zeros(shape).scatter_add(dim, index, weight)
-    mean = (total / _column(size_out, x)).clamp(min=torch.finfo(torch.float32).tiny)
-    return (mean.log() + top).clamp(min=lowest).to(x.dtype)
+    seen = total > 0
+    mean = torch.where(seen, total / _column(size_out, x), 1.0)  # log(0) would have no gradient
+    found = (mean.log() + top).clamp(min=lowest)
+    return torch.where(seen, found, -torch.inf).to(x.dtype)
 
 
 @_opaque("merge_bias" + cpu.SCHEMAS["merge_bias"], _merge_fake)
 def merge_bias(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
     """Size-weighted log-mean-exp of an additive score term over each group; exact when the group's scores are equal.
 
-    Each group is taken relative to its own maximum. A group that is masked out whole gets the lowest float32 value
-    rather than -inf, so that its gradient is zero and not undefined.
+    Each group is taken relative to its own maximum. A group that is masked out whole stays so: -inf, with a gradient of
+    zero.
 
     Args: as in `merge`; `x` `[*sample, N, *rest]`, floating, may hold -inf.
     Returns: `[*sample, N', *rest]`, the dtype of `x`; computed in float32.
@@ -417,7 +419,8 @@ def merge_bias(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor,
 def _merge_bias_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """d log(sum(size * exp(x)) / size_out): each old term gets its share of its group's sum."""
     x, out, size, size_out, assign = ctx.saved_tensors
-    share = (x.float() - unmerge_aten(out.float(), assign)).exp() / _column(unmerge_aten(size_out, assign), x)
+    whole = unmerge_aten(out.float(), assign).clamp(min=torch.finfo(torch.float32).min)  # -inf less -inf is no number
+    share = (x.float() - whole).exp() / _column(unmerge_aten(size_out, assign), x)
     share = share if size is None else share * _column(size, x)
     return (unmerge_aten(grad, assign) * share).to(x.dtype), None, None, None, None, None
 

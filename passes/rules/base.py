@@ -92,6 +92,12 @@ class PairMasks(Protocol):
     def marks(self, node: fx.Node) -> bool:
         """Whether a value that depends on no input went into a term and rules keys out."""
 
+    def masked(self, scores: fx.Node) -> bool:
+        """Whether something that `told` knows of joined these scores."""
+
+    def value(self, node: fx.Node) -> Tensor | None:
+        """The value of a node, if it is known while compiling."""
+
 
 @dataclass
 class Facts:
@@ -138,6 +144,12 @@ class Facts:
         val = node.meta["val"]
         d %= val.dim()
         return size_expr(val.shape[d]) != 1 and d not in self.uniform.get(node, ())
+
+    def told(self, node: fx.Node) -> bool:
+        """Whether a value says of single tokens what the caller, a comparison or a constant mask said: no model computed
+        or learned it."""
+        said = node in self.given or node in self.decided or node.meta["val"].dtype is torch.bool
+        return said or (self.pairs is not None and self.pairs.marks(node))
 
     def per_pair(self, node: fx.Node, query: int, key: int) -> bool:
         """Whether a term of the scores is a mask of pairs (see `pairs.py`), so that no merge can keep what it says."""

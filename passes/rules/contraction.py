@@ -31,6 +31,8 @@ from .base import (
 )
 
 aten = torch.ops.aten
+ABSORBS = -(2.0**23)
+"""Beside numbers of this size float32 keeps no fractions."""
 
 
 class Contraction(SignatureRule):
@@ -209,6 +211,9 @@ class Attention(SignatureRule):
         operands = [self.operand(call, env, decision, sig, i) for i in range(3)]
         key, layout, d = call.nodes[1], decision.ins[1], call.vals[1].dim() - 2
         mask = self._mask(call, env, decision, sig) if len(call.vals) == 4 else None
+        if mask is not None and layout[d] and env.config.proportional and _may_leave_all_out(call, env):
+            unseen = _all_left_out(env.tensor(call.nodes[3]))
+            mask, operands[1] = mask.masked_fill(unseen, 0.0), operands[1].masked_fill(unseen, 0.0)
         dtype = operands[0].dtype
         if env.config.proportional:
             for run in layout[d]:
@@ -229,6 +234,19 @@ class Attention(SignatureRule):
         if mask.dtype is torch.bool:
             mask = mask.choose(0.0, float("-inf"))
         return env.convert(mask, env.facts.dims(node), have, want, Fill.BIAS, frame_dims(sig, call, env.facts))
+
+
+def _may_leave_all_out(call: Call, env: Emitter) -> bool:
+    return call.vals[3].dtype.is_floating_point and env.facts.told(call.nodes[3])
+
+
+def _all_left_out(mask: Traced) -> Traced:
+    """bool: the samples of which a mask of very low numbers leaves all keys out. It absorbs their scores, which makes all
+    keys alike, and would absorb the sizes as well. (One of -inf gives them no result: that needs no help.)"""
+    call, last = mask.builder.call, list(range(-min(mask.dim(), 3), 0))
+    top = call(aten.amax.default, mask.detach(), last, True)
+    low, some = call(aten.le.Scalar, top, ABSORBS), call(aten.gt.Scalar, top, float("-inf"))
+    return call(aten.logical_and.default, low, some)
 
 
 def _with_bias(mask: Traced, bias: Traced) -> Traced:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..trace import Traced
 from .base import Call, Decision, Emitter, Facts, Letter, Role, Rule, Signature, SignatureRule, register
 
 aten = torch.ops.aten
@@ -105,12 +106,20 @@ class Softmax(SignatureRule):
         if env.config.proportional:
             node = call.nodes[0]
             terms = [env.log_weight(node, layout, d, run).to(x.dtype) for d in reduced_dims(call) for run in layout[d]]
+        if terms and env.facts.pairs is not None and env.facts.pairs.masked(call.nodes[0]):
+            x = _from_the_top(x, reduced_dims(call))
         for term in terms:
             x = x + term
         out = env.run(call, [x])
         for term in terms if self.kind == "log_softmax" else []:
             out = out - term.to(out.dtype)
         return out
+
+
+def _from_the_top(x: Traced, dims: Sequence[int]) -> Traced:
+    """Scores less their largest: where a mask of low numbers leaves all keys out, it would absorb the sizes."""
+    top = x.builder.call(aten.amax.default, x.detach(), list(dims), True)
+    return x - x.builder.call(aten.clamp.default, top, torch.finfo(x.dtype).min)
 
 
 def _normalise_last(call: Call, facts: Facts) -> Signature:

@@ -440,18 +440,16 @@ inline float log_of(float x) {
     return z + (y * z * z * z - 2.12194440e-4f * e - 0.5f * z * z) + 0.693359375f * e;
 }
 
-// One row of a score term as float, no lower than the lowest number: a row that is masked out whole must not be -inf.
+// One row of a score term as float.
 template <class T>
 void load_row(const T* x, int64_t outer, int64_t inner, int64_t step_outer, int64_t step_inner, float* out) {
     for (int64_t a = 0; a < outer; ++a) {
         const T* at = x + a * step_outer;
         float* to = out + a * inner;
         if (step_inner == 1) {
-            for (int64_t c = 0; c < inner; ++c) to[c] = std::max(load(at[c]), std::numeric_limits<float>::lowest());
+            for (int64_t c = 0; c < inner; ++c) to[c] = load(at[c]);
         } else {
-            for (int64_t c = 0; c < inner; ++c) {
-                to[c] = std::max(load(at[c * step_inner]), std::numeric_limits<float>::lowest());
-            }
+            for (int64_t c = 0; c < inner; ++c) to[c] = load(at[c * step_inner]);
         }
     }
 }
@@ -479,7 +477,8 @@ void merge_bias_rows(const T* x, const int64_t* steps, const float* size, const 
                     for (int64_t c = 0; c < width; ++c) store(to + c, own[c]);
                     continue;
                 }
-                top = own;
+                // Finite, so that a group of -inf alone has no difference of infinities.
+                for (int64_t c = 0; c < width; ++c) top[c] = std::max(own[c], std::numeric_limits<float>::lowest());
                 for (int64_t j = head; j >= 0; j = next[b * r + j]) {
                     row(b, moved[b * r + j], joins);
                     for (int64_t c = 0; c < width; ++c) top[c] = std::max(top[c], joins[c]);
@@ -494,7 +493,8 @@ void merge_bias_rows(const T* x, const int64_t* steps, const float* size, const 
                 const float scale = 1.0f / size_out[b * m + k];
                 for (int64_t c = 0; c < width; ++c) {
                     const float mean = std::max(sum[c] * scale, std::numeric_limits<float>::min());
-                    own[c] = std::max(log_of(mean) + top[c], std::numeric_limits<float>::lowest());
+                    const float found = std::max(log_of(mean) + top[c], std::numeric_limits<float>::lowest());
+                    own[c] = sum[c] > 0.0f ? found : -std::numeric_limits<float>::infinity();
                 }
                 for (int64_t c = 0; c < width; ++c) store(to + c, own[c]);
             }
