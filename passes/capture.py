@@ -90,7 +90,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
         for node, value, moves in zip(inside, [*held.values(), *inputs], varies, strict=True)
         if isinstance(value, Tensor) and not moves and not isinstance(value, (FakeTensor, torch.nn.Parameter))
     }
-    return Captured(traced, [node.meta["val"] for node in inside], held, varies, mode, buffers)
+    return Captured(traced, [node.meta.get("val") for node in inside], held, varies, mode, buffers)
 
 
 def _fake_mode(inputs: Sequence[Any]) -> FakeTensorMode:
