@@ -31,6 +31,7 @@ from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 
 from .axes import expr
 from .flex import flex_attention
+from .idle import drop_idle
 from .regions import CaptureError, cut_out, enters_vmap, retrace, vmap_stretch
 from .rules.base import tensors_of
 from .trace import OF_THE_VALUE
@@ -77,6 +78,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
     learned = [n for n, fake in zip(inside, fakes, strict=True) if isinstance(fake, Tensor) and fake.requires_grad]
     functionalise(traced, mode, learned)
     _fill_from_nothing(traced.graph)
+    drop_idle(traced.graph)
     traced.graph.eliminate_dead_code(is_impure_node=is_impure)
     traced.recompile()
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -88,7 +90,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
         for node, value, moves in zip(inside, [*held.values(), *inputs], varies, strict=True)
         if type(value) in (Tensor, torch.nn.Parameter) and not moves and not value.is_meta
     }
-    return Captured(traced, [node.meta["val"] for node in inside], held, varies, mode, known)
+    return Captured(traced, [node.meta.get("val") for node in inside], held, varies, mode, known)
 
 
 def _fake_mode(inputs: Sequence[Any]) -> FakeTensorMode:

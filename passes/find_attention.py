@@ -27,11 +27,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .axes import Dim, leaves
 from .axes import expr as size_expr
+from .capture import is_impure
 from .rules import Call, Facts, find
 from .rules.base import Role, Signature
 from .rules.contraction import Contraction
 from .rules.pointwise import MaskRule, scalar
 from .rules.views import PermuteRule
+from .trace import single
 
 aten = torch.ops.aten
 sdpa = aten.scaled_dot_product_attention.default
@@ -108,7 +110,7 @@ def fuse_attention(gm: fx.GraphModule, mode: FakeTensorMode) -> int:
                 continue
             count += 1
     if count:
-        gm.graph.eliminate_dead_code()
+        gm.graph.eliminate_dead_code(is_impure_node=is_impure)
         gm.graph.lint()
     return count
 
@@ -245,7 +247,7 @@ class _Fuser:
         low = max(min(value, _ABSORBS), torch.finfo(call.out.dtype).min) if value > -torch.inf else value
 
         def term() -> fx.Node:
-            pair = (low, 0.0) if fills else (0.0, low)
+            pair = (single(low), 0.0) if fills else (0.0, single(low))
             return self._emit(aten.where.Scalar, picked, *pair)
 
         self._add_term(match, node, term)

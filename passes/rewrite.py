@@ -131,10 +131,11 @@ class Emitter:
         call = self.calls.get(n)
         if call is not None:
             return find(call).emit(call, self, self.plan.decisions[n])
-        if isinstance(n.meta.get("val"), (int, torch.SymInt)):  # a size: made anew where it is read
-            return n.meta["val"]
+        val = n.meta.get("val")
+        if isinstance(val, (int, torch.SymInt)) and (n.target in _OF_A_SHAPE or not _reads_tensors(n)):
+            return val  # a size: made anew where it is read
         args, kwargs = fx.map_arg((n.args, n.kwargs), self._whole)
-        return self.builder.copy(n.target, args, kwargs, n.meta.get("val"))
+        return self.builder.copy(n.target, args, kwargs, val)
 
     def _whole(self, n: fx.Node) -> Any:
         value = self.env[n]
@@ -647,6 +648,13 @@ class Emitter:
         if len(grown) == len(final):
             return size
         return size.expand(expand).reshape(final)
+
+
+_OF_A_SHAPE = {aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default, aten.sym_storage_offset.default}
+
+
+def _reads_tensors(node: fx.Node) -> bool:
+    return any(isinstance(n.meta.get("val"), Tensor) for n in node.all_input_nodes)
 
 
 def _find(have: Sequence[Atom], want: Sequence[Atom]) -> list[int]:

@@ -257,8 +257,8 @@ class Traced:
         return self._call(aten.masked_fill.Scalar, mask, value)
 
     def choose(self, yes: float, no: float) -> Traced:
-        """float32: `yes` where this bool tensor is True, `no` elsewhere (torch.where)."""
-        return self._call(aten.where.Scalar, float(yes), float(no)).to(torch.float32)
+        """float32: `yes` where this bool tensor is True, `no` elsewhere (torch.where); finite numbers stay finite."""
+        return self._call(aten.where.Scalar, single(yes), single(no)).to(torch.float32)
 
     def pad(self, pads: Sequence[int], value: float) -> Traced:
         return self._call(aten.constant_pad_nd.default, list(pads), value)
@@ -276,9 +276,15 @@ class Traced:
         return self._call(aten.div.Tensor if isinstance(other, Traced) else aten.div.Scalar, other)
 
 
+def single(number: float) -> float:
+    """A number as float32 holds it: models in float64 mask by the lowest number of theirs."""
+    largest = torch.finfo(torch.float32).max
+    return number if abs(number) == float("inf") else max(-largest, min(float(number), largest))
+
+
 def cat(parts: Sequence[Traced], d: int) -> Traced:
     """torch.cat."""
     return parts[0].builder.call(aten.cat.default, list(parts), d)
 
 
-__all__ = ["OF_THE_VALUE", "Builder", "Traced", "cat", "fake_like"]
+__all__ = ["OF_THE_VALUE", "Builder", "Traced", "cat", "fake_like", "single"]

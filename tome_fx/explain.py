@@ -32,10 +32,10 @@ def explain(
 ) -> ToMeReport:
     """What tome_backend would do to `model(*args, **kwargs)`. Nothing is merged and nothing is compiled.
 
-    Each graph is analysed on fake tensors and then runs once as it is, unmerged, so that Python which reads numbers from
-    tensors between graphs goes the way that it goes in a call. What the call writes to buffers and inputs is undone,
-    and so are the random numbers that it draws. `config`: the keywords of `tome_backend`. Raises what torch.compile
-    raises where it cannot trace, and what the model itself raises.
+    Each graph is analysed on fake tensors and then runs once as it is, unmerged, so that Python which reads numbers
+    from tensors between graphs goes the way that it goes in a call. What the call writes to buffers and inputs is
+    undone, and so are the random numbers that it draws. `config`: the keywords of `tome_backend`. Raises what
+    torch.compile raises where it cannot trace, and what the model itself raises.
     """
     settings = config_from({"r": r, "inner": "eager", **config})
     found: list[ToMeReport] = []
@@ -66,12 +66,12 @@ def _undone(model: Any, inputs: Any) -> Iterator[None]:
     """Put back what is written to a model's buffers and to inputs, and the state of random numbers."""
     held = [*model.buffers()] if isinstance(model, torch.nn.Module) else []
     held += [x for x in tree_leaves(inputs) if type(x) is Tensor]
-    before = [(x, x._version, x.detach().clone()) for x in held if not x.is_inference()]
+    before = [(x, x.detach().clone()) for x in held if not x.is_inference()]
     with torch.random.fork_rng():
         yield
     with torch.no_grad():
-        for x, version, value in before:
-            if x._version != version:
+        for x, value in before:
+            if not torch.equal(x, value):
                 x.copy_(value)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from tome_fx.ops import LEFT_OUT
+
 from ..axes import expr as size_expr
 from ..axes import leaves, same
 from ..layout import Layout
@@ -121,7 +123,9 @@ class MaskRule(SignatureRule):
             return Signature(sig.ins, sig.outs, linear=linear, additive=True, frame=sig.frame, fills=fills)
         x, mask, value, _ = parts
         if call.node in facts.scores:
-            fills[mask] = Fill.NONE if _pairs(call.nodes[mask], facts) else Fill.BIAS
+            # A score that is replaced by a number the mask does not leave out by is no score with a term added.
+            leaves_out = value is not None and value <= LEFT_OUT
+            fills[mask] = Fill.BIAS if leaves_out and not _pairs(call.nodes[mask], facts) else Fill.NONE
         elif _zeroing(value):
             fills[mask] = Fill.SHARE
             linear = frozenset({x})

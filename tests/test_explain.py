@@ -1,0 +1,301 @@
+"""explain, rewrite and trace_tokens: how they are called, what they leave as it was, that they agree with a call."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tome_fx
+from tests.palette import compiled, distance
+
+N, D, R = 48, 32, 6
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.mlp = nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
+
+    def attention(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attention(self.norm1(x), mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class Stack(nn.Module):
+    """Three blocks on prepare(x, *more, **named); read: what is given back of the tokens."""
+
+    def __init__(
+        self,
+        prepare: Callable[..., Tensor] = lambda x: x,
+        read: Callable[[Tensor], Tensor] = lambda x: x,
+        depth: int = 3,
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+        self.prepare, self.read = prepare, read
+        self.eval()
+
+    def forward(self, x: Tensor, *more: Any, **named: Any) -> Tensor:
+        x = self.prepare(x, *more, **named)
+        for block in self.blocks:
+            x = block(x)
+        return self.read(x)
+
+
+def tokens(batch: int = 2, count: int = N) -> Tensor:
+    """Each token one of four copies."""
+    base = torch.randn(batch, 4, D)
+    return torch.stack([b[torch.randint(4, (count,))] for b in base])
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+class Named(Stack):
+    def forward(  # type: ignore[override]
+        self, x: Tensor, time: Tensor, context: Tensor | None = None, *, extra: dict[str, Any] | None = None
+    ) -> Tensor:
+        x = x + time[:, None, None]
+        if context is not None:
+            x = x + context.mean(1, keepdim=True)
+        return super().forward(x if extra is None else x * extra["scale"] + extra["pair"][1])
+
+
+TIME, CONTEXT = torch.tensor([0.5, -1.0]), torch.arange(2 * 3 * D).view(2, 3, D) / 100
+EXTRA = {"scale": 2.0, "pair": (torch.ones(1), torch.full((D,), 0.5))}
+CALLS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+    ((TIME, CONTEXT), {}),
+    ((TIME,), {"context": CONTEXT}),
+    ((), {"time": TIME, "context": CONTEXT}),
+    ((), {"context": CONTEXT, "time": TIME}),
+    ((TIME,), {}),
+    ((), {"extra": EXTRA, "context": CONTEXT, "time": TIME}),
+    ((TIME, None), {"extra": dict(reversed(EXTRA.items()))}),
+]
+
+
+@pytest.mark.parametrize("first", ["by position", "by name", "last"])
+@pytest.mark.parametrize("call", range(len(CALLS)))
+def test_arguments_by_name(call: int, first: str) -> None:
+    """By position, by name in any order, nested: groups and output are those of the call, and the rewritten module is
+    called as the model is."""
+    model, x, (args, kwargs) = Named(), tokens(), CALLS[call]
+    if first == "by position":
+        args = (x, *args)
+    elif args:
+        return
+    else:
+        kwargs = {"x": x, **kwargs} if first == "by name" else {**kwargs, "x": x}
+    trace = tome_fx.trace_tokens(model, args, kwargs, r=R, placement="stream")
+    gm = tome_fx.rewrite(model, args, kwargs, r=R, placement="stream")
+    assert [step.tokens_after for step in trace.merges] == [N - R, N - 2 * R, N - 3 * R]
+    with torch.no_grad():
+        want = model(*args, **kwargs)
+        assert distance(gm(*args, **kwargs), want) < 2e-5
+        backwards = dict(reversed(kwargs.items()))
+        assert distance(gm(*args, **backwards), want) < 2e-5
+    same = tome_fx.trace_tokens(model, args, backwards, r=R, placement="stream")
+    assert torch.equal(trace.groups, same.groups)
+
+
+# -- Python that reads numbers -----------------------------------------------------------------------------------------
+
+
+def checked(x: Tensor, n: Tensor) -> Tensor:
+    if n.sum().item() != x.shape[1]:
+        raise ValueError(f"{n.sum().item()} patches, but {x.shape[1]} rows")
+    return x
+
+
+def branch(x: Tensor, n: Tensor) -> Tensor:
+    if (x * x).sum() > 0:
+        return x + 1
+    raise RuntimeError("no energy")
+
+
+def inverse(x: Tensor, n: Tensor) -> Tensor:
+    return x * (1 / n.float().mean().item())
+
+
+def whole(x: Tensor, n: Tensor) -> Tensor:
+    return x[:, : int(n.sum())].unflatten(1, (int(n[0] * 1), -1)).flatten(1, 2)
+
+
+def listed(x: Tensor, n: Tensor) -> Tensor:
+    return torch.cat(x.split((n * 1).tolist(), 1), 1)
+
+
+def looped(x: Tensor, n: Tensor) -> Tensor:
+    for count in n * 1:
+        x = x + x[:, : count.item()].mean(1, keepdim=True)
+    return x
+
+
+def counted(x: Tensor, n: Tensor) -> Tensor:
+    while n.sum() < 2 * x.shape[1]:
+        n = n * 2
+    return x * n[0]
+
+
+def indexed(x: Tensor, n: Tensor) -> Tensor:
+    return x + [None, 1.0, 2.0][(n.argmax() + 1).item()]  # type: ignore[operator]
+
+
+READERS = [checked, branch, inverse, whole, listed, looped, counted, indexed]
+
+
+@pytest.mark.parametrize("scalars", [False, True], ids=["", "capture_scalar_outputs"])
+@pytest.mark.parametrize("prepare", READERS, ids=lambda f: f.__name__)
+def test_explain_goes_the_way_of_the_numbers(prepare: Callable[..., Tensor], scalars: bool) -> None:
+    """Whatever Python does with values that graphs give, explain tells what the compiled call does."""
+    model, args = Stack(prepare), (tokens(), torch.tensor([32, 16]))
+    with torch._dynamo.config.patch(capture_scalar_outputs=scalars), warnings.catch_warnings():
+        warnings.simplefilter("ignore", tome_fx.ToMeWarning)
+        before = len(tome_fx.reports())
+        with torch.no_grad():
+            try:
+                compiled(model, R, placement="stream")(*args)
+            except Exception:  # noqa: BLE001 - torch cannot compile it either
+                with pytest.raises(Exception, match=r"(?s).+"):
+                    tome_fx.explain(model, args, r=R, placement="stream")
+                return
+            want = sum(tome_fx.reports()[before:], tome_fx.ToMeReport())
+            torch._dynamo.reset()
+            report = tome_fx.explain(model, args, r=R, placement="stream")
+    assert report.tokens == want.tokens
+    assert report.merged_sites == want.merged_sites > 0
+    assert scalars or want.merged_sites == 3
+    assert report.graphs == want.graphs
+
+
+def test_explain_leaves_things_as_they_were() -> None:
+    """It runs the graphs: buffers, inputs and random numbers are put back."""
+
+    class Changing(Stack):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(D)
+            self.train()
+
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            x.mul_(2)
+            return super().forward(self.norm(x.mT).mT + 0 * torch.rand(1))
+
+    model, x = Changing(), tokens()
+    held, state = x.clone(), {k: v.clone() for k, v in model.state_dict().items()}
+    random = torch.get_rng_state()
+    with torch.no_grad():
+        assert tome_fx.explain(model, (x,), r=R, placement="stream").merged_sites == 3
+    assert torch.equal(x, held)
+    assert torch.equal(torch.get_rng_state(), random)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+# -- masks that say nothing --------------------------------------------------------------------------------------------
+
+
+def ones(x: Tensor) -> Tensor:
+    return torch.ones(len(x), 1, 1, x.shape[1], dtype=torch.bool)
+
+
+def positions(x: Tensor) -> Tensor:
+    n = torch.arange(x.shape[1])
+    return ((n[:, None] >= 0) & (n[None] >= 0)).expand(len(x), 1, -1, -1)
+
+
+def joined(x: Tensor) -> Tensor:
+    return torch.cat([torch.ones(len(x), 20), torch.ones(len(x), x.shape[1] - 20)], 1).bool()[:, None, None]
+
+
+def zeros(x: Tensor) -> Tensor:
+    return x.new_zeros(1, 1, x.shape[1], x.shape[1])
+
+
+def lowest(x: Tensor) -> Tensor:
+    return (1.0 - ones(x).float()) * torch.finfo(torch.float32).min
+
+
+def chosen(x: Tensor) -> Tensor:
+    return torch.where(positions(x), torch.tensor(0.0), torch.finfo(x.dtype).min)
+
+
+def refilled(x: Tensor) -> Tensor:
+    return zeros(x).masked_fill(~joined(x), -torch.inf)
+
+
+class Idle(nn.Module):
+    def __init__(self, mask: Callable[[Tensor], Tensor] | None, spelled: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks, self.mask, self.spelled = nn.ModuleList(Block() for _ in range(2)), mask, spelled
+        for block in self.blocks if spelled else ():
+            block.attention = self.attention(block)
+        self.eval()
+
+    @staticmethod
+    def attention(block: nn.Module) -> Callable[..., Tensor]:
+        def attend(x: Tensor, mask: Tensor | None) -> Tensor:
+            q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in block.qkv(x).chunk(3, -1))
+            scores = q @ k.mT * 0.25
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -1e9) if mask.dtype is torch.bool else scores + mask
+            return block.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+        return attend
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = None if self.mask is None else self.mask(x)
+        for block in self.blocks:
+            x = block(x, mask)
+        return x
+
+
+@pytest.mark.parametrize("spelled", [False, True], ids=["sdpa", "spelled out"])
+@pytest.mark.parametrize("mask", [ones, positions, joined, zeros, lowest, chosen, refilled], ids=lambda f: f.__name__)
+def test_masks_of_numbers_that_mask_nothing(mask: Callable[[Tensor], Tensor], spelled: bool) -> None:
+    """Compiled, explained and rewritten: merges and FLOPs are those of the model without the mask."""
+    x, plain, model = tokens(), Idle(None, spelled), Idle(mask, spelled)
+    with torch.no_grad():
+        want = tome_fx.explain(plain, (x,), r=R, placement="stream")
+        gm = tome_fx.rewrite(model, (x,), r=R, placement="stream")
+        for report in (tome_fx.explain(model, (x,), r=R, placement="stream"), gm.meta["tome_report"]):
+            assert (report.tokens, report.merged_sites) == (want.tokens, 2)
+            assert report.flops_after == pytest.approx(want.flops_after, rel=0.01)
+        assert distance(gm(x), model(x)) < 2e-5
+
+
+def test_a_mask_that_masks_stays() -> None:
+    """One place of the mask is False, or its numbers are an input's."""
+
+    def one(x: Tensor) -> Tensor:
+        return torch.arange(x.shape[1])[None, None, None] != 5
+
+    def own(x: Tensor) -> Tensor:
+        return (x[..., 0] > -100)[:, None, None]
+
+    x = torch.randn(2, N, D)
+    for mask in (one, own):
+        model = Idle(mask, False)
+        with torch.no_grad():
+            gm = tome_fx.rewrite(model, (x,), r=1, placement="stream")
+            y = x.clone()
+            y[:, 5] += 1
+            want = [model(t) for t in (x, y)]
+            got = [gm(t) for t in (x, y)]
+        others = [i for i in range(N) if i != 5]
+        moved = distance(got[0][:, others], got[1][:, others])
+        assert (moved == 0) is (distance(want[0][:, others], want[1][:, others]) == 0)
