@@ -90,6 +90,9 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
         for node, value, moves in zip(inside, [*held.values(), *inputs], varies, strict=True)
         if type(value) in (Tensor, torch.nn.Parameter) and not moves and not value.is_meta
     }
+    for node, value in known.items():
+        if value.dim() == 0 and not isinstance(value, torch.nn.Parameter):
+            node.meta["held"] = value
     return Captured(traced, [node.meta.get("val") for node in inside], held, varies, mode, known)
 
 

@@ -154,9 +154,9 @@ def _run(pieces: Pieces) -> int:
 
 
 def _reads(facts: Facts, axis: Dim) -> Iterator[tuple[Any, Any]]:
-    """Reads of a part of an axis, of values that hold features beside the tokens: of a mask they say nothing."""
+    """Writes to a part of an axis, and reads of values that hold features beside the tokens: of a mask they say nothing."""
     for node, dim, start, stop in facts.cuts:
-        if leaves(dim) == axis and _has_features(facts, node, axis):
+        if leaves(dim) == axis and (node is None or _has_features(facts, node, axis)):
             yield start, stop
 
 

@@ -108,7 +108,7 @@ class Facts:
     went into. given: inputs of the model, and what was made of them without a product. origins: axes that are slices:
     (axis, of which, from, to). segments: a value that was concatenated, along which axis, and of each piece the axis,
     the size and whether it depends on no input. joins: axes that were concatenated, and the axis it made. channels:
-    axes that come from a weight. cuts: reads of a part of an axis, (value, axis, from, to). buffers: the model's buffers. pairs: what masks say of pairs. protect: the option of that name.
+    axes that come from a weight. cuts: reads of a part of an axis, (value, axis, from, to), and writes to one, (None, ...). buffers: the model's buffers. pairs: what masks say of pairs. protect: the option of that name.
     parted: masks of pairs within whose parts alone tokens merge. angles: sines and cosines of positions, and what is
     put together from them.
     """
@@ -124,7 +124,7 @@ class Facts:
     segments: list[tuple[fx.Node, Dim, list[tuple[Dim, Any, bool]]]] = field(default_factory=list)
     joins: list[tuple[list[Dim], Dim]] = field(default_factory=list)
     channels: list[Dim] = field(default_factory=list)
-    cuts: list[tuple[fx.Node, Dim, Any, Any]] = field(default_factory=list)
+    cuts: list[tuple[fx.Node | None, Dim, Any, Any]] = field(default_factory=list)
     buffers: set[fx.Node] = field(default_factory=set)
     pairs: PairMasks | None = None
     protect: Any = "auto"

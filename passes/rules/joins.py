@@ -289,8 +289,8 @@ class SliceRule(Rule):
         return x.narrow(d, x.shape[d] - (size - start), stop - start)
 
 
-def _note_cut(facts: Facts, node: fx.Node, dim: Any, start: Any, stop: Any, size: Any) -> None:
-    """Remember that a part of an axis of a value is read on its own."""
+def _note_cut(facts: Facts, node: fx.Node | None, dim: Any, start: Any, stop: Any, size: Any) -> None:
+    """Remember that a part of an axis of a value is read on its own, or (None) written."""
     if dim and not (same(start, 0) and same(stop, size)):
         facts.cuts.append((node, dim, start, stop))
 
@@ -470,7 +470,7 @@ class ScatterSlice(SignatureRule):
             start, stop, step, size = self._spec(call, d)
             if step == 1 and call.vals[1].dim() == call.vals[0].dim():
                 unify(slice_dim(facts, dims[d], size, start, stop, step), facts.dims(call.nodes[1])[d])
-                _note_cut(facts, call.nodes[0], dims[d], start, stop, size)
+                _note_cut(facts, None, dims[d], start, stop, size)
         return (dims,)
 
     @staticmethod

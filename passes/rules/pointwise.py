@@ -106,10 +106,10 @@ class MaskRule(SignatureRule):
         """(operand index of x, of the mask, the value, whether the mask's True means fill), or None for other forms."""
         a = call.args
         if "mask" in a:
-            return _operand(call, "self"), _operand(call, "mask"), scalar(a["value"]), True
-        if isinstance(a["self"], fx.Node) and (value := scalar(a["other"])) is not None:
+            return _operand(call, "self"), _operand(call, "mask"), filling(a["value"]), True
+        if isinstance(a["self"], fx.Node) and (value := filling(a["other"])) is not None:
             return _operand(call, "self"), _operand(call, "condition"), value, False
-        if isinstance(a["other"], fx.Node) and (value := scalar(a["self"])) is not None:
+        if isinstance(a["other"], fx.Node) and (value := filling(a["self"])) is not None:
             return _operand(call, "other"), _operand(call, "condition"), value, True
         return None
 
@@ -165,14 +165,24 @@ def _operand(call: Call, name: str) -> int:
     return index
 
 
-def scalar(value: Any) -> float | None:
-    """A number, or a constant zero-dim tensor that the graph makes from one; None for anything else."""
+def filling(value: Any) -> float | None:
+    """What a mask fills in, as a number. A buffer that leaves out counts: any other that does would say the same."""
+    number = scalar(value)
+    held = scalar(value, "held") if number is None else None
+    return held if held is not None and held <= LEFT_OUT else number
+
+
+def scalar(value: Any, key: str = "constant") -> float | None:
+    """A number, or a constant zero-dim tensor that the graph makes from one; None for anything else.
+
+    key: where the value of a placeholder stands in its meta.
+    """
     if _number(value):
         return float(value)
     if not isinstance(value, fx.Node):
         return None
     if value.op == "placeholder":
-        held = value.meta.get("constant")
+        held = value.meta.get(key)
         return float(held) if held is not None and held.dim() == 0 else None
     if value.op != "call_function":
         return None
@@ -184,7 +194,7 @@ def scalar(value: Any) -> float | None:
         return float(number) if _number(number) else None  # type: ignore[arg-type]
     if value.target in (aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.to.dtype, aten._to_copy.default,
                         aten.detach.default, aten.clone.default, aten.expand.default):  # fmt: skip
-        return scalar(value.args[0])
+        return scalar(value.args[0], key)
     return None
 
 
