@@ -33,9 +33,10 @@ SMALLEST_NORM = 1e-12
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of the angle, what the paper takes (ToMe, arXiv 2210.09461, section 3 and table 1)."""
-    a, b = (x / x.norm(dim=-1, keepdim=True).clamp_min(SMALLEST_NORM) for x in (a, b))
-    return dot(a, b)
+    """Cosine of the angle, what the paper takes (ToMe, arXiv 2210.09461, section 3 and table 1); 1 between zeros."""
+    norms = [x.norm(dim=-1, keepdim=True) for x in (a, b)]
+    alike = dot(*(x / norm.clamp_min(SMALLEST_NORM) for x, norm in zip((a, b), norms, strict=True)))
+    return torch.where((norms[0] == 0) & (norms[1] == 0).transpose(-1, -2), 1.0, alike)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

@@ -133,11 +133,22 @@ def best_partner_aten(unit: Tensor, first: int) -> tuple[Tensor, Tensor]:
     return best, partner
 
 
+def pair_nulls(unit: Tensor, first: int, best: Tensor, partner: Tensor) -> tuple[Tensor, Tensor]:
+    """What `best_partner_aten` gives, with the zeros among the sources given to a zero: they have no direction, but are as
+    alike as tokens can be."""
+    null = (unit == 0).all(-1)
+    sources, destinations = null[:, first::2], null[:, 1 - first :: 2]
+    pairs = sources & destinations.any(-1, keepdim=True)
+    place = destinations.to(torch.uint8).argmax(-1, keepdim=True)
+    return torch.where(pairs, 1.0, best), torch.where(pairs, place, partner)
+
+
 def match_aten(metric: Tensor, r: int, prefix: int, suffix: int) -> tuple[Tensor, ...]:
     """`match` on `[batch, N, h, d]`, spelled out."""
     batch, n = metric.shape[:2]
     device = metric.device
-    best, partner = best_partner_aten(directions(metric, prefix, suffix), prefix % 2)
+    unit, first = directions(metric, prefix, suffix), prefix % 2
+    best, partner = pair_nulls(unit, first, *best_partner_aten(unit, first))
     similarity, moved_src = best.topk(r, dim=-1)
 
     places = torch.arange(n, device=device)
@@ -615,7 +626,7 @@ def apart(metric: Tensor, kinds: Tensor, heads: bool, first: bool, similarity: s
 
     metric: as in `match`. kinds: `[*sample, N, k]`, equal unit vectors within a kind, orthogonal ones between kinds.
     first: tokens whose first entry of `kinds` is 0 are all alike, and more alike than any others. similarity: what the
-    result is compared by. Returns float32 `[*sample, N, d + k]`.
+    result is compared by. Returns float32 `[*sample, N, d + 1 + k]`.
     """
     x = metric.to(torch.float32)
     x = x.sum(-2) if heads else x
@@ -623,7 +634,8 @@ def apart(metric: Tensor, kinds: Tensor, heads: bool, first: bool, similarity: s
     if similarity == "dot":  # one factor for all of a sample keeps the order of its products
         norm = norm.amax(-2, keepdim=True)
         kinds = kinds * (2 - kinds[..., :1]) if first else kinds
-    x = x / norm.clamp_min(matching.SMALLEST_NORM)
+    # Zeros have no direction, but are as alike as tokens can be.
+    x = torch.cat([x / norm.clamp_min(matching.SMALLEST_NORM), (norm == 0).expand_as(x[..., :1]).to(x.dtype)], -1)
     x = x * kinds[..., :1] if first else x
     return torch.cat([x, _APART * kinds], -1)
 

@@ -84,9 +84,9 @@ struct Body {
     int64_t floats(int64_t d) const { return (sources + panels * kPanel) * d; }
 };
 
-// The sum over heads of one token divided by its norm, to out[0], out[step], ...
+// The sum over heads of one token divided by its norm, to out[0], out[step], ...; whether it is all zero.
 template <class T>
-void direction(const T* row, int64_t heads, int64_t d, int64_t step_h, float* sum, float* out, int64_t step) {
+bool direction(const T* row, int64_t heads, int64_t d, int64_t step_h, float* sum, float* out, int64_t step) {
     float squares[kLanes] = {};
     for (int64_t c = 0; c < d; c += kLanes) {
         const int64_t width = std::min(kLanes, d - c);
@@ -110,6 +110,7 @@ void direction(const T* row, int64_t heads, int64_t d, int64_t step_h, float* su
     } else {
         for (int64_t c = 0; c < d; ++c) out[c * step] = sum[c] * scale;
     }
+    return square == 0.0f;
 }
 
 // Similarities of kRows sources with panel `place`; `top` and `where` keep the largest of each lane so far, and its panel.
@@ -184,6 +185,18 @@ void merge_sizes(const float* size, const int64_t* assign, const int64_t* keep, 
     for (int64_t j = 0; j < r; ++j) out[assign[moved[j]]] += size ? size[moved[j]] : 1.0f;
 }
 
+// Zeros have no direction, but are as alike as tokens can be. null: whether each token of the body is all zero.
+void pair_nulls(const Body& body, const char* null, float* best, int64_t* partner) {
+    int64_t place = 0;
+    while (place < body.destinations && !null[body.destination(place) - body.prefix]) ++place;
+    if (place == body.destinations) return;
+    for (int64_t i = 0; i < body.sources; ++i) {
+        if (!null[body.source(i) - body.prefix]) continue;
+        best[i] = 1.0f;
+        partner[i] = place;
+    }
+}
+
 // What `best_partners` found -> what `match_size` returns, for one sample.
 void select(const Body& body, const float* best, const int64_t* partner, const float* size, int64_t n, int64_t r,
             int64_t* assign, int64_t* keep, int64_t* moved, float* similarity, float* size_out, float* log_size) {
@@ -231,6 +244,7 @@ void match(const T* metric, int64_t batch, int64_t n, int64_t heads, int64_t d, 
     if (static_cast<int64_t>(scratch.size()) < most * floats) scratch.resize(most * floats);
     std::vector<float> best(most * body.sources);
     std::vector<int64_t> partner(most * body.sources);
+    std::vector<char> null(most * body.length);
     const int64_t even = (body.sources + threads - 1) / threads;  // a few sources on many threads: smaller groups
     const int64_t group = std::clamp((even + kRows - 1) / kRows * kRows, kRows, kGroup);
     float* const directions = scratch.data();  // not `scratch` itself: threads would each see their own
@@ -247,12 +261,8 @@ void match(const T* metric, int64_t batch, int64_t n, int64_t heads, int64_t d, 
                     float* panels = src + body.sources * d;
                     const bool source = (i % 2) == body.odd;
                     const int64_t rank = (source ? i - body.odd : i - 1 + body.odd) / 2;
-                    if (source) {
-                        direction(row, heads, d, step_h, sum.data(), src + rank * d, 1);
-                    } else {
-                        float* out = panels + rank / kPanel * kPanel * d + rank % kPanel;
-                        direction(row, heads, d, step_h, sum.data(), out, kPanel);
-                    }
+                    float* out = source ? src + rank * d : panels + rank / kPanel * kPanel * d + rank % kPanel;
+                    null[b * body.length + i] = direction(row, heads, d, step_h, sum.data(), out, source ? 1 : kPanel);
                 }
             }
 #pragma omp for collapse(2) schedule(static)
@@ -266,6 +276,8 @@ void match(const T* metric, int64_t batch, int64_t n, int64_t heads, int64_t d, 
 #pragma omp for schedule(static)
             for (int64_t b = 0; b < samples; ++b) {
                 const int64_t at = start + b;
+                pair_nulls(body, null.data() + b * body.length, best.data() + b * body.sources,
+                           partner.data() + b * body.sources);
                 select(body, best.data() + b * body.sources, partner.data() + b * body.sources,
                        size ? size + at * n : nullptr, n, r, assign + at * n, keep + at * (n - r), moved + at * r,
                        similarity + at * r, size_out + at * (n - r), log_size + at * (n - r));

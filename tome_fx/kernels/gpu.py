@@ -243,6 +243,7 @@ def match(
         unit = ops.directions(metric, prefix, suffix)
         first = prefix % 2
         best, partner = best_partner(unit, first) if blocked else ops.best_partner_aten(unit, first)
+        best, partner = ops.pair_nulls(unit, first, best, partner)
         similarity, merged = best.topk(r, dim=-1)
         assign, keep = merge_index(merged, partner, n, prefix, suffix)
         moved = merged * 2 + (prefix + first)
