@@ -29,6 +29,7 @@ from torch import fx
 from tome_fx.config import ToMeConfig
 from tome_fx.report import SkipReason, ToMeReport
 
+from .axes import leaves
 from .capture import Captured, CaptureError, capture
 from .drop_unread import drop_unread
 from .find_attention import find_attention, fuse_attention
@@ -37,9 +38,10 @@ from .flatten_grids import flatten_grids
 from .infer_axes import infer_axes
 from .lengths import lengths_to_share
 from .lower import lower
-from .plan import make_plan, site_reports
+from .plan import Merge, Plan, make_plan, site_reports
 from .rewrite import rewrite
-from .rules import find
+from .rules import Facts, find
+from .rules.base import tensors_of
 from .rules.reduce import Softmax
 from .verify import VerifyError, verify
 
@@ -52,12 +54,14 @@ PIPELINE = (
 @dataclass
 class Result:
     """gm: the rewritten graph, or None where the original is to be used. captured: the IR it came from. lengths: the
-    lengths that merges leave, each once; none where layers would gain nothing by sharing kernels."""
+    lengths that merges leave, each once; none where layers would gain nothing by sharing kernels. tokens_enter: whether
+    merged tokens are an input of the graph as they are, so that it cannot show which of them are special."""
 
     gm: fx.GraphModule | None
     report: ToMeReport
     captured: Captured | None = None
     lengths: list[int] = field(default_factory=list)
+    tokens_enter: bool = False
 
 
 def run_pipeline(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig) -> Result:
@@ -105,11 +109,37 @@ def run_pipeline(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig) 
     if config.drop_unread:
         with _timed(seconds, "drop_unread"):
             report.unread_ops = drop_unread(rewritten)
+        for merge in _unread_merges(rewritten, plan):
+            reason = SkipReason("not read", merge.block.name, "of its tokens the model reads none that merge")
+            plan.skipped.append(reason)
+            report.skipped.append(reason)
+        report.sites = site_reports(plan, blocks, sites, skipped)
     with _timed(seconds, "lower"):
         lower(rewritten)
     with _timed(seconds, "verify"):
         verify(captured.gm, rewritten)
-    return Result(rewritten, report, captured, lengths_to_share(captured.gm, plan))
+    enter = _tokens_enter(captured, facts, plan)
+    return Result(rewritten, report, captured, lengths_to_share(captured.gm, plan), enter)
+
+
+def _unread_merges(rewritten: fx.GraphModule, plan: Plan) -> list[Merge]:
+    """Take from the plan the merges whose matching is not in the graph any more."""
+    left = {node.meta.get("tome_step") for node in rewritten.graph.nodes}
+    gone = {node: m for node, m in plan.merges.items() if (m.groups or m.step).site not in left}
+    for node in gone:
+        del plan.merges[node]
+    return list(gone.values())
+
+
+def _tokens_enter(captured: Captured, facts: Facts, plan: Plan) -> bool:
+    given = {
+        leaf
+        for node, varies in zip(captured.gm.graph.find_nodes(op="placeholder"), captured.model_input, strict=True)
+        if varies and any(val.is_floating_point() for val in tensors_of(node.meta.get("val")))
+        for dim in facts.dims(node)
+        for leaf in leaves(dim)
+    }
+    return any(given & set(leaves(merge.block.tokens)) for merge in plan.merges.values())
 
 
 @contextmanager

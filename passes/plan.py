@@ -67,6 +67,8 @@ COSTS = {
 # Models with fewer channels are bound by calls, which no figure here counts: what is asked for is done where it saves
 # more FLOPs than it costs.
 NARROW = 64
+# FLOPs an element that sums, norms and pointwise ops take at most: a product of any width takes more.
+NO_PRODUCT = 32
 BY_FLOPS = Costs(match=0.0, merge=4.0, gather=4.0, bias=4.0, touch=0.0, masked=0.0)
 
 
@@ -99,6 +101,8 @@ class Plan:
     flops_before: float = 0.0
     flops_after: float = 0.0
     r: Any = None
+    asked: dict[int, int] = field(default_factory=dict)
+    """What the schedule asked of a site, where that is more than it can merge."""
 
     def losing(self) -> list[int]:
         """The sites that cost more than they save.
@@ -127,7 +131,7 @@ def make_plan(
     if config.flops is not None:
         r = _r_for(config.flops, lambda r: _profitable(gm, facts, calls, blocks, r, config).share, blocks)
         plan = _profitable(gm, facts, calls, blocks, r, config)
-        plan.r = r
+        plan.r, plan.asked = r, {}  # nobody asked for this r
         if plan.share > config.flops:
             plan.skipped.append(
                 SkipReason("flops target", "", f"{config.flops} is out of reach; r={r} gives {plan.share:.2f}")
@@ -187,6 +191,9 @@ def _profitable(
         for site in branches or [min(losing, key=lambda s: plan.saved.get(s, 0.0) - plan.spent[s])]:
             kind = "MLP does not pay" if blocks[site].mlp else "does not pay"
             why = f"matching would cost {plan.spent[site]:.2g} FLOPs and save {plan.saved.get(site, 0.0):.2g}"
+            left = plan.site_flops.get(site, [0.0])[0]
+            if not blocks[site].branch and left < NO_PRODUCT * _elements_of(blocks[site].merge):
+                kind, why = "nothing to save", "no product is computed on its tokens after it"
             dropped.append(SkipReason(kind, blocks[site].name, why))
             active.remove(site)
 
@@ -441,6 +448,10 @@ class _Walk:
                 why = "its mask leaves some token no partner"
             self._skip(block, "nothing to merge", why if self.wanted[index] else "its share of the schedule is 0")
             return None, 0
+        asked = self.wanted[index]
+        asked = int((size_hint(before) - prefix - suffix) * asked) if isinstance(asked, float) else asked
+        if self.multiple == 1 and size_hint(r) < asked:
+            self.plan.asked[index] = asked
         prev = held.step if held is not None else None
         return Step(index, prev, block.sample, before, before - r, prefix, suffix, block.branch), r
 
@@ -536,7 +547,8 @@ def site_reports(
             continue
         step = merge.step
         kept, placement = merge.block.special.count, "branch" if step.branch else "stream"
-        rows.append(SiteReport(site.name, _pair(step), kept, True, total, placement=placement, mlp=pair))
+        asked = plan.asked.get(step.site)
+        rows.append(SiteReport(site.name, _pair(step), kept, True, total, placement=placement, mlp=pair, asked=asked))
     return rows
 
 

@@ -327,7 +327,7 @@ class Emitter:
             metric, heads = call(tome.apart.default, metric, kind, heads, True, *compared_by), False
         match, names = (tome.match.default, ()) if config.pairing == PAPERS else (tome.match_by.default, config.pairing)
         assign, keep, moved, similarity = call(match, metric, merge.r, step.prefix, step.suffix, heads, *names)
-        similarity.node.args[0].meta["tome_merge"] = block.name
+        similarity.node.args[0].meta.update(tome_merge=block.name, tome_step=step.site)
         size = call(tome.merge_size.default, before, assign, keep, moved) if config.counts else None
         seen = None
         if weight is not None and config.counts:

@@ -24,6 +24,7 @@ from tome_fx.config import ToMeConfig, updated
 from tome_fx.kernels import cpu
 from tome_fx.passes import Result, lengths, run_pipeline
 from tome_fx.passes.lower import KERNELS, call_kernels
+from tome_fx.pieces import Piece, piece_of
 from tome_fx.report import SkipReason, ToMeReport, record
 from tome_fx.schedule import ScheduleError
 
@@ -160,8 +161,9 @@ def transform(
 
     Warns (strict: raises ToMeError) where a site does not pay, nothing merges, or a pass fails.
     """
+    piece = piece_of(gm, config)
     try:
-        result = run_pipeline(gm, inputs, config)
+        result = _run(gm, inputs, config, piece)
         rewritten = None if result.gm is None else finish(gm, result)
     except ScheduleError:
         raise
@@ -170,8 +172,24 @@ def transform(
     report = result.report
     report.compile_id = str(CompileContext.current_compile_id() or "")
     _count(report)
-    _tell(report, config)
+    log.info("%s", report)
+    if piece.cut:
+        _tell_of_piece(result, config, piece)
+    else:
+        _tell(report, config)
+    if report.merged_sites:
+        _tell_of_limit()
     return rewritten, report
+
+
+def _run(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig, piece: Piece) -> Result:
+    """The passes; for a piece of a model a list `r` may be longer than its blocks."""
+    try:
+        return run_pipeline(gm, inputs, config)
+    except ScheduleError as error:
+        if not piece.cut:
+            raise
+        return run_pipeline(gm, inputs, updated(config, {"r": list(config.r)[: error.blocks]}))  # type: ignore[arg-type]
 
 
 def _internal_error(config: ToMeConfig) -> ToMeReport:
@@ -196,13 +214,53 @@ def _count(report: ToMeReport) -> None:
 
 
 def _tell(report: ToMeReport, config: ToMeConfig) -> None:
-    log.info("%s", report)
-    nothing_wanted = config.flops is None and not _wants_any(config.r)
     unpaid = [s for s in report.skipped if s.kind in ("does not pay", "flops target")]
-    if not report.merged_sites and not nothing_wanted:
+    if not report.merged_sites and not _nothing_wanted(config):
         _warn(f"tome_backend: {report.summary()}", config)
     elif unpaid and config.strict:
         raise ToMeError("; ".join(map(str, unpaid)))
+
+
+def _nothing_wanted(config: ToMeConfig) -> bool:
+    return config.flops is None and not _wants_any(config.r)
+
+
+def _tell_of_piece(result: Result, config: ToMeConfig, piece: Piece) -> None:
+    """Of all the pieces of a model the user hears once. One without attention, a stem or a head, is none to speak of,
+    unless no piece has any."""
+    report, model = result.report, piece.model
+    model.attention |= bool(report.attention_sites)
+    found = []
+    if report.merged_sites:
+        if result.tokens_enter and config.protect == "auto":
+            found.append("class tokens that come from another piece cannot be seen here and may merge")
+        if config.flops is not None or (isinstance(config.r, tuple) and config.r):
+            found.append("the schedule starts anew in each piece")
+    elif report.attention_sites or (piece.last and not model.attention):
+        found.append(report.summary())
+    if not found or model.told or _nothing_wanted(config):
+        return
+    model.told = True
+    _warn(
+        f"tome_backend: this graph is a piece of the model: {piece.cut}. So {'; '.join(found)}. Compile the whole "
+        "model as one graph (fullgraph=True shows what breaks it; torch._dynamo.config.capture_scalar_outputs=True "
+        "keeps numbers that are read from tensors in the graph), or say protect=1 (or how many leading tokens never "
+        "merge) and a constant r.",
+        config,
+    )
+
+
+def _tell_of_limit() -> None:
+    """Dynamo compiles a function so many times, then runs it as it is and says nothing to the backend."""
+    compiled, limit = CompileContext.current_compile_id(), torch._dynamo.config.recompile_limit
+    if compiled is not None and (compiled.frame_compile_id or 0) + 1 == limit:
+        warnings.warn(
+            f"tome_backend: this is compilation {limit} of one function, and torch._dynamo.config.recompile_limit "
+            "allows no more: inputs that need another (another size) will run as the plain model, unmerged. Compile "
+            "with dynamic=True, pad inputs to fewer sizes, or raise that limit.",
+            ToMeWarning,
+            stacklevel=3,
+        )
 
 
 def _wants_any(r: Any) -> bool:

@@ -198,13 +198,14 @@ def trace_tokens(
     r: Any = None,
     **config: Any,
 ) -> TokenTrace:
-    """Run the rewritten model eagerly and read off every merge, those that `drop_unread` would leave out too.
+    """Run the rewritten model eagerly and read off every merge of its graph; `drop_unread=False` adds those that nobody
+    reads.
 
     On branches an MLP that takes its attention's groups has no entry of its own.
 
     Raises what `rewrite` raises.
     """
-    gm, report = _rewritten(model, args, kwargs, {"r": r, **config, "drop_unread": False})
+    gm, report = _rewritten(model, args, kwargs, {"r": r, **config})
     recorder = _MatchRecorder(gm)
     with torch.no_grad():
         recorder.run(*_flat_inputs(gm, args, kwargs), enable_io_processing=False)
@@ -223,4 +224,4 @@ def trace_tokens(
 
 def _flat_inputs(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> list[Any]:
     """A call's arguments as the graph takes them, by name where they were named."""
-    return list(tree_flatten_spec((tuple(args), dict(kwargs or {})), gm._in_spec))  # type: ignore[arg-type]
+    return list(tree_flatten_spec((tuple(args), dict(kwargs or {})), gm._in_spec))

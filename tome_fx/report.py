@@ -37,7 +37,8 @@ class SiteReport:
     """One attention site. tokens: (before, after) its merge, equal where nothing merged. flops: of the part of the
     graph between this merge and the next, per forward pass, as traced and as rewritten. placement: "stream" (merged for
     good), "branch" (merged around this attention alone) or "mlp" (merged in its MLP alone). mlp: (before, after) of the
-    MLP after it, where it merges on its own because the stream keeps its length."""
+    MLP after it, where it merges on its own because the stream keeps its length. asked: the tokens that the schedule
+    asked it to merge away, where it could not merge so many (half of the free ones at most); else None."""
 
     name: str
     tokens: tuple[int, int]
@@ -47,6 +48,7 @@ class SiteReport:
     skipped: str = ""
     placement: str = "stream"
     mlp: tuple[int, int] | None = None
+    asked: int | None = None
 
 
 @dataclass
@@ -135,6 +137,8 @@ class ToMeReport:
         alone = f", {branches} of them around the attention alone" if branches else ""
         alone += f", {mlps} in the MLP alone" if mlps else ""
         share = self.flops_after / self.flops_before if self.flops_before else 1.0
+        capped = sum(site.asked is not None for site in self.sites)
+        alone += f", r capped in {capped}" if capped else ""
         unread = f", {self.unread_ops} ops on the rows that are read alone" if self.unread_ops else ""
         return (
             f"{self.merged_sites} of {self.attention_sites} attention sites merged in {graphs}{alone}: "
@@ -169,6 +173,9 @@ class ToMeReport:
             tokens = f"{site.tokens[0]} -> {site.tokens[1]}" if merged else str(site.tokens[0] or "")
             flops = f"{_flops(site.flops[0])} -> {_flops(site.flops[1])}" if site.flops[0] else ""
             note = "around this attention alone" if site.merged and site.placement == "branch" else site.skipped
+            if site.asked is not None:
+                capped = f"r capped: {site.tokens[0] - site.tokens[1]} instead of {site.asked}"
+                note = "; ".join(filter(None, [note, capped]))
             if site.mlp is not None:
                 note = "; ".join(filter(None, [note, f"MLP: {site.mlp[0]} -> {site.mlp[1]}"]))
             table.add_row(site.name, tokens, str(site.protected) if merged else "", flops, note)

@@ -6,7 +6,11 @@ from math import prod
 
 
 class ScheduleError(ValueError):
-    """A schedule that does not fit the model."""
+    """A schedule that does not fit the model. blocks: how many of its blocks can merge."""
+
+    def __init__(self, message: str, blocks: int = 0) -> None:
+        super().__init__(message)
+        self.blocks = blocks
 
 
 Schedule = int | float | tuple[int, float] | tuple[int, ...] | list[int]
@@ -30,7 +34,7 @@ def tokens_per_block(r: Schedule, blocks: int) -> list[int | float]:
         step = (last - first) / max(blocks - 1, 1)
         return [int(first + step * i) for i in range(blocks)]
     if len(r) > blocks:
-        raise ScheduleError(f"r lists {len(r)} blocks, but the model has {blocks} that can merge")
+        raise ScheduleError(f"r lists {len(r)} blocks, but the model has {blocks} that can merge", blocks)
     return [*r, *[0] * (blocks - len(r))]
 
 
