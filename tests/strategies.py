@@ -1,4 +1,4 @@
-"""Hypothesis: any legal small transformer of tests.models."""
+"""Hypothesis: any legal small transformer of tests.models; any mask of pairs of tests.spellings."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from tests import spellings
 from tests.models import CHOICES, Spec
 
 _FLAGS = ("rms", "qk_norm", "layer_scale", "parallel", "talking", "cross", "slice_write", "skip", "shared", "dead")
@@ -53,3 +54,12 @@ def schedules(spec: Spec) -> st.SearchStrategy[Any]:
         st.tuples(st.integers(2, 3), st.sampled_from([-1, 0.5])),
         st.sampled_from([0.05, 0.1]),
     )
+
+
+@st.composite
+def masks(draw: st.DrawFn, flex: bool = True) -> tuple[str, str, str]:
+    """(kind, way to make it, way to apply it) of a mask of pairs; see `tests.spellings`."""
+    kind = draw(st.sampled_from(list(spellings.KINDS)))
+    way = draw(st.sampled_from(spellings.ways(kind)))
+    applies = [name for name in spellings.applies(kind) if flex or name not in spellings.FLEX]
+    return kind, way, draw(st.sampled_from(applies))

@@ -1,0 +1,514 @@
+"""Laws of samples, special tokens, padding and streams, each over many spellings of one meaning (`tests.sequences`).
+
+A sample does not depend on its batch; special tokens stay alone; empty samples and zero-padded windows come out as they are;
+tokens that no input reaches take no place in the schedule; two calls merge as each alone; of joined streams the longer merges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tome_fx
+from tests import sequences as seq
+from tests.laws import LAW, Traced, mixed_groups, no_internal_error, shared_tokens, traced
+from tests.models import redraw
+from tests.palette import assert_lossless, distance, palette_tokens, run, samples_apart
+
+D, H, R = 64, 4, 6
+Attend = Callable[..., Tensor]
+
+
+class Block(nn.Module):
+    """Pre-norm block; attend(q, k, v, *more) on [B, H, N, D / H]. groups: heads of keys and values."""
+
+    def __init__(self, attend: Attend = F.scaled_dot_product_attention, groups: int = H) -> None:
+        super().__init__()
+        self.attend, self.groups = attend, groups
+        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.q, self.kv, self.out = nn.Linear(D, D), nn.Linear(D, 2 * groups * (D // H)), nn.Linear(D, D)
+        self.mlp = nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
+
+    def attention(self, x: Tensor, *more: Any) -> Tensor:
+        q, k, v = (t.unflatten(-1, (-1, D // H)).transpose(1, 2) for t in (self.q(x), *self.kv(x).chunk(2, -1)))
+        return self.out(self.attend(q, k, v, *more).transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor, *more: Any) -> Tensor:
+        x = x + self.attention(self.norm1(x), *more)
+        return x + self.mlp(self.norm2(x))
+
+
+class Net(nn.Module):
+    def __init__(self, make: Callable[[], nn.Module] = Block, depth: int = 2) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(make() for _ in range(depth))
+
+    def forward(self, x: Tensor, *more: Any) -> Tensor:
+        for block in self.blocks:
+            x = block(x, *more)
+        return x
+
+
+def drawn(model: nn.Module) -> nn.Module:
+    return redraw(model).eval()
+
+
+# -- samples -----------------------------------------------------------------------------------------------------------
+
+
+class Related(nn.Module):
+    """Adds q against embeddings of distance, and k too if `both`, to the scores; opened: with a softmax of its own."""
+
+    def __init__(self, form: str, n: int, both: bool, opened: bool) -> None:
+        super().__init__()
+        self.relative, self.both, self.opened = seq.RELATIVE[form], both, opened
+        self.line = nn.Parameter(torch.randn(2 * n - 1, D // H))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        i = torch.arange(q.shape[2])
+        table = self.line[i[:, None] - i + q.shape[2] - 1]
+        bias = self.relative(q, table, self.line)
+        if self.both:
+            bias = bias + self.relative(k, table, self.line).mT
+        bias = bias * q.shape[-1] ** -0.5
+        if self.opened:
+            return (seq.scores(q, k) + bias).softmax(-1) @ v
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+@pytest.mark.parametrize("placement", ["stream", "branch"])
+@pytest.mark.parametrize("opened", [False, True], ids=["sdpa", "opened"])
+@pytest.mark.parametrize("both", [False, True], ids=["queries", "both"])
+@pytest.mark.parametrize("form", seq.RELATIVE)
+def test_relative_keys_do_not_join_samples(form: str, both: bool, opened: bool, placement: str) -> None:
+    """Case 31: each sample matches on its own."""
+    n = 48
+    model = drawn(Net(lambda: Block(Related(form, n, both, opened))))
+    difference, report = samples_apart(model, (torch.randn(3, n, D),), None, R, 3, placement=placement)
+    no_internal_error(report)
+    assert report.merged_sites == 2, str(report)
+    assert difference is not None and difference < 1e-9, f"a sample moves with its batch by {difference:.0e}\n{report}"
+
+
+@pytest.mark.parametrize("placement", ["stream", "branch"])
+@pytest.mark.parametrize("core", seq.CORES)
+def test_shared_keys(core: str, placement: str) -> None:
+    """Multi-query and grouped-query attention: every block merges, the law and the law of samples hold."""
+    groups, attend = seq.CORES[core]
+    model = drawn(Net(lambda: Block(lambda q, k, v: attend(q, k, v, None), groups)))
+    x = palette_tokens(2, 48, D, k=3)
+    assert_lossless(model, (x,), R, sites=2, placement=placement)
+    difference, report = samples_apart(model, (torch.randn(2, 48, D),), None, R, 2, placement=placement)
+    assert difference is not None and difference < 1e-9, f"a sample moves with its batch by {difference:.0e}\n{report}"
+
+
+# -- special tokens ----------------------------------------------------------------------------------------------------
+
+PATCHES = 48
+
+
+class Special(nn.Module):
+    """A class token in front and `count` registers: `place` "middle" (after the class token, put in once the sequence is
+    made), "front" (all put in at once) or "behind". The registers are alike, and so are patches in the tests."""
+
+    def __init__(self, insert: str, place: str, count: int, positions: bool) -> None:
+        super().__init__()
+        self.insert, self.place = seq.INSERT[insert], place
+        self.net = Net()
+        self.cls, self.registers = nn.Parameter(torch.randn(1, 1, D)), nn.Parameter(torch.randn(1, 1, D))
+        self.count, n = count, PATCHES + (place == "middle")
+        self.positions = nn.Parameter(torch.randn(1, n, D)) if positions else None
+
+    def sequence(self, x: Tensor) -> Tensor:
+        cls, registers = self.cls.expand(len(x), -1, -1), self.registers.repeat(len(x), self.count, 1)
+        if self.place == "middle":
+            x = torch.cat([cls, x], 1)
+        if self.positions is not None:
+            x = x + self.positions
+        if self.place == "middle":
+            return self.insert(x, registers, 1)
+        special = torch.cat([cls, registers], 1)
+        return self.insert(x, special, 0 if self.place == "front" else x.shape[1])
+
+    @property
+    def places(self) -> list[int]:
+        first = PATCHES if self.place == "behind" else 0
+        return list(range(first, first + 1 + self.count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.sequence(x))[:, self.places[0]]
+
+
+def assert_alone(model: nn.Module, x: Tensor, count: int, places: list[int], r: int, placement: str) -> Any:
+    """By `trace_tokens`: something merges, and none of the tokens at `places` of `count` shares a group."""
+    trace = tome_fx.trace_tokens(model, (x,), r=r, placement=placement)
+    groups = [m.groups for m in trace.merges if m.groups.shape[-1] == count]
+    assert groups, f"nothing merges:\n{trace.report}"
+    shared = shared_tokens(groups, places)
+    assert not shared, f"{shared} special tokens share a group\n{trace.report}"
+    return trace.report
+
+
+@pytest.mark.parametrize("positions", [False, True], ids=["", "positions"])
+@pytest.mark.parametrize("place", ["middle", "front", "behind"])
+@pytest.mark.parametrize("insert", seq.INSERT)
+def test_special_tokens_stay_alone(insert: str, place: str, positions: bool) -> None:
+    """Case 33: also where they are put into the middle of a sequence that is there already."""
+    model, x = drawn(Special(insert, place, 3, positions)), palette_tokens(2, PATCHES, D, k=3)
+    with torch.no_grad():  # patches like registers: nothing but protection keeps these apart
+        like = torch.cat([model.registers + 0.05 * torch.randn(2, 8, D), x[:, 8:]], 1)
+    for placement in ("stream", "branch"):
+        assert_alone(model, like, PATCHES + 4, model.places, R, placement)
+    if not positions:
+        assert_lossless(model, (x,), R, sites=2, placement="branch")
+
+
+@pytest.mark.parametrize("insert", seq.INSERT)
+def test_registers_in_the_middle_are_counted(insert: str) -> None:
+    for count in (1, 4):
+        model = drawn(Special(insert, "middle", count, True))
+        report = run(model, (torch.randn(2, PATCHES, D),), None, R, placement="stream")[1]
+        assert {site.protected for site in report.sites if site.merged} == {1 + count}, str(report)
+
+
+class Frames(nn.Module):
+    """Special tokens in front of the patches of every frame, one attention over all frames; the first one is read."""
+
+    def __init__(self, join: str, read: str, count: int) -> None:
+        super().__init__()
+        self.join, self.read, self.count = seq.FRAMES[join], seq.READ_FRAMES[read], count
+        self.special, self.net = nn.Parameter(torch.randn(1, 1, count, D)), Net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.net(self.join(x, self.special)), x.shape[1])
+
+
+FRAME_FORMS = [(join, list(seq.READ_FRAMES)[i % len(seq.READ_FRAMES)]) for i, join in enumerate(seq.FRAMES)]
+FRAME_FORMS += [("cat, reshape", read) for read in seq.READ_FRAMES]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("join", "read"), list(dict.fromkeys(FRAME_FORMS)))
+def test_special_tokens_of_every_frame_stay_alone(join: str, read: str, count: int) -> None:
+    """Case 11. What nobody reads may still be special: at the places in front of each frame."""
+    f, p = 4, 20
+    model = drawn(Frames(join, read, count))
+    x = torch.randn(2, f, p, D)
+    with torch.no_grad():
+        x[:, :, :4] = model.special[:, :, :1] + 0.05 * torch.randn(2, f, 4, D)
+    read_places = [i * (p + count) for i in range(f)]
+    palette = palette_tokens(2, f * p, D, k=3).view(2, f, p, D)
+    for placement in ("stream", "branch"):
+        assert_alone(model, x, f * (p + count), read_places, 12, placement)
+        assert_lossless(model, (palette,), 8, placement=placement)
+
+
+# -- padding -----------------------------------------------------------------------------------------------------------
+
+
+def keys_of(n: int, *lengths: int) -> Tensor:
+    return torch.arange(n) < torch.tensor(lengths)[:, None]
+
+
+class Padded(nn.Module):
+    """Blocks under a mask of keys made in one way, put to the scores or given to SDPA."""
+
+    def __init__(self, padding: str, core: str) -> None:
+        super().__init__()
+        groups, attend = seq.CORES[core]
+        self.make, self.net = seq.PADDING[padding], Net(lambda: Block(attend, groups))
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        return self.net(x, self.make(keep))
+
+
+EMPTY = [(padding, "sdpa") for padding in seq.EXACT_WHEN_EMPTY]
+FINITE = [(padding, core) for padding in seq.PADDING if padding not in seq.EXACT_WHEN_EMPTY for core in ("sdpa", "scores")]
+
+
+def assert_samples(model: nn.Module, x: Tensor, keep: Tensor, placement: str) -> None:
+    """Every sample as eager gives it: where the mask leaves tokens in those, in an empty sample all."""
+    with torch.no_grad():
+        want = model(x, keep)
+    made = traced(model, R, (placement,))
+    got, report = made(placement, x, keep), made.reports[placement]
+    no_internal_error(report)
+    assert report.merged_sites == 2, str(report)
+    for i, seen in enumerate(keep):
+        seen = seen if seen.any() else ~seen
+        error = distance(got[i][seen], want[i][seen])
+        assert error < LAW, f"sample {i} moved by {error:.0e}\n{report}"
+
+
+@pytest.mark.parametrize("placement", ["stream", "branch"])
+@pytest.mark.parametrize(("padding", "core"), EMPTY)
+def test_empty_samples_stay_zero(padding: str, core: str, placement: str) -> None:
+    """Case 09: SDPA gives a query that sees no key zero, for bool and for -inf."""
+    model = drawn(Padded(padding, core))
+    assert_samples(model, palette_tokens(3, 48, D, k=3), keys_of(48, 48, 30, 0), placement)
+
+
+@pytest.mark.parametrize("placement", ["stream", "branch"])
+@pytest.mark.parametrize(("padding", "core"), FINITE)
+def test_empty_samples_keep_their_mean(padding: str, core: str, placement: str) -> None:
+    """Under a mask of large numbers a query that sees no key gives what the unmerged model gives."""
+    model = drawn(Padded(padding, core))
+    assert_samples(model, palette_tokens(3, 48, D, k=3), keys_of(48, 48, 30, 0), placement)
+
+
+@pytest.mark.parametrize("placement", ["stream", "branch"])
+@pytest.mark.parametrize("core", seq.CORES)
+def test_padding_under_shared_keys(core: str, placement: str) -> None:
+    model = drawn(Padded("bool", core))
+    assert_samples(model, palette_tokens(3, 48, D, k=3), keys_of(48, 48, 30, 20), placement)
+
+
+ZEROED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "kept": lambda y, keep: y,
+    "where": lambda y, keep: torch.where(keep[..., None], y, 0.0),
+    "times": lambda y, keep: y * keep[..., None],
+    "masked_fill": lambda y, keep: y.masked_fill(~keep[..., None], 0.0),
+    "where a weight": lambda y, keep: torch.where(keep[..., None], y, y.mean(-1, keepdim=True).detach() * 0 + 0.5),
+    "einsum": lambda y, keep: torch.einsum("bnd,bn->bnd", y, keep.to(y.dtype)),
+}
+
+
+class Beside(Block):
+    """Learned keys beside the tokens, and the attention's output zeroed at padded places."""
+
+    def __init__(self, zeroed: str, learned: int) -> None:
+        super().__init__()
+        self.zeroed = ZEROED[zeroed]
+        self.learned = nn.Parameter(torch.randn(2, 1, H, learned, D // H)) if learned else None
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:  # type: ignore[override]
+        y = self.norm1(x)
+        q, k, v = (t.unflatten(-1, (H, -1)).transpose(1, 2) for t in (self.q(y), *self.kv(y).chunk(2, -1)))
+        mask = keep
+        if self.learned is not None:
+            k, v = (torch.cat([own.expand(len(x), -1, -1, -1), t], 2) for own, t in zip(self.learned, (k, v), strict=True))
+            mask = F.pad(keep, (self.learned.shape[3], 0), value=True)
+        y = self.out(F.scaled_dot_product_attention(q, k, v, mask[:, None, None]).transpose(1, 2).flatten(2))
+        x = x + self.zeroed(y, keep)
+        return x + self.mlp(self.norm2(x))
+
+
+@pytest.mark.parametrize("learned", [0, 5])
+@pytest.mark.parametrize("zeroed", ZEROED)
+def test_groups_of_padding_and_valid_tokens(zeroed: str, learned: int) -> None:
+    """Case 08: tokens equal before the attention are not equal after it where padding is zeroed; r is large."""
+    model, keep = drawn(Net(lambda: Beside(zeroed, learned))), keys_of(64, 64, 44)
+    x = palette_tokens(2, 64, D, k=3)
+    with torch.no_grad():
+        want = model(x, keep)
+    got, report = run(model, (x, keep), None, 14, placement="branch")
+    assert report.merged_sites == 2, str(report)
+    error = distance(got[keep], want[keep])
+    assert error < LAW, f"valid tokens moved by {error:.0e}\n{report}"
+
+
+class Windows(nn.Module):
+    """x + attention in windows of w x w of a grid padded with zeros after the norm."""
+
+    def __init__(self, pad: str, w: int, before_norm: bool = False) -> None:
+        super().__init__()
+        self.pad, self.w, self.before_norm = seq.PAD_GRID[pad], w, before_norm
+        self.norm, self.qkv, self.out = nn.LayerNorm(D), nn.Linear(D, 3 * D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, h, w, d = x.shape
+        size, high, wide = self.w, -(-h // self.w) * self.w, -(-w // self.w) * self.w
+        y = self.pad(self.norm(x), high, wide)
+        y = y.view(b, high // size, size, wide // size, size, d).transpose(2, 3).reshape(-1, size * size, d)
+        q, k, v = (t.unflatten(-1, (H, -1)).transpose(1, 2) for t in self.qkv(y).chunk(3, -1))
+        y = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        y = y.view(b, high // size, wide // size, size, size, d).transpose(2, 3).reshape(b, high, wide, d)
+        return x + y[:, :h, :w]
+
+
+@pytest.mark.parametrize("r", [2, 8, 20])
+@pytest.mark.parametrize("pad", seq.PAD_GRID)
+def test_zeros_merge_before_all_else(pad: str, r: int) -> None:
+    """Case 32: windows with enough zeros come out as they would unmerged, and their tokens stay alone."""
+    model, x = drawn(Windows(pad, 8)), torch.randn(2, 10, 10, D)
+    with torch.no_grad():
+        want = model(x) - x
+    made = traced(model, r, ("branch",))
+    got, report = made("branch", x) - x, made.reports["branch"]
+    no_internal_error(report)
+    assert report.tokens == [(64, 64 - r)], str(report)
+    real = F.pad(torch.ones(10, 10, dtype=torch.bool), (0, 6, 0, 6)).view(2, 8, 2, 8).transpose(1, 2).reshape(4, 64)
+    (groups,) = made.groups(64)
+    shared = sum(shared_tokens([g[None]], real[i % 4].nonzero().flatten().tolist())
+                 for i, g in enumerate(groups) if i % 4)  # fmt: skip
+    assert not shared, f"{shared} tokens of windows with zeros share a group"
+    inner = torch.ones(10, 10, dtype=torch.bool)
+    inner[:8, :8] = False
+    error = distance(got[:, inner], want[:, inner])
+    assert error < LAW, f"windows with zeros moved by {error:.0e}\n{report}"
+
+
+# -- tokens of no input ------------------------------------------------------------------------------------------------
+
+SIDE, BANDS, PATCH = 8, 4, 4
+
+
+class Unfed(nn.Module):
+    """Blocks that see the input, and a block or more over learned tokens alone, used in one of several ways."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__()
+        self.use, self.net, self.own = use, Net(depth=3), Net(depth=1)
+        self.learned, self.bands = nn.Parameter(torch.randn(1, SIDE * SIDE, D)), nn.Parameter(torch.randn(1, BANDS, D))
+        self.project, self.to_bias = nn.Linear(D, BANDS), nn.Linear(D, 1)
+        self.off = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: C901
+        match self.use:
+            case "positions":
+                return self.net(x + self.off * self.own(self.learned))
+            case "positions expanded first":
+                return self.net(x + self.off * self.own(self.learned.expand(len(x), -1, -1)))
+            case "weights":
+                w = self.own(torch.cat([self.learned, self.bands], 1))[0, : D]
+                return self.net(F.linear(x, w) * 0.2)
+            case "prompts for logits":
+                return self.net(x) @ self.own(self.learned).mT
+            case "pooled scale":
+                return self.net(x * (1 + self.own(self.learned).mean(1, keepdim=True).sigmoid()))
+            case "condition":
+                return self.net(x) + self.own(self.learned)[:, :1]
+            case "keys":
+                y = self.net(x)
+                k = self.own(self.learned)
+                return y + F.scaled_dot_product_attention(y, k.expand(len(x), -1, -1), k.expand(len(x), -1, -1))
+            case "gate at the end":
+                return self.net(x).mean(1) * self.own(self.learned).mean(1)
+        raise ValueError(self.use)
+
+
+UNFED = ("positions", "positions expanded first", "weights", "prompts for logits", "pooled scale", "condition", "keys",
+         "gate at the end")  # fmt: skip
+SCHEDULES = [(6, [6, 6, 6]), ([9, 5, 2], [9, 5, 2]), ([8, 0, 0], [8])]
+
+
+@pytest.mark.parametrize(("r", "merged"), SCHEDULES, ids=["int", "list", "first"])
+@pytest.mark.parametrize("use", UNFED)
+def test_tokens_of_no_input_take_no_place(use: str, r: Any, merged: list[int]) -> None:
+    """Case 23: the first entry of a list belongs to the first block that sees the input."""
+    torch.manual_seed(0)
+    model = drawn(Unfed(use))
+    model.off.data.zero_()
+    n, tokens = SIDE * SIDE, []
+    for count in merged:
+        tokens.append((n, n - count))
+        n -= count
+    assert_lossless(model, (palette_tokens(2, SIDE * SIDE, D, k=3),), r, tokens=tokens, placement="stream")
+
+
+# -- two calls ---------------------------------------------------------------------------------------------------------
+
+TWICE: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "sum": lambda model, x: model(x) + model(x.flip(1)),
+    "pair": lambda model, x: (model(x), model(2 * x)),
+    "stack": lambda model, x: torch.stack([model(t) for t in (x, x.flip(1))]).mean(0),
+    "halves": lambda model, x: torch.cat([model(t) for t in x.chunk(2)]),
+    "with and without gradients": lambda model, x: (model(x), model(x.roll(1, 1)).detach()),
+    "ensemble in float64": lambda model, x: model(x).double() + model(-x).double(),
+}
+
+
+@pytest.mark.parametrize("r", [4, [9, 5, 2], (6, -1), (6, 1), 0.1], ids=str)
+@pytest.mark.parametrize("calls", TWICE)
+def test_two_calls_merge_as_each_alone(calls: str, r: Any) -> None:
+    """Case 16: the schedule is of the model's blocks, not of the graph's."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net(depth=3)
+
+        def forward(self, x: Tensor) -> Any:
+            return TWICE[calls](self.net, x)
+
+    model, x = drawn(Both()), palette_tokens(2, 48, D, k=3)
+    alone = run(model.net, (x[:1] if calls == "halves" else x,), None, r, placement="stream")[1].tokens
+    assert_lossless(model, (x,), r, tokens=alone * 2, placement="stream")
+
+
+# -- joined streams ----------------------------------------------------------------------------------------------------
+
+
+class Stream(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.qkv, self.out = nn.LayerNorm(D), nn.LayerNorm(D), nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.mlp = nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
+
+    def close(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x + self.out(y)
+        return x + self.mlp(self.norm2(x))
+
+
+class Joint(nn.Module):
+    """One attention over two streams; `early`: joined before the heads are cut, else q, k and v one by one."""
+
+    def __init__(self, join: str, cut: str, text_first: bool, early: bool) -> None:
+        super().__init__()
+        self.join, self.cut, self.text_first, self.early = seq.JOIN[join], seq.CUT[cut], text_first, early
+        self.text, self.image = Stream(), Stream()
+
+    def forward(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = (self.text, self.image) if self.text_first else (self.image, self.text)
+        a, b = (text, image) if self.text_first else (image, text)
+        parts = first.qkv(first.norm1(a)), second.qkv(second.norm1(b))
+        if self.early:
+            heads = (t.unflatten(-1, (H, -1)).transpose(1, 2) for t in self.join(*parts, 1).chunk(3, -1))
+        else:
+            split = ([t.unflatten(-1, (H, -1)).transpose(1, 2) for t in p.chunk(3, -1)] for p in parts)
+            heads = (self.join(s, t, 2) for s, t in zip(*split, strict=True))
+        y = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        y, z = self.cut(y, a.shape[1])
+        a, b = first.close(a, y), second.close(b, z)
+        return (a, b) if self.text_first else (b, a)
+
+
+class Streams(nn.Module):
+    def __init__(self, *form: Any) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Joint(*form) for _ in range(2))
+
+    def forward(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        for block in self.blocks:
+            text, image = block(text, image)
+        return image, text
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
+@pytest.mark.parametrize("text_first", [True, False], ids=["text first", "image first"])
+@pytest.mark.parametrize("early", [True, False], ids=["joined early", "joined late"])
+@pytest.mark.parametrize(("join", "cut"), [("cat", cut) for cut in seq.CUT] + [(j, "slices") for j in list(seq.JOIN)[1:]])
+def test_the_longer_stream_merges(join: str, cut: str, early: bool, text_first: bool, dynamic: bool) -> None:
+    """Case 10: of a fixed length and of a dynamic one, at the length compiled for and at another."""
+    model, text = drawn(Streams(join, cut, text_first, early)), palette_tokens(2, 20, D, k=3, seed=3)
+    image, other = palette_tokens(2, 64, D, k=3), palette_tokens(2, 75, D, k=3)
+    if dynamic:
+        torch._dynamo.mark_dynamic(image, 1)
+    made = Traced(model, {"stream": {"r": R, "placement": "stream"}}, dynamic=None if dynamic else False)
+    for x in (image, other) if dynamic else (image,):
+        with torch.no_grad():
+            want = model(text, x)
+        error = distance(made("stream", text, x), want)
+        assert error < LAW, f"{error:.0e} at {x.shape[1]} tokens\n{made.reports['stream']}"
+    report = made.reports["stream"]
+    no_internal_error(report)
+    assert report.graphs == 1, f"{report.graphs} graphs"
+    lengths = [site.tokens[0] for site in report.sites if site.merged]
+    assert len(lengths) == 2 and 20 not in lengths, str(report)
+    assert {site.placement for site in report.sites} == {"stream"}, str(report)
+    assert mixed_groups(made.groups(64)[:1], torch.zeros(64)) == 0
