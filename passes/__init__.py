@@ -37,9 +37,9 @@ from .flatten_grids import flatten_grids
 from .infer_axes import infer_axes
 from .lengths import lengths_to_share
 from .lower import lower
-from .plan import make_plan, site_reports
+from .plan import Plan, make_plan, site_reports
 from .rewrite import rewrite
-from .rules import find
+from .rules import Call, Facts, find
 from .rules.reduce import Softmax
 from .verify import VerifyError, verify
 
@@ -52,12 +52,16 @@ PIPELINE = (
 @dataclass
 class Result:
     """gm: the rewritten graph, or None where the original is to be used. captured: the IR it came from. lengths: the
-    lengths that merges leave, each once; none where layers would gain nothing by sharing kernels."""
+    lengths that merges leave, each once; none where layers would gain nothing by sharing kernels. facts, calls, plan:
+    what the passes found in the IR, where something merges."""
 
     gm: fx.GraphModule | None
     report: ToMeReport
     captured: Captured | None = None
     lengths: list[int] = field(default_factory=list)
+    facts: Facts = field(default_factory=Facts)
+    calls: dict[fx.Node, Call] = field(default_factory=dict)
+    plan: Plan = field(default_factory=Plan)
 
 
 def run_pipeline(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig) -> Result:
@@ -110,7 +114,7 @@ def run_pipeline(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig) 
         lower(rewritten)
     with _timed(seconds, "verify"):
         verify(captured.gm, rewritten)
-    return Result(rewritten, report, captured, lengths_to_share(captured.gm, plan))
+    return Result(rewritten, report, captured, lengths_to_share(captured.gm, plan), facts, calls, plan)
 
 
 @contextmanager
