@@ -4,7 +4,7 @@ model = torch.compile(model, backend=tome_backend(r=16))
 """
 
 from tome_fx.backend import ToMeBackend, ToMeError, ToMeWarning, tome_backend
-from tome_fx.check import Approximation, Check, CheckedMerge, CheckedOutput, check
+from tome_fx.check import Approximation, Check, CheckedMerge, CheckedOutput, NoLawError, check
 from tome_fx.config import ToMeConfig
 from tome_fx.explain import MergeStep, TokenTrace, explain, rewrite, trace_tokens
 from tome_fx.matching import register_matcher
@@ -21,6 +21,7 @@ __all__ = [
     "CheckedMerge",
     "CheckedOutput",
     "MergeStep",
+    "NoLawError",
     "SiteReport",
     "SkipReason",
     "ToMeBackend",

@@ -56,7 +56,7 @@ tome = torch.ops.tome
 
 TOLERANCE = 1e-6
 """Largest relative error in float64 at which the law counts as kept."""
-IN_OWN_DTYPE = 1e-3
+IN_OWN_DTYPE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 """The same where the model does not run in float64."""
 _UNCHANGED = 1e-12
 """Tying that moves a value less than this, relative to its largest element, moves it by rounding alone."""
@@ -99,14 +99,15 @@ class Approximation:
     """An op at which a value that differs within groups meets merged tokens.
 
     name: place in the model. op: the op. what: what the merge makes of the value. moved: how far that moves the value.
-    effect: how far it moves the outputs of the tied model, if no other approximation is made. All relative.
+    effect: how far it moves the outputs of the tied model, if no other approximation is made; None if that was not
+    asked for. Both are relative.
     """
 
     name: str
     op: str
     what: str
     moved: float
-    effect: float
+    effect: float | None
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Check:
 
     @property
     def tolerance(self) -> float:
-        return TOLERANCE if self.dtype is torch.float64 else IN_OWN_DTYPE
+        return IN_OWN_DTYPE.get(self.dtype, TOLERANCE)
 
     @property
     def holds(self) -> bool:
@@ -166,7 +167,8 @@ class Check:
                      "" if m.error is None else f"{m.error:.1e}") for m in self.merges]  # fmt: skip
             console.print(_table("merges", ("place", "tokens", "similarity", "moved", "error"), rows))
         if self.approximations:
-            found = [(a.name, a.op, a.what, f"{a.effect:.1e}") for a in self.approximations]
+            found = [(a.name, a.op, a.what, "" if a.effect is None else f"{a.effect:.1e}")
+                     for a in self.approximations]
             console.print(_table("approximations", ("place", "op", "what the merge makes of it", "effect"), found))
         for note in dict.fromkeys(self.notes):
             console.print(f"note: {note}", markup=False)
@@ -183,6 +185,10 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     return table
 
 
+class NoLawError(ValueError):
+    """These options keep no law that could be checked; the message says why."""
+
+
 # -- the call ----------------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +198,7 @@ def check(
     kwargs: Mapping[str, Any] | None = None,
     *,
     r: Any = None,
+    effects: bool = True,
     **config: Any,
 ) -> Check:
     """Whether the merged model computes what the unmerged one does with its groups tied, on these inputs.
@@ -201,18 +208,19 @@ def check(
     numbers are drawn once for all three, and dropout drops nothing. Where a graph does not run in float64 it is run in
     the dtypes it has, and the result says so.
 
-    config: the keywords of `tome_backend`. Raises ValueError for `merging="prune"` and `prop_attn=False`, which keep no
+    effects: whether to run the tied graph once more for each approximation, to see what it alone does to the outputs.
+    config: the keywords of `tome_backend`. Raises NoLawError (a ValueError) for `merging="prune"` and `prop_attn=False`, which keep no
     law, and what torch.compile raises where it cannot trace.
     """
     settings = config_from({"r": r, "inner": "eager", **config})
     if settings.merging == "prune":
-        raise ValueError('merging="prune" computes the model on fewer tokens, not a tied one: there is no law to check')
+        raise NoLawError('merging="prune" computes the model on fewer tokens, not a tied one: there is no law to check')
     if not settings.prop_attn:
-        raise ValueError("prop_attn=False lets a group count as one token, so no law holds: there is nothing to check")
+        raise NoLawError("prop_attn=False lets a group count as one token, so no law holds: there is nothing to check")
     graphs: list[_Graph] = []
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
-        graphs.append(_Graph(gm, inputs, settings))
+        graphs.append(_Graph(gm, inputs, settings, effects))
         return graphs[-1]
 
     names = ("recompile_limit", "accumulated_recompile_limit")
@@ -259,8 +267,8 @@ def _total(graphs: Sequence[_Graph], settings: ToMeConfig) -> Check:
 class _Graph:
     """One traced graph. A call checks it on the real inputs and then gives what the graph itself computes."""
 
-    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig) -> None:
-        self.gm, self.config = gm, config
+    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig, effects: bool) -> None:
+        self.gm, self.config, self.effects = gm, config, effects
         self.result = run_pipeline(gm, inputs, config)
         self.found: list[Check] = []
         if self.result.plan.merges:
@@ -907,7 +915,7 @@ class _Comparison:
             last, exactly = self._tied(frozenset(candidates))
             explained = _worst(got, exactly)
             approximations = self._approximations(candidates, last.joined, want)
-        dtype = torch.float64 if exact else _dtype(self.inputs)
+        dtype = torch.float64 if exact else _own_dtype(self.inputs)
         outputs = [CheckedOutput(0, i, tuple(b.shape), _relative(a, b), _relative(a, c))
                    for i, (a, b, c) in enumerate(zip(got, want, plain, strict=True)) if isinstance(b, Tensor)]  # fmt: skip
         return Check(error, explained, _worst(got, plain), _worst(plain, traced), self._merges(merged, last), outputs,
@@ -944,13 +952,13 @@ class _Comparison:
     ) -> list[Approximation]:
         found = []
         for join in candidates:
-            if moved.get(join, 0.0) > _UNCHANGED:
-                _, alone = self._tied(frozenset({join}))
-                effect = _worst(alone, want)
-                if effect > _UNCHANGED:
-                    found.append(Approximation(place(join.node) or place(join.source), op_name(join.node), _what(join),
-                                               moved[join], effect))  # fmt: skip
-        return sorted(found, key=lambda a: -a.effect)
+            if moved.get(join, 0.0) <= _UNCHANGED:
+                continue
+            effect = _worst(self._tied(frozenset({join}))[1], want) if self.graph.effects else None
+            if effect is None or effect > _UNCHANGED:
+                found.append(Approximation(place(join.node) or place(join.source), op_name(join.node), _what(join),
+                                           moved[join], effect))  # fmt: skip
+        return sorted(found, key=lambda a: -(a.effect or 0.0))
 
     def _merges(self, merged: _MergedRun, tied: _TiedRun) -> list[CheckedMerge]:
         found = []
@@ -1013,7 +1021,7 @@ def _worst(got: Sequence[Any], want: Sequence[Any]) -> float:
     return max((_relative(a, b) for a, b in zip(got, want, strict=True)), default=0.0)
 
 
-def _dtype(inputs: Sequence[Any]) -> torch.dtype:
+def _own_dtype(inputs: Sequence[Any]) -> torch.dtype:
     return next((x.dtype for x in inputs if isinstance(x, Tensor) and x.is_floating_point()), torch.float32)
 
 
@@ -1032,4 +1040,4 @@ def _what(join: _Join) -> str:
     return _WHAT[join.fill]
 
 
-__all__ = ["Approximation", "Check", "CheckedMerge", "CheckedOutput", "check"]
+__all__ = ["Approximation", "Check", "CheckedMerge", "CheckedOutput", "NoLawError", "check"]
