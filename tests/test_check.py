@@ -21,6 +21,8 @@ from tome_fx import cli, matching, ops
 
 HERE = "tests.test_check"
 ROUNDING = 1e-9
+TOKENS = Spec(readout="tokens", stem="tokens", prefix="none")
+"""[B, 36, 32] to the same."""
 
 
 def law(model: Any, args: Any, r: Any = 4, **config: Any) -> tome_fx.Check:
@@ -128,7 +130,7 @@ def test_a_mean_without_sizes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "merge_aten", plain)
     found = law(*build(Spec(readout="tokens")), 8, placement="stream")
     errors = [merge.error or 0.0 for merge in found.merges]
-    assert not found.holds and errors[0] < ROUNDING and errors[1] > 1e-3
+    assert not found.holds and errors[0] < 1e-6 and errors[1] > 1e-3
 
 
 def test_a_mask_that_takes_one_row_of_a_group_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +162,7 @@ class Broken(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        (self.first, _), (self.second, _) = (build(Spec(readout="tokens", stem="tokens", prefix="none", seed=i)) for i in (1, 2))
+        self.first, self.second = (build(TOKENS.replace(seed=seed))[0] for seed in (1, 2))
 
     def forward(self, x: Tensor, *, times: int = 1) -> dict[str, Tensor]:
         x = self.first(x)
@@ -181,7 +183,7 @@ class MaskedAutoencoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body, _ = build(Spec(readout="tokens", stem="tokens", prefix="none", depth=2, drop=0.1))
+        self.body, _ = build(TOKENS.replace(depth=2, drop=0.1))
 
     def forward(self, x: Tensor) -> Tensor:
         order = torch.rand(x.shape[:2], device=x.device).argsort(1)[:, : x.shape[1] // 2]
@@ -205,7 +207,8 @@ class Windows(nn.Module):
 
     def __init__(self, side: int = 6, dim: int = 32) -> None:
         super().__init__()
-        self.side, self.norm, self.qkv, self.proj = side, nn.LayerNorm(dim), nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.side, self.norm = side, nn.LayerNorm(dim)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.table = nn.Parameter(torch.randn(2, side**2, side**2))
         self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.mlp = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
@@ -260,7 +263,7 @@ def test_nothing_of_the_users_is_changed() -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.body, _ = build(Spec(readout="tokens", stem="tokens", prefix="none"))
+            self.body, _ = build(TOKENS)
 
         def forward(self, x: Tensor) -> Tensor:
             x.mul_(2)
@@ -295,7 +298,7 @@ def test_a_model_that_does_not_run_in_float64() -> None:
     class Narrow(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.body, _ = build(Spec(readout="tokens", stem="tokens", prefix="none"))
+            self.body, _ = build(TOKENS)
 
         def forward(self, x: Tensor) -> Tensor:
             return narrow(self.body(x))
