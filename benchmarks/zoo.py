@@ -11,6 +11,8 @@ over). For each model, small and with random weights, the process compares the r
   (overlapping stems, pooled grids), or "not traced" where torch.export gives a graph that does not merge as the
   compiled one does, so that nobody can look, or "n/a" where a convolution between two merges tells equal tokens apart:
   there the law says nothing;
+- the tied law (`tome_fx.check`), on the ordinary input and with weights redrawn: the error in float64, and where
+  ops average what still differs within a group, what is left once the tied model does so too, and which ops they are;
 - the law of the batch: "apart" where a sample's result is the same whatever samples are beside it, in float64; "n/a"
   where the model does not run in it, or mixes its samples without merging too.
 
@@ -87,6 +89,7 @@ def one(name: str, r: int, sweep: bool = False) -> Row:
         if row["merged"] or row.get("forced"):
             convolved = [op for op in row["unmerges"] if "conv" in op]
             row.update(_lossless(law, r, bool(convolved), placement))
+            row["tied"] = _tied(zoo_models.build(name, sweep), r, placement)
             row["batch"] = _apart(zoo_models.build(name, sweep), r, placement)
             if row["lossless"] == "broken" and convolved:
                 # Tokens equal when they merged, and no longer after their neighbours were mixed in.
@@ -122,6 +125,20 @@ def _merged(zoo: Any, r: int, want: Any, placement: str = "auto") -> Row:
         "unknown": dict(sum((Counter(report.unknown_ops) for report in reports), Counter())),
         "seconds": sum(sum(report.seconds.values()) for report in reports),
     }
+
+
+def _tied(zoo: Any, r: int, placement: str) -> Row:
+    """What `tome_fx.check` finds; weights are redrawn, so that every part is felt at the output."""
+    import torch
+
+    import tome_fx
+    from tests.models import redraw
+
+    torch._dynamo.reset()
+    found = tome_fx.check(redraw(zoo.model, 1), zoo.args, zoo.kwargs, r=r, placement=placement, effects=False)
+    ops = Counter(a.op.removeprefix("aten.") for a in found.approximations)
+    numbers = {name: getattr(found, name) for name in ("error", "explained", "spelling", "moved", "notes", "holds")}
+    return {**numbers, "approximations": dict(ops.most_common()), "dtype": str(found.dtype).removeprefix("torch.")}
 
 
 @dataclass(frozen=True)
@@ -303,6 +320,7 @@ def bad(row: Row) -> bool:
         return False
     silent = row.get("sites") and not row.get("merged") and not row.get("reasons")
     law = str(row.get("lossless", "")).startswith("broken") or str(row.get("batch", "")).startswith("mixed")
+    law |= not row.get("tied", {}).get("holds", True)
     broken = any(reason.startswith("internal error") for reason in row.get("reasons", ()))
     return bool(broken or "failed" in row or not row["shapes"] or row.get("identity") is False or law or silent)
 
@@ -313,6 +331,19 @@ def verdict(row: Row) -> str:
     if found == "not equal":
         return f"n/a (cosine {row['cosine']:.3f})"
     return found
+
+
+def tied(row: Row) -> str:
+    """The tied law in one cell: the error, what is left of it, and the ops that are approximations."""
+    found = row.get("tied")
+    if not found:
+        return ""
+    cell = "" if found["holds"] else "BROKEN "
+    cell += f"{found['error']:.0e}"
+    if found["approximations"]:
+        ops = ", ".join(f"{count} {op}" for op, count in found["approximations"].items())
+        cell += f", {found['explained']:.0e} without {ops}"
+    return cell if found["dtype"] == "float64" else f"{cell} ({found['dtype']})"
 
 
 def _beside() -> list[str]:
@@ -356,7 +387,10 @@ def table(rows: list[Row], r: int) -> str:
         asked = len(merged) - len(paying)
         return f"{len(merged)} ({asked} only on request: by the estimate for a CPU they do not gain at this r)"
 
-    head = "| model | graphs | sites | merged | placement | tokens | FLOPs | shapes | r=0 | lossless | batch "
+    checked = [row["tied"] for row in rows if "tied" in row]  # rows of older runs have none
+    held, exact = sum(one["holds"] for one in checked), sum(not one["approximations"] for one in checked)
+    head = "| model | graphs | sites | merged | placement | tokens | FLOPs | shapes | r=0 | lossless "
+    head += "| tied | batch " if checked else "| batch "
     lines = [
         "# The zoo",
         "",
@@ -368,16 +402,17 @@ def table(rows: list[Row], r: int) -> str:
         f"- model files of timm with attention: {len(files)}; with merged sites: {of(merging_files, paying_files)}",
         f"- failures: {sum(map(bad, rows))}",
         f"- lossless law: {law['exact']} exact, {law['not equal']} where the input gives no equal tokens",
+        *[f"- tied law: {held} of {len(checked)} hold, {exact} without any approximation"] * bool(checked),
         f"- samples stay apart: {batch['apart']} of {sum(batch.values())}; not to be said: {batch['n/a']}",
         f"- passes: at most {slowest.get('seconds', 0):.1f} s ({slowest['name']})",
         *_beside(),
         "",
         head + "| unmerged at | passes, s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|" + "---|" * (13 + bool(checked)),
     ]
     for row in attention:
         if "failed" in row:
-            lines.append(f"| {row['name']} | failed |" + " |" * 11)
+            lines.append(f"| {row['name']} | failed |" + " |" * (11 + bool(checked)))
             continue
         tokens = f"{row['tokens'][0]} → {row['tokens'][1]}" if row["tokens"] else ""
         flops = f"{row['flops']:.2f}" if row["merged"] else ""
@@ -387,7 +422,8 @@ def table(rows: list[Row], r: int) -> str:
         lines.append(
             f"| {row['name']} | {row['graphs']} | {row['sites']} | {count} | {', '.join(row['placement'])} "
             f"| {tokens} | {flops} | {yes[row['shapes']]} | {yes[row.get('identity')]} | {verdict(row)} "
-            f"| {row.get('batch', '').partition(' (')[0]} | {ops} | {row['seconds']:.2f} |"
+            f"{f'| {tied(row)} ' * bool(checked)}| {row.get('batch', '').partition(' (')[0]} | {ops} "
+            f"| {row['seconds']:.2f} |"
         )
     lines += ["", "## Models with attention in which nothing merges, and why", ""]
     lines += [f"- {row['name']}: {'; '.join(row['reasons'])}" for row in attention

@@ -40,7 +40,7 @@ from .lengths import lengths_to_share
 from .lower import lower
 from .plan import Merge, Plan, make_plan, site_reports
 from .rewrite import rewrite
-from .rules import Facts, find
+from .rules import Call, Facts, find
 from .rules.base import tensors_of
 from .rules.reduce import Softmax
 from .verify import VerifyError, verify
@@ -54,14 +54,32 @@ PIPELINE = (
 @dataclass
 class Result:
     """gm: the rewritten graph, or None where the original is to be used. captured: the IR it came from. lengths: the
-    lengths that merges leave, each once; none where layers would gain nothing by sharing kernels. tokens_enter: whether
-    merged tokens are an input of the graph as they are, so that it cannot show which of them are special."""
+    lengths that merges leave, each once; none where layers would gain nothing by sharing kernels. facts, calls, plan:
+    what the passes found in the IR, where something merges."""
 
     gm: fx.GraphModule | None
     report: ToMeReport
     captured: Captured | None = None
     lengths: list[int] = field(default_factory=list)
-    tokens_enter: bool = False
+    facts: Facts = field(default_factory=Facts)
+    calls: dict[fx.Node, Call] = field(default_factory=dict)
+    plan: Plan = field(default_factory=Plan)
+
+    @property
+    def tokens_enter(self) -> bool:
+        """Whether merged tokens are an input of the graph as they are, so that it cannot show which are special."""
+        assert self.captured is not None
+        inputs = self.captured.gm.graph.find_nodes(op="placeholder")
+        given = {
+            leaf
+            for node, varies in zip(inputs, self.captured.model_input, strict=True)
+            if varies and any(val.is_floating_point() for val in tensors_of(node.meta.get("val")))
+            for dim in self.facts.dims(node)
+            for leaf in leaves(dim)
+        }
+        return any(given & set(leaves(merge.block.tokens)) for merge in self.plan.merges.values())
+
+
 
 
 def run_pipeline(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig) -> Result:
@@ -118,8 +136,7 @@ def run_pipeline(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig) 
         lower(rewritten)
     with _timed(seconds, "verify"):
         verify(captured.gm, rewritten)
-    enter = _tokens_enter(captured, facts, plan)
-    return Result(rewritten, report, captured, lengths_to_share(captured.gm, plan), enter)
+    return Result(rewritten, report, captured, lengths_to_share(captured.gm, plan), facts, calls, plan)
 
 
 def _unread_merges(rewritten: fx.GraphModule, plan: Plan) -> list[Merge]:
@@ -129,17 +146,6 @@ def _unread_merges(rewritten: fx.GraphModule, plan: Plan) -> list[Merge]:
     for node in gone:
         del plan.merges[node]
     return list(gone.values())
-
-
-def _tokens_enter(captured: Captured, facts: Facts, plan: Plan) -> bool:
-    given = {
-        leaf
-        for node, varies in zip(captured.gm.graph.find_nodes(op="placeholder"), captured.model_input, strict=True)
-        if varies and any(val.is_floating_point() for val in tensors_of(node.meta.get("val")))
-        for dim in facts.dims(node)
-        for leaf in leaves(dim)
-    }
-    return any(given & set(leaves(merge.block.tokens)) for merge in plan.merges.values())
 
 
 @contextmanager

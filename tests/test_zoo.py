@@ -59,8 +59,17 @@ def test_bad_rows_are_told() -> None:
     assert not zoo.bad(good)
     assert not zoo.bad({**good, "merged": 0, "reasons": {"causal": 3}, "lossless": ""})
     for change in ({"failed": "boom"}, {"shapes": False}, {"identity": False}, {"lossless": "broken"}, {"merged": 0},
-                   {"batch": "mixed: 3e-2"}):  # fmt: skip
+                   {"batch": "mixed: 3e-2"}, {"tied": {"holds": False}}):  # fmt: skip
         assert zoo.bad({**good, **change}), change
+
+
+def test_the_tied_law_in_one_cell() -> None:
+    held = {"holds": True, "error": 4e-16, "explained": 4e-16, "approximations": {}, "dtype": "float64"}
+    assert zoo.tied({}) == ""
+    assert zoo.tied({"tied": held}) == "4e-16"
+    rotary = {**held, "error": 2e-3, "approximations": {"mul": 12}}
+    assert zoo.tied({"tied": rotary}) == "2e-03, 4e-16 without 12 mul"
+    assert zoo.tied({"tied": {**held, "holds": False, "dtype": "float32"}}) == "BROKEN 4e-16 (float32)"
 
 
 def test_models_are_found_by_looking() -> None:
@@ -85,6 +94,7 @@ def test_one_row(name: str) -> None:
     row = zoo.run(name, 8)
     assert not zoo.bad(row), row
     assert row["merged"] > 0
+    assert row["tied"]["explained"] < 1e-9
 
 
 def test_help() -> None:

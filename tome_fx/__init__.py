@@ -4,6 +4,7 @@ model = torch.compile(model, backend=tome_backend(r=16))
 """
 
 from tome_fx.backend import ToMeBackend, ToMeError, ToMeWarning, tome_backend
+from tome_fx.check import Approximation, Check, CheckedMerge, CheckedOutput, NoLawError, check
 from tome_fx.config import ToMeConfig
 from tome_fx.explain import MergeStep, TokenTrace, explain, rewrite, trace_tokens
 from tome_fx.matching import register_matcher
@@ -15,7 +16,12 @@ from tome_fx.visualize import visualize
 __version__ = "0.1.0"
 
 __all__ = [
+    "Approximation",
+    "Check",
+    "CheckedMerge",
+    "CheckedOutput",
     "MergeStep",
+    "NoLawError",
     "SiteReport",
     "SkipReason",
     "ToMeBackend",
@@ -25,6 +31,7 @@ __all__ = [
     "ToMeWarning",
     "TokenTrace",
     "Unmerge",
+    "check",
     "clear_reports",
     "explain",
     "register_matcher",

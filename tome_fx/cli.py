@@ -1,7 +1,8 @@
-"""The command line: ``python -m tome_fx explain|bench|demo|show``.
+"""The command line: ``python -m tome_fx explain|check|bench|demo|show``.
 
 A model is a timm name (vit_small_patch16_224) or package.module:function, a function or class that returns an
-nn.Module when called without arguments. Mistakes of the user end with one sentence on stderr and status 2.
+nn.Module when called without arguments. Mistakes of the user end with one sentence on stderr and status 2; `check`
+ends with status 1 where the law does not hold.
 """
 
 from __future__ import annotations
@@ -54,15 +55,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (default: the process's) and return the exit status: 0, or 2 for a user's mistake."""
+    """Run the command line `argv` (default: the process's) and return the exit status: 0, 1 where `check` finds the law
+    broken, or 2 for a user's mistake."""
     words = list(sys.argv[1:] if argv is None else argv)
     args = _parser().parse_args(words)
     try:
-        args.command(args, words, Console())
+        return args.command(args, words, Console()) or 0
     except UserError as error:
         sys.stderr.write(f"tome_fx: error: {error}\n")
         return 2
-    return 0
 
 
 def parse_r(text: str) -> int | float | tuple[int, float] | list[int]:
@@ -90,13 +91,17 @@ def bench_step(argv: Sequence[str], candidate: str) -> timing.Step:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """The four commands with their options; `command` of the result is the function to call."""
+    """The five commands with their options; `command` of the result is the function to call."""
     parser = _Parser(prog="tome_fx", description="Token merging for any traced transformer.")
-    commands = parser.add_subparsers(required=True, metavar="explain|bench|demo|show")
+    commands = parser.add_subparsers(required=True, metavar="explain|check|bench|demo|show")
 
     explain = commands.add_parser("explain", help="say what would be merged in a model, and what not and why")
     _add_model_options(explain, batch=1)
     explain.set_defaults(command=_explain)
+
+    check = commands.add_parser("check", help="check that a merged model computes the unmerged one with tied groups")
+    _add_model_options(check, batch=2)
+    check.set_defaults(command=_check)
 
     bench = commands.add_parser("bench", help="time a model with and without merging")
     _add_model_options(bench, batch=8)
@@ -291,6 +296,21 @@ def _explain(args: argparse.Namespace, _: Sequence[str], console: Console) -> No
         report = tome_fx.explain(model, (x,), **_config(args))
     console.print(Text.from_ansi(str(report)), soft_wrap=True)
     _write(args.json, {"model": args.model, "input": list(x.shape), **report.to_dict()})
+
+
+def _check(args: argparse.Namespace, _: Sequence[str], console: Console) -> int:
+    """Print what the tied law gives for a model; 1 where it does not hold."""
+    _backend(args)
+    model, x = _load(args)
+    _check_runs(model, x)
+    with torch.no_grad(), _refusals():
+        try:
+            found = tome_fx.check(model, (x,), **_config(args))
+        except tome_fx.NoLawError as error:
+            raise UserError(str(error)) from error
+    console.print(Text.from_ansi(str(found)), soft_wrap=True)
+    _write(args.json, {"model": args.model, "input": list(x.shape), **found.to_dict()})
+    return int(not found.holds)
 
 
 def _steps(args: argparse.Namespace, model: nn.Module, x: torch.Tensor) -> dict[str, timing.Step]:

@@ -397,7 +397,7 @@ def merge_bias_aten(
 ) -> Tensor:
     """`merge_bias`, spelled out."""
     dim = assign.dim() - 1
-    wide, index = x.float(), _index(assign, x)
+    wide, index = x.to(torch.promote_types(x.dtype, torch.float32)), _index(assign, x)
     shape = (*size_out.shape, *x.shape[dim + 1 :])
     lowest = torch.finfo(torch.float32).min
     top = wide.detach().new_full(shape, lowest).scatter_reduce(dim, index, wide.detach(), "amax")
@@ -419,7 +419,7 @@ def merge_bias(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor,
     zero.
 
     Args: as in `merge`; `x` `[*sample, N, *rest]`, floating, may hold -inf.
-    Returns: `[*sample, N', *rest]`, the dtype of `x`; computed in float32.
+    Returns: `[*sample, N', *rest]`, the dtype of `x`; computed in float32 at least.
     """
     if (kernels := _native(x)) is not None:
         return kernels.merge_bias(x, size, size_out, assign, keep, moved)
