@@ -118,6 +118,8 @@ def build(name: str) -> ZooModel:
         settings["layer_types"] = fields["layer_types"][1:4]
     model = tower(tower.config_class(**settings)).eval()
     stem = next(p for path, p in model.named_parameters() if _STEM.search(path) and p.dim() > 1)
-    patches = palette_tokens(BATCH, GRID * GRID, stem[0].numel(), k=4)
+    # Four neighbours stand together in every order of windows, so that short windows find equal tokens too.
+    palettes = tuple(palette_tokens(BATCH, GRID * GRID, stem[0].numel(), k=4, run=run) for run in (1, 4))
     grid = torch.tensor([[1, GRID, GRID]] * BATCH)
-    return ZooModel(Packed(model, _PACK.get(name, _flat)), (torch.randn_like(patches), grid), ((patches, grid),))
+    args = torch.randn_like(palettes[0]), grid
+    return ZooModel(Packed(model, _PACK.get(name, _flat)), args, tuple((patches, grid) for patches in palettes))
