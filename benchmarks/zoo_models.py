@@ -397,7 +397,7 @@ def names(sweep: bool = False) -> list[str]:
     import zoo_outside
     import zoo_packed
 
-    return [*found, *(f"packed/{name}" for name in zoo_packed.towers()), *zoo_outside.names()]
+    return [*found, *(f"packed/{name}" for name in zoo_packed.names()), *zoo_outside.names()]
 
 
 def build(name: str, sweep: bool = False) -> ZooModel:

@@ -6,7 +6,6 @@ Every builder imports its library itself, so that a missing one costs its own ro
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import zoo_vit_pytorch
 from tests.palette import palette_grid, palette_rows, palette_tokens
-from zoo_models import BATCH, NotOffered, ZooModel, _images
+from zoo_inputs import Calls, of_grid, of_images, of_tokens, of_waves
+from zoo_models import BATCH, NotOffered, ZooModel
 
 LIBRARIES = {
     "vit_pytorch": "vit-pytorch",
@@ -41,137 +42,6 @@ LIBRARIES = {
 """Module -> the package that brings it (the extra `zoo` of pyproject.toml)."""
 
 
-class Calls(nn.Module):
-    """A module called in another way than by its own forward."""
-
-    def __init__(self, inner: nn.Module, call: Callable[..., Any]) -> None:
-        super().__init__()
-        self.inner, self.call = inner, call
-
-    def forward(self, *args: Any) -> Any:
-        return self.call(self.inner, *args)
-
-
-# -- inputs ------------------------------------------------------------------------------------------------------------
-
-
-def _of_images(model: nn.Module, size: int = 64, patch: int = 8, channels: int = 3, **rest: Any) -> ZooModel:
-    """A model of square images; `rest` follows the image by name."""
-    random, palettes = _images(size, patch, channels)
-    return ZooModel(model.eval(), (random,), palettes, rest)
-
-
-def _of_grid(model: nn.Module, grid: tuple[int, ...], cell: tuple[int, ...], channels: int = 3) -> ZooModel:
-    """A model of videos or volumes [BATCH, channels, depth, height, width] made of grid x cell."""
-    cells = palette_grid(BATCH, grid, cell, channels, k=4)
-    return ZooModel(model.eval(), (torch.randn_like(cells),), ((cells,), (palette_rows(BATCH, cells.shape[2:], channels),)))
-
-
-def _of_tokens(model: nn.Module, count: int = 64, dim: int = 64, run: int = 1, *rest: Any) -> ZooModel:
-    """A model of sequences [BATCH, count, dim]."""
-    tokens = palette_tokens(BATCH, count, dim, k=4, run=run)
-    hum = torch.randn(BATCH, 1, dim).expand(-1, count, -1).contiguous()
-    return ZooModel(model.eval(), (torch.randn_like(tokens), *rest), ((tokens, *rest), (hum, *rest)))
-
-
-def _of_waves(model: nn.Module, channels: int | None = None, count: int = 16000, period: int = 80) -> ZooModel:
-    """A model of waveforms [BATCH, count], or [BATCH, channels, count]."""
-    wave = palette_tokens(BATCH, count, 1, k=4, run=count // 8)[..., 0]
-    hum = torch.randn(BATCH, period).repeat(1, count // period)
-    if channels is not None:
-        wave, hum = (x[:, None].repeat(1, channels, 1) for x in (wave, hum))
-    return ZooModel(model.eval(), (torch.randn_like(wave),), ((wave,), (hum,)))
-
-
-# -- vit-pytorch -------------------------------------------------------------------------------------------------------
-
-_VIT: dict[str, Any] = {
-    "image_size": 64, "patch_size": 8, "num_classes": 10, "dim": 64, "depth": 3, "heads": 2, "mlp_dim": 128,
-    "dim_head": 32, "cls_depth": 2, "frames": 8, "image_patch_size": 8, "frame_patch_size": 2, "spatial_depth": 2,
-    "temporal_depth": 2, "seq_len": 512,
-}  # fmt: skip
-# module -> (class, what it takes beside or instead of _VIT)
-VIT_PYTORCH: dict[str, tuple[str, dict[str, Any]]] = {
-    "vit": ("ViT", {}),
-    "simple_vit": ("SimpleViT", {}),
-    "simple_flash_attn_vit": ("SimpleViT", {}),
-    "simple_vit_with_register_tokens": ("SimpleViT", {}),
-    "simple_vit_with_patch_dropout": ("SimpleViT", {}),
-    "simple_vit_with_qk_norm": ("SimpleViT", {}),
-    "simple_vit_with_value_residual": ("SimpleViT", {}),
-    "simple_vit_with_fft": ("SimpleViT", {"freq_patch_size": 8}),
-    "simple_vit_with_hyper_connections": ("SimpleViT", {"num_residual_streams": 2}),
-    "simple_vit_with_relative_proj_pos_bias": ("SimpleViT", {}),
-    "simple_vit_with_sparse_gating": ("SimpleViTWithSparseGating", {}),
-    "simple_vit_with_specialized_cls": ("SimpleViT", {}),
-    "simple_vit_orthog_residual_update": ("SimpleViT", {}),
-    "simple_vit_attn_residual": ("SimpleViTAttnResidual", {}),
-    "attn_residual_with_dca_simple_vit": ("SimpleViT", {}),
-    "simple_uvit": ("SimpleUViT", {"depth": 4}),
-    "ats_vit": ("ViT", {"max_tokens_per_depth": (48, 40, 32)}),
-    "cait": ("CaiT", {}),
-    "cct": ("CCT", {"img_size": (64, 64), "embedding_dim": 64, "num_layers": 3, "num_heads": 2, "mlp_ratio": 2}),
-    "crossformer": ("CrossFormer", {"dim": (32, 64, 64, 64), "depth": (1, 1, 2, 1), "image_size": 224}),
-    "cross_vit": ("CrossViT", {"sm_dim": 48, "lg_dim": 64, "sm_patch_size": 8, "lg_patch_size": 16, "depth": 2}),
-    "cvt": ("CvT", {"s1_emb_dim": 32, "s2_emb_dim": 48, "s3_emb_dim": 64, "s3_depth": 2, "s3_heads": 2}),
-    "deepvit": ("DeepViT", {}),
-    "jet_vit": ("JetViT", {}),
-    "jumbo_vit": ("JumboViT", {}),
-    "learnable_memory_vit": ("ViT", {}),
-    "levit": ("LeViT", {"image_size": 128, "dim": (32, 48, 64), "depth": 2, "heads": (2, 2, 2), "mlp_mult": 2}),
-    "look_vit": ("LookViT", {"highres_patch_size": 8, "patch_size": 16}),
-    "looped_vit": ("LoopedViT", {}),
-    "max_vit": ("MaxViT", {"depth": (1, 1, 1), "window_size": 4, "dim": 32, "image_size": 128}),
-    "max_vit_with_registers": ("MaxViT", {"depth": (1, 1, 1), "window_size": 4, "dim": 32, "image_size": 128}),
-    "mobile_vit": ("MobileViT", {"dims": [48, 64, 80], "channels": [8, 16, 24, 24, 32, 32, 48, 48, 64, 64, 96],
-                                 "image_size": (128, 128), "patch_size": (2, 2)}),
-    "na_vit_nested_tensor": ("NaViT", {}),
-    "nest": ("NesT", {"num_hierarchies": 2, "block_repeats": (2, 2)}),
-    "normalized_vit": ("nViT", {}),
-    "parallel_vit": ("ViT", {}),
-    "pit": ("PiT", {"depth": (2, 2)}),
-    "regionvit": ("RegionViT", {"dim": (32, 48, 64, 64), "depth": (1, 1, 2, 1), "image_size": 224}),
-    "rvt": ("RvT", {}),
-    "scalable_vit": ("ScalableViT", {"depth": (1, 2), "heads": (2, 2), "reduction_factor": (2, 1), "window_size": (4, 4)}),
-    "sep_vit": ("SepViT", {"depth": (1, 2), "heads": (2, 2), "image_size": 224}),
-    "t2t": ("T2TViT", {}),
-    "twins_svt": ("TwinsSVT", {"image_size": 224, "s1_emb_dim": 32, "s2_emb_dim": 48, "s3_emb_dim": 64, "s4_emb_dim": 64,
-                               "s3_depth": 1}),
-    "vat_siglip": ("SigLIP", {}),
-    "vit_5": ("ViT", {}),
-    "vit_detpool": ("ViTDetPool", {}),
-    "vit_for_small_dataset": ("ViT", {}),
-    "vit_with_decorr": ("ViT", {}),
-    "vit_with_keel_post_ln": ("ViT", {}),
-    "vit_with_patch_merger": ("ViT", {"patch_merge_layer": 2, "patch_merge_num_tokens": 24}),
-    "wwt": ("WWT", {"num_slots": 4}),
-    "xcit": ("XCiT", {}),
-    "vit_1d": ("ViT", {}),
-    "vit_3d": ("ViT", {}),
-    "simple_vit_3d": ("SimpleViT", {}),
-    "vivit": ("ViViT", {}),
-    "vivit_with_moss": ("ViViT", {}),
-    "vit_nd": ("ViTND", {"ndim": 2, "input_shape": (64, 64)}),
-    "vit_nd_rotary": ("ViTND", {"ndim": 2, "input_shape": (64, 64)}),
-    "vit_nd_pope": ("ViTND", {"ndim": 2, "input_shape": (64, 64)}),
-}  # fmt: skip
-
-
-def _vit_pytorch(name: str) -> ZooModel:
-    kind, settings = VIT_PYTORCH[name]
-    made = getattr(importlib.import_module(f"vit_pytorch.{name}"), kind)
-    takes = inspect.signature(made.__init__).parameters
-    model = made(**{field: value for field, value in _VIT.items() if field in takes} | {
-        field: value for field, value in settings.items() if field in takes or "kwargs" in takes})
-    if name.endswith("_1d"):
-        series = palette_tokens(BATCH, 64, 8 * 3, k=4).reshape(BATCH, 64, 3, 8).transpose(1, 2).reshape(BATCH, 3, 512)
-        return ZooModel(model.eval(), (torch.randn_like(series),), ((series,),))
-    if "frames" in takes:
-        return _of_grid(model, (4, 8, 8), (2, 8, 8))
-    size = settings.get("image_size", 64)
-    return _of_images(model, size if isinstance(size, int) else size[0])
-
-
 # -- images ------------------------------------------------------------------------------------------------------------
 
 
@@ -194,14 +64,14 @@ def _open_clip(name: str, **vision: Any) -> ZooModel:
     settings.pop("custom_text", None)
     settings["embed_dim"] = 48
     tokens = torch.arange(16).add(3).expand(BATCH, -1).contiguous()
-    return _of_images(kind(**settings), size, text=tokens)
+    return of_images(kind(**settings), size, text=tokens)
 
 
 def _x_vit(**encoder: Any) -> ZooModel:
     import x_transformers
 
     layers = x_transformers.Encoder(dim=64, depth=3, heads=2, attn_dim_head=32, **encoder)
-    return _of_images(
+    return of_images(
         x_transformers.ViTransformerWrapper(
             image_size=64, patch_size=8, num_classes=10, num_register_tokens=2, attn_layers=layers
         )
@@ -212,7 +82,7 @@ def _x_sequence(**encoder: Any) -> ZooModel:
     import x_transformers
 
     layers = x_transformers.Encoder(dim=64, depth=3, heads=2, attn_dim_head=32, **encoder)
-    return _of_tokens(
+    return of_tokens(
         x_transformers.ContinuousTransformerWrapper(
             dim_in=24, dim_out=8, max_seq_len=64, use_abs_pos_emb=False, attn_layers=layers
         ),
@@ -224,7 +94,7 @@ def _monai(name: str, grid: tuple[int, ...], cell: tuple[int, ...], **settings: 
     """A network of volumes (or images) of one channel."""
     from monai.networks import nets
 
-    return _of_grid(getattr(nets, name)(in_channels=1, **settings), grid, cell, 1)
+    return of_grid(getattr(nets, name)(in_channels=1, **settings), grid, cell, 1)
 
 
 def _monai_unet() -> ZooModel:
@@ -233,7 +103,7 @@ def _monai_unet() -> ZooModel:
     model = DiffusionModelUNet(spatial_dims=2, in_channels=3, out_channels=3, num_res_blocks=(1, 1), channels=(32, 64),
                                attention_levels=(False, True), norm_num_groups=8, num_head_channels=32,
                                with_conditioning=True, cross_attention_dim=24)  # fmt: skip
-    return _of_images(
+    return of_images(
         model, 32, 2, timesteps=torch.tensor([3] * BATCH), context=torch.randn(1, 9, 24).expand(BATCH, -1, -1)
     )
 
@@ -244,14 +114,14 @@ def _monai_navit() -> ZooModel:
     model = NaViT(image_size=64, patch_size=8, num_classes=10, hidden_size=64, mlp_dim=96, num_layers=3, num_heads=2,
                   in_channels=3, spatial_dims=2)  # fmt: skip
     # Two images of two sizes stand in each sequence, with padding after them.
-    return _of_images(Calls(model, lambda navit, x: navit([[x[0], x[1, :, :32]], [x[1]]])))
+    return of_images(Calls(model, lambda navit, x: navit([[x[0], x[1, :, :32]], [x[1]]])))
 
 
 def _nested_navit() -> ZooModel:
     from vit_pytorch.na_vit import NaViT
 
     model = NaViT(image_size=64, patch_size=8, num_classes=10, dim=64, depth=3, heads=2, dim_head=32, mlp_dim=96)
-    return _of_images(Calls(model, lambda navit, x: navit([[x[0], x[1, :, :32]], [x[1]]])))
+    return of_images(Calls(model, lambda navit, x: navit([[x[0], x[1, :, :32]], [x[1]]])))
 
 
 def _mil() -> ZooModel:
@@ -269,19 +139,19 @@ def _mil() -> ZooModel:
 def _kornia_vit() -> ZooModel:
     from kornia.models.vit import VisionTransformer
 
-    return _of_images(VisionTransformer(64, 8, 3, 64, 3, 2))
+    return of_images(VisionTransformer(64, 8, 3, 64, 3, 2))
 
 
 def _kornia_mobile() -> ZooModel:
     from kornia.models.vit_mobile import MobileViT
 
-    return _of_images(MobileViT("xxs"), 128)
+    return of_images(MobileViT("xxs"), 128)
 
 
 def _kornia_tiny() -> ZooModel:
     from kornia.models.tiny_vit import TinyViT
 
-    return _of_images(TinyViT(224, 3, 10, (32, 48, 64, 64), (1, 2, 2, 2), (2, 2, 2, 2)), 224)
+    return of_images(TinyViT(224, 3, 10, (32, 48, 64, 64), (1, 2, 2, 2), (2, 2, 2, 2)), 224)
 
 
 def _kornia_siglip() -> ZooModel:
@@ -290,7 +160,7 @@ def _kornia_siglip() -> ZooModel:
 
     config = SigLip2VisionConfig(image_size=64, patch_size=8, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
                                  num_attention_heads=2)  # fmt: skip
-    return _of_images(SigLip2VisionModel(config))
+    return of_images(SigLip2VisionModel(config))
 
 
 def _kornia_qwen() -> ZooModel:
@@ -298,7 +168,7 @@ def _kornia_qwen() -> ZooModel:
 
     config = Qwen25VisionConfig(depth=3, hidden_size=64, intermediate_size=96, num_heads=2, fullatt_block_indexes=(1,),
                                 out_hidden_size=48)  # fmt: skip
-    return _of_images(Qwen25VisionTransformer(config), 168, 14)
+    return of_images(Qwen25VisionTransformer(config), 168, 14)
 
 
 def _kornia_moonvit() -> ZooModel:
@@ -306,7 +176,7 @@ def _kornia_moonvit() -> ZooModel:
 
     config = MoonViTConfig(image_size=112, hidden_size=64, num_hidden_layers=3, num_attention_heads=2,
                            intermediate_size=96)  # fmt: skip
-    return _of_images(MoonViT(config), 112, 14)
+    return of_images(MoonViT(config), 112, 14)
 
 
 def _loftr() -> ZooModel:
@@ -314,21 +184,21 @@ def _loftr() -> ZooModel:
     from kornia.feature.loftr.loftr_module import LocalFeatureTransformer
 
     config = {"d_model": 64, "d_ffn": 96, "nhead": 2, "layer_names": ["self", "cross"] * 2, "attention": "full"}
-    return _of_tokens(LocalFeatureTransformer(config), 64, 64, 1, torch.randn(1, 64, 64).expand(BATCH, -1, -1))
+    return of_tokens(LocalFeatureTransformer(config), 64, 64, 1, torch.randn(1, 64, 64).expand(BATCH, -1, -1))
 
 
 def _segmentation(decoder: str, encoder: str, size: int = 64, **settings: Any) -> ZooModel:
     import segmentation_models_pytorch
 
     make = getattr(segmentation_models_pytorch, decoder)
-    return _of_images(make(encoder, encoder_weights=None, classes=3, **settings), size, 32)
+    return of_images(make(encoder, encoder_weights=None, classes=3, **settings), size, 32)
 
 
 def _hiera() -> ZooModel:
     import hiera
 
     model = hiera.Hiera(input_size=(64, 64), num_classes=10, embed_dim=32, num_heads=1, stages=(1, 1, 2, 1))
-    return _of_images(model, 64, 4)
+    return of_images(model, 64, 4)
 
 
 def _hiera_video() -> ZooModel:
@@ -337,13 +207,13 @@ def _hiera_video() -> ZooModel:
     model = hiera.Hiera(input_size=(8, 64, 64), num_classes=10, embed_dim=32, num_heads=1, stages=(1, 1, 2, 1),
                         q_stride=(1, 2, 2), mask_unit_size=(1, 8, 8), patch_kernel=(3, 7, 7), patch_stride=(2, 4, 4),
                         patch_padding=(1, 3, 3), sep_pos_embed=True)  # fmt: skip
-    return _of_grid(model, (4, 16, 16), (2, 4, 4))
+    return of_grid(model, (4, 16, 16), (2, 4, 4))
 
 
 def _segment_anything() -> ZooModel:
     from segment_anything.modeling import ImageEncoderViT
 
-    return _of_images(ImageEncoderViT(112, 8, 3, 64, 3, 2, out_chans=32, use_rel_pos=True, window_size=7,
+    return of_images(ImageEncoderViT(112, 8, 3, 64, 3, 2, out_chans=32, use_rel_pos=True, window_size=7,
                                       global_attn_indexes=(1,)), 112)  # fmt: skip
 
 
@@ -361,7 +231,7 @@ def _perceiver() -> ZooModel:
 def _spandrel(name: str, size: int = 32, **settings: Any) -> ZooModel:
     """A network for restoring images: its tokens are pixels."""
     module = importlib.import_module(f"spandrel.architectures.{name}")
-    return _of_images(getattr(module, name)(**settings), size, 2)
+    return of_images(getattr(module, name)(**settings), size, 2)
 
 
 _RESTORE: dict[str, Any] = {"img_size": 32, "embed_dim": 36, "depths": [2, 2], "num_heads": [2, 2], "window_size": 8}
@@ -371,7 +241,7 @@ def _unet() -> ZooModel:
     import denoising_diffusion_pytorch
 
     model = denoising_diffusion_pytorch.Unet(32, dim_mults=(1, 2), full_attn=(False, True), attn_heads=2)
-    return _of_images(model, 32, 2, time=torch.tensor([3] * BATCH))
+    return of_images(model, 32, 2, time=torch.tensor([3] * BATCH))
 
 
 # -- videos ------------------------------------------------------------------------------------------------------------
@@ -394,7 +264,7 @@ def _multiscale() -> ZooModel:
     model = create(spatial_size=64, temporal_size=8, depth=4, patch_embed_dim=32, num_heads=1, head_num_classes=10,
                    embed_dim_mul=[[1, 2.0]], atten_head_mul=[[1, 2.0]], pool_q_stride_size=[[1, 1, 2, 2]],
                    pool_kv_stride_adaptive=[1, 4, 4], pool_kvq_kernel=[3, 3, 3])  # fmt: skip
-    return _of_grid(model, (4, 16, 16), (2, 4, 4))
+    return of_grid(model, (4, 16, 16), (2, 4, 4))
 
 
 # -- speech and sound --------------------------------------------------------------------------------------------------
@@ -414,20 +284,20 @@ def _whisper(whole: bool) -> ZooModel:
 def _conformer() -> ZooModel:
     import conformer
 
-    return _of_tokens(conformer.Conformer(64, depth=3, dim_head=32, heads=2, conv_kernel_size=5), run=16)
+    return of_tokens(conformer.Conformer(64, depth=3, dim_head=32, heads=2, conv_kernel_size=5), run=16)
 
 
 def _torchaudio_conformer(lengths: tuple[int, int]) -> ZooModel:
     from torchaudio.models import Conformer
 
-    return _of_tokens(Conformer(64, 2, 96, 3, 5), 64, 64, 16, torch.tensor(lengths))
+    return of_tokens(Conformer(64, 2, 96, 3, 5), 64, 64, 16, torch.tensor(lengths))
 
 
 def _emformer() -> ZooModel:
     from torchaudio.models import Emformer
 
     model = Emformer(64, 2, 96, 2, 16, left_context_length=16, right_context_length=4)
-    return _of_tokens(model, 68, 64, 17, torch.tensor([64] * BATCH))
+    return of_tokens(model, 68, 64, 17, torch.tensor([64] * BATCH))
 
 
 def _torchaudio_waves(kind: str) -> ZooModel:
@@ -435,7 +305,7 @@ def _torchaudio_waves(kind: str) -> ZooModel:
 
     stem = [(16, 10, 5), (16, 4, 4), (16, 4, 4)]
     rest = (False, 64, 0.0, 16, 4, 3, 2, *([32, 80] if kind == "wavlm_model" else []), 0.0, 96, 0.0, 0.0, False, 0.0)
-    return _of_waves(getattr(torchaudio.models, kind)("group_norm", stem, *rest, None))
+    return of_waves(getattr(torchaudio.models, kind)("group_norm", stem, *rest, None))
 
 
 def _speech_encoder(kind: str, attention: str, masked: bool = False) -> ZooModel:
@@ -448,7 +318,7 @@ def _speech_encoder(kind: str, attention: str, masked: bool = False) -> ZooModel
         csgu_linear_units=96,
     )  # fmt: skip
     lengths = torch.tensor([1.0, 0.75]) if masked else None
-    return _of_tokens(Calls(model, lambda asr, x: asr.encode(x, lengths)), 64, 24, 16)
+    return of_tokens(Calls(model, lambda asr, x: asr.encode(x, lengths)), 64, 24, 16)
 
 
 def _beats() -> ZooModel:
@@ -464,7 +334,7 @@ def _beats() -> ZooModel:
     finally:
         beats.BEATsConfig.__init__.__defaults__ = held
     sound = palette_grid(BATCH, (8, 8), (16, 16), 1, k=4)[:, 0]
-    return ZooModel(Calls(model, lambda net, x: _beats_features(net, x)).eval(), (torch.randn_like(sound),), ((sound,),))
+    return ZooModel(Calls(model, _beats_features).eval(), (torch.randn_like(sound),), ((sound,),))
 
 
 def _beats_features(net: Any, spectrogram: Tensor) -> Tensor:
@@ -497,10 +367,10 @@ def _band_split(kind: str) -> ZooModel:
     import bs_roformer
 
     settings: dict[str, Any] = {"stft_n_fft": 256, "stft_hop_length": 64, "stft_win_length": 256, "dim_freqs_in": 129}
-    bands = {"freqs_per_bands": (2,) * 24 + (9,) * 9} if kind == "BSRoformer" else {"num_bands": 24, "attn_dropout": 0.0}
+    bands = {"freqs_per_bands": (2,) * 24 + (9,) * 9} if kind == "BSRoformer" else {"num_bands": 24}
     model = getattr(bs_roformer, kind)(dim=64, depth=1, time_transformer_depth=1, freq_transformer_depth=1, dim_head=32,
                                        heads=2, num_residual_streams=1, **settings, **bands)  # fmt: skip
-    return _of_waves(model, None, 4096, 64)
+    return of_waves(model, None, 4096, 64)
 
 
 # -- all ---------------------------------------------------------------------------------------------------------------
@@ -525,8 +395,8 @@ BUILDERS: dict[str, Callable[[], ZooModel]] = {
     "open_clip/ViT-L-14-CLIPA": partial(_open_clip, "ViT-L-14-CLIPA"),
     "monai/ViT": partial(_monai, "ViT", **_VOLUME, img_size=48, patch_size=8, hidden_size=64, mlp_dim=96, num_layers=3,
                          num_heads=2, classification=True),
-    "monai/ViTAutoEnc": partial(_monai, "ViTAutoEnc", grid=(6, 6, 6), cell=(4, 4, 4), img_size=24, patch_size=4, hidden_size=64, mlp_dim=96,
-                                num_layers=3, num_heads=2),
+    "monai/ViTAutoEnc": partial(_monai, "ViTAutoEnc", grid=(6, 6, 6), cell=(4, 4, 4), img_size=24, patch_size=4,
+                                hidden_size=64, mlp_dim=96, num_layers=3, num_heads=2),
     "monai/UNETR": partial(_monai, "UNETR", grid=(4, 4, 4), cell=(16, 16, 16), out_channels=2, img_size=64,
                            feature_size=8, hidden_size=64, mlp_dim=96, num_heads=2),
     "monai/SwinUNETR": partial(_monai, "SwinUNETR", **_SWIN),
@@ -557,7 +427,7 @@ BUILDERS: dict[str, Callable[[], ZooModel]] = {
     "spandrel/SwinIR": partial(_spandrel, "SwinIR", **_RESTORE),
     "spandrel/HAT": partial(_spandrel, "HAT", **_RESTORE, upscale=2),
     "spandrel/DAT": partial(_spandrel, "DAT", img_size=32, embed_dim=36, split_size=[4, 8], depth=[2], num_heads=[2]),
-    "spandrel/DRCT": partial(_spandrel, "DRCT", **_RESTORE, gc=16),
+    "spandrel/DRCT": partial(_spandrel, "DRCT", **_RESTORE, gc=16, upscale=2, upsampler="pixelshuffle"),
     "spandrel/Swin2SR": partial(_spandrel, "Swin2SR", **_RESTORE),
     "spandrel/IPT": partial(_spandrel, "IPT", 48, n_feats=8, num_layers=2, num_heads=2),
     "spandrel/SCUNet": partial(_spandrel, "SCUNet", 64, config=[1] * 7, dim=64, input_resolution=64),
@@ -588,7 +458,7 @@ BUILDERS: dict[str, Callable[[], ZooModel]] = {
 
 def names() -> list[str]:
     """`library/model` of every model, whether its library is installed or not."""
-    return [*(f"vit_pytorch/{name}" for name in VIT_PYTORCH), *BUILDERS]
+    return [*(f"vit_pytorch/{name}" for name in zoo_vit_pytorch.MODELS), *BUILDERS]
 
 
 def build(name: str) -> ZooModel:
@@ -598,4 +468,4 @@ def build(name: str) -> ZooModel:
         importlib.import_module(library)
     except ModuleNotFoundError as error:
         raise NotOffered(f"{LIBRARIES[library]} is not installed ({error}): pip install 'tome-fx[zoo]'") from error
-    return BUILDERS[name]() if name in BUILDERS else _vit_pytorch(rest)
+    return BUILDERS[name]() if name in BUILDERS else zoo_vit_pytorch.build(rest)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.palette import palette_tokens
+from tests.palette import palette_grid, palette_tokens
 from zoo_models import BATCH, NotOffered, ZooModel
 
 GRID = 12
@@ -104,8 +104,23 @@ def towers() -> dict[str, tuple[str, str]]:
     return found
 
 
+def names() -> list[str]:
+    """Every packed tower, then those that pad."""
+    return [*towers(), *_PADDED, *_SPEECH]
+
+
 def build(name: str) -> ZooModel:
-    """A tower of three small blocks, and two images of GRID x GRID patches. Raises NotOffered where there is none."""
+    """The tower of a name. Raises NotOffered where this version of transformers has none."""
+    try:
+        if name in _PADDED:
+            return _padded(*_PADDED[name])
+        return _speech(name) if name in _SPEECH else _packed(name)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise NotOffered(f"transformers has no tower {name} ({error})") from error
+
+
+def _packed(name: str) -> ZooModel:
+    """A tower of three small blocks, and two images of GRID x GRID patches."""
     if name not in towers():
         raise NotOffered(f"transformers has no packed tower {name}")
     module, kind = towers()[name]
@@ -122,4 +137,60 @@ def build(name: str) -> ZooModel:
     palettes = tuple(palette_tokens(BATCH, GRID * GRID, stem[0].numel(), k=4, run=run) for run in (1, 4))
     grid = torch.tensor([[1, GRID, GRID]] * BATCH)
     args = torch.randn_like(palettes[0]), grid
-    return ZooModel(Packed(model, _PACK.get(name, _flat)), args, tuple((patches, grid) for patches in palettes))
+    return ZooModel(Packed(model, _PACK.get(name, _flat)).eval(), args, tuple((patches, grid) for patches in palettes))
+
+
+# -- towers that pad (NaViT) and towers of speech ----------------------------------------------------------------------
+
+_PADDED = {
+    "idefics2": ("idefics2", "Idefics2VisionTransformer"),
+    "idefics3": ("idefics3", "Idefics3VisionTransformer"),
+    "smolvlm": ("smolvlm", "SmolVLMVisionTransformer"),
+}
+"""Towers that take images of any size in one batch, padded, and a mask of their patches."""
+
+
+class _Speech(nn.Module):
+    """An encoder of packed speech that takes frames [BATCH, bins, frames], all of them valid."""
+
+    def __init__(self, encoder: nn.Module, masked: bool) -> None:
+        super().__init__()
+        self.encoder, self.masked = encoder, masked
+
+    def forward(self, mel: Tensor, lengths: Tensor) -> Any:
+        if self.masked:
+            return self.encoder(mel, torch.ones_like(mel[:, 0], dtype=torch.long))
+        return self.encoder(mel.transpose(0, 1).flatten(1), feature_lens=lengths)
+
+
+_SPEECH = {
+    "qwen2_5_omni_audio": ("qwen2_5_omni", "Qwen2_5OmniAudioEncoder", False),
+    "qwen3_omni_audio": ("qwen3_omni_moe", "Qwen3OmniMoeAudioEncoder", False),
+    "qwen3_asr": ("qwen3_asr", "Qwen3ASREncoder", True),
+}
+"""Encoders of packed speech: module, class, and whether it takes a mask of frames rather than their number."""
+
+
+def _found(model: str, kind: str) -> Any:
+    return getattr(importlib.import_module(f"transformers.models.{model}.modeling_{model}"), kind)
+
+
+def _padded(model: str, kind: str) -> ZooModel:
+    """Two images of 8 x 8 patches, of which the second is only six high."""
+    tower = _found(model, kind)
+    settings = {field: _SETTINGS[field] for field in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    config = tower.config_class(**settings, intermediate_size=96, image_size=128, patch_size=16)
+    mask = torch.ones(BATCH, 8, 8, dtype=torch.bool)
+    mask[1, 6:] = False
+    image = palette_grid(BATCH, (8, 8), (16, 16), k=4)
+    return ZooModel(tower(config).eval(), (torch.randn_like(image), mask), ((image, mask),))
+
+
+def _speech(name: str) -> ZooModel:
+    model, kind, masked = _SPEECH[name]
+    encoder = _found(model, kind)
+    config = encoder.config_class(d_model=64, encoder_layers=3, encoder_attention_heads=2, encoder_ffn_dim=96,
+                                  num_mel_bins=16, output_dim=48, n_window=50)  # fmt: skip
+    mel = palette_tokens(BATCH, 400, 16, k=2, run=100).transpose(1, 2).contiguous()
+    lengths = torch.tensor([400] * BATCH)
+    return ZooModel(_Speech(encoder(config), masked).eval(), (torch.randn_like(mel), lengths), ((mel, lengths),))
