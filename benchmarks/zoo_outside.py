@@ -53,18 +53,19 @@ def _open_clip(name: str, **vision: Any) -> ZooModel:
     size = 64 if "image_size" in settings["vision_cfg"] else 224
     small = {"width": 64, "head_width": 32, "layers": 3, "patch_size": 8, "image_size": size, **vision}
     settings["vision_cfg"] = {**settings["vision_cfg"], **small}
-    text = {"width": 48, "heads": 2, "layers": 2, "vocab_size": 100, "context_length": 16}
-    settings["text_cfg"] = {**{k: v for k, v in settings["text_cfg"].items() if not k.startswith("hf_")}, **text}
+    words = {"width": 48, "heads": 2, "layers": 2, "vocab_size": 100, "context_length": 16}
+    settings["text_cfg"] = {**{k: v for k, v in settings["text_cfg"].items() if not k.startswith("hf_")}, **words}
     kind = open_clip.CustomTextCLIP
     if "multimodal_cfg" in settings:
-        settings["multimodal_cfg"] = {**settings["multimodal_cfg"], **text}
+        settings["multimodal_cfg"] = {**settings["multimodal_cfg"], **words}
         kind = open_clip.CoCa
     elif not settings.get("custom_text"):
         kind = open_clip.CLIP
     settings.pop("custom_text", None)
     settings["embed_dim"] = 48
-    tokens = torch.arange(16).add(3).expand(BATCH, -1).contiguous()
-    return of_images(kind(**settings), size, text=tokens)
+    text = torch.arange(4).add(3).repeat_interleave(4).expand(BATCH, -1).contiguous()
+    made = of_images(kind(**settings), size)
+    return ZooModel(made.model, (*made.args, text), tuple((*palette, text) for palette in made.palettes))
 
 
 def _x_vit(**encoder: Any) -> ZooModel:
@@ -184,7 +185,8 @@ def _loftr() -> ZooModel:
     from kornia.feature.loftr.loftr_module import LocalFeatureTransformer
 
     config = {"d_model": 64, "d_ffn": 96, "nhead": 2, "layer_names": ["self", "cross"] * 2, "attention": "full"}
-    return of_tokens(LocalFeatureTransformer(config), 64, 64, 1, torch.randn(1, 64, 64).expand(BATCH, -1, -1))
+    other = palette_tokens(1, 64, 64, k=4, seed=1).expand(BATCH, -1, -1).contiguous()
+    return of_tokens(LocalFeatureTransformer(config), 64, 64, 1, other)
 
 
 def _segmentation(decoder: str, encoder: str, size: int = 64, **settings: Any) -> ZooModel:

@@ -52,7 +52,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "max_vit_with_registers": ("MaxViT", {"depth": (1, 1, 1), "window_size": 4, "dim": 32, "image_size": 128}),
     "mobile_vit": ("MobileViT", {"dims": [48, 64, 80], "channels": [8, 16, 24, 24, 32, 32, 48, 48, 64, 64, 96],
                                  "image_size": (128, 128), "patch_size": (2, 2)}),
-    "na_vit_nested_tensor": ("NaViT", {}),
     "nest": ("NesT", {"num_hierarchies": 2, "block_repeats": (2, 2)}),
     "normalized_vit": ("nViT", {}),
     "parallel_vit": ("ViT", {}),

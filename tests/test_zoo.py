@@ -34,6 +34,17 @@ NO_RULE = {
     "aten.im2col": "neighbours on a grid",
     "aten.col2im": "neighbours on a grid",
     "aten._upsample_bicubic2d_aa": "resizes a position table",
+    "aten._upsample_bilinear2d_aa": "resizes a position table",
+    "aten.grid_sampler": "resizes a position table",
+    "aten.bucketize": "makes positions",
+    "aten.polar": "makes rotary angles",
+    "aten.complex": "rotary angles and channels as complex numbers",
+    "aten.pad_sequence": "packs samples of several lengths, before anything is merged",
+    "aten.fft_fft2": "mixes the pixels of each patch, before anything is merged",
+    "aten.conv_transpose3d": "neighbours on a grid",
+    "aten.histc": "counts the tokens of each expert",
+    "aten.uniform": "draws noise",
+    "transformers.grouped_mm_fallback": "the products of experts: which tokens meet which weight follows from their values",
 }
 """Ops of the zoo that have no rule: merged values are unmerged before them. Why that is all there is to say."""
 
