@@ -44,7 +44,7 @@ NO_RULE = {
     "aten.conv_transpose3d": "neighbours on a grid",
     "aten.histc": "counts the tokens of each expert",
     "aten.uniform": "draws noise",
-    "transformers.grouped_mm_fallback": "the products of experts: which tokens meet which weight follows from their values",
+    "transformers.grouped_mm_fallback": "the products of experts: values choose which weight a token meets",
 }
 """Ops of the zoo that have no rule: merged values are unmerged before them. Why that is all there is to say."""
 
