@@ -392,7 +392,12 @@ def names(sweep: bool = False) -> list[str]:
     found = [f"timm/{name}" for names in timm_modules().values() for name in names]
     found += [f"torchvision/{name}" for name in TORCHVISION]
     found += [f"transformers/{name}:{attention}" for name in HUGGING for attention in ATTENTION]
-    return [*found, *(f"diffusers/{name}" for name in DIFFUSERS)]
+    found += [f"diffusers/{name}" for name in DIFFUSERS]
+    # Imported here: both of them build what this module defines.
+    import zoo_outside
+    import zoo_packed
+
+    return [*found, *(f"packed/{name}" for name in zoo_packed.names()), *zoo_outside.names()]
 
 
 def build(name: str, sweep: bool = False) -> ZooModel:
@@ -408,6 +413,11 @@ def build(name: str, sweep: bool = False) -> ZooModel:
         return _torchvision(rest)
     if library == "diffusers":
         return DIFFUSERS[rest]()
+    if library != "transformers":
+        import zoo_outside
+        import zoo_packed
+
+        return zoo_packed.build(rest) if library == "packed" else zoo_outside.build(name)
     key, _, attention = rest.partition(":")
     model, kind, settings = HUGGING[key]
     make = partial(_hugging, model, attention, kind, _CONFIGS.get(model), **settings)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from tests import palette
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
@@ -16,6 +20,8 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import zoo  # noqa: E402
 import zoo_models  # noqa: E402
+import zoo_outside  # noqa: E402
+import zoo_packed  # noqa: E402
 
 NO_RULE = {
     "aten.meshgrid": "makes coordinates out of sizes, before anything is merged",
@@ -28,6 +34,17 @@ NO_RULE = {
     "aten.im2col": "neighbours on a grid",
     "aten.col2im": "neighbours on a grid",
     "aten._upsample_bicubic2d_aa": "resizes a position table",
+    "aten._upsample_bilinear2d_aa": "resizes a position table",
+    "aten.grid_sampler": "resizes a position table",
+    "aten.bucketize": "makes positions",
+    "aten.polar": "makes rotary angles",
+    "aten.complex": "rotary angles and channels as complex numbers",
+    "aten.pad_sequence": "packs samples of several lengths, before anything is merged",
+    "aten.fft_fft2": "mixes the pixels of each patch, before anything is merged",
+    "aten.conv_transpose3d": "neighbours on a grid",
+    "aten.histc": "counts the tokens of each expert",
+    "aten.uniform": "draws noise",
+    "transformers.grouped_mm_fallback": "the products of experts: values choose which weight a token meets",
 }
 """Ops of the zoo that have no rule: merged values are unmerged before them. Why that is all there is to say."""
 
@@ -78,6 +95,68 @@ def test_models_are_found_by_looking() -> None:
     assert {"vision_transformer", "swin_transformer", "pit", "xcit", "maxxvit", "davit", "eva"} <= modules.keys()
     assert "caformer_s18" in modules["metaformer"]
     assert len(zoo_models.names(sweep=True)) > 200
+
+
+def test_every_library_outside_is_in_the_extra() -> None:
+    """A library that a row imports can be installed with `pip install tome-fx[zoo]`, and none stands there unused."""
+    text = (ROOT / "pyproject.toml").read_text()
+    extra = re.search(r"^zoo = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)
+    assert extra is not None
+    named = set(re.findall(r'"([\w.-]+)>=', extra.group(1))) - {"diffusers"}
+    assert named == set(zoo_outside.LIBRARIES.values())
+    assert {name.partition("/")[0] for name in zoo_outside.names()} == zoo_outside.LIBRARIES.keys()
+    names = zoo_models.names()
+    assert len(names) == len(set(names))
+
+
+def test_a_missing_library_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "x_transformers", None)
+    with pytest.raises(zoo_models.NotOffered, match=r"x-transformers is not installed .* pip install 'tome-fx\[zoo\]'"):
+        zoo_models.build("x_transformers/vit")
+
+
+def test_a_missing_tower_is_a_row_that_says_so() -> None:
+    with pytest.raises(zoo_models.NotOffered, match="no packed tower nothing"):
+        zoo_models.build("packed/nothing")
+
+
+def test_packed_towers_are_found_by_looking() -> None:
+    """Every model of transformers that packs images has its vision tower there, and that of no language model."""
+    towers = zoo_packed.towers()
+    assert {"qwen2_vl", "qwen2_5_vl", "glm4v", "pixtral", "kimi_k25"} <= towers.keys()
+    assert all("Vision" in kind for _, kind in towers.values())
+
+
+def well_formed(name: str) -> None:
+    """A builder gives a model in eval mode, with inputs and palettes of one form, every sample in all of them."""
+    try:
+        built = zoo_models.build(name)
+    except zoo_models.NotOffered as missing:
+        pytest.skip(str(missing))
+    assert not any(module.training for module in built.model.modules())
+    forms = {tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else type(x) for x in args)
+             for args in (built.args, *built.palettes)}  # fmt: skip
+    assert len(forms) == 1 and built.palettes
+    assert built.args[0].shape[0] == zoo_models.BATCH
+    with torch.no_grad():
+        outputs = palette.leaves(built.model(*built.args, **built.kwargs))
+    assert outputs and all(x.isfinite().all() for x in outputs)
+
+
+ONE_OF_EACH = ["packed/qwen2_vl", "packed/idefics2", "packed/qwen2_5_omni_audio", "vit_pytorch/vit", "whisper/encoder",
+               "torchaudio/Conformer", "hiera/image", "x_transformers/vit"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_builders_are_well_formed(name: str) -> None:
+    well_formed(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in (*(f"packed/{n}" for n in zoo_packed.names()), *zoo_outside.names())
+                                  if n not in ONE_OF_EACH])  # fmt: skip
+def test_all_builders_are_well_formed(name: str) -> None:
+    well_formed(name)
 
 
 ONE_ROW = [
