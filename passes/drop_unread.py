@@ -26,12 +26,12 @@ from torch.fx.node import map_aggregate
 
 from .axes import expr, same
 from .capture import is_impure
-from .values import size_hint
 from .rules import Call, Facts, find
 from .rules.base import Role, SignatureRule, tensors_of
 from .rules.joins import CatRule, SelectRule, SliceRule, SplitRule
 from .rules.views import ExpandRule, PermuteRule
 from .trace import fake_like
+from .values import size_hint
 
 aten = torch.ops.aten
 tome = torch.ops.tome

@@ -217,7 +217,7 @@ def _block(
     pairing: tuple[str, str, str],
 ) -> Block | SkipReason:
     keys = leaves(facts.dims(site.k)[site.key_dim])
-    queries = leaves(facts.dims(site.q)[site.query_dim])
+    queries = _without_heads(leaves(facts.dims(site.q)[site.query_dim]), keys, reach.features)
     crossed = keys != queries
     tokens = queries if crossed else keys
     joined = None if placement == "branch" else _joined(site, facts, calls, reach, keys, queries)
@@ -258,6 +258,12 @@ def _block(
     length = value.meta["val"].shape[at]
     parts, most = pairs or (None, None)
     return Block(site, tokens, sample, node, stream, kept, length, branch, crossed, operands, False, masks, parts, most)
+
+
+def _without_heads(queries: Dim, keys: Dim, features: set[Any]) -> Dim:
+    """The axis of the queries less the heads that are folded into it, where the keys have one head for all."""
+    apart = set(queries) - set(keys)
+    return keys if keys and apart <= features and tuple(x for x in queries if x in keys) == keys else queries
 
 
 def _place(

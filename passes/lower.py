@@ -45,8 +45,8 @@ from tome_fx.kernels import cpu
 
 from .axes import expr, same
 from .capture import is_impure
-from .values import size_hint
 from .rules import Call
+from .values import size_hint
 
 aten = torch.ops.aten
 tome = torch.ops.tome

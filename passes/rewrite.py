@@ -159,7 +159,9 @@ class Emitter:
         last = max((i for i, a in enumerate(positional) if a.name in used), default=-1)
         args = tuple(values[a.name] for a in positional[: last + 1])
         kwargs = {a.name: values[a.name] for a in schema.arguments if a.kwarg_only and a.name in used}
-        return self.builder.copy(call.target, args, kwargs, self._result(call))
+        # What was unmerged may lie in memory otherwise than it did.
+        target = aten.reshape.default if call.target is aten.view.default else call.target
+        return self.builder.copy(target, args, kwargs, self._result(call))
 
     def _result(self, call: Call) -> Any:
         """The fake value of an op's results in the layouts that the plan foresees."""

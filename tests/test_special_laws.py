@@ -368,7 +368,7 @@ class Unfed(nn.Module):
         self.project, self.to_bias = nn.Linear(D, BANDS), nn.Linear(D, 1)
         self.off = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: C901
+    def forward(self, x: Tensor) -> Tensor:
         match self.use:
             case "positions":
                 return self.net(x + self.off * self.own(self.learned))
