@@ -35,6 +35,7 @@ from .values import size_hint
 
 aten = torch.ops.aten
 tome = torch.ops.tome
+MATCHES = (tome.match.default, tome.match_by.default, tome.match_parts.default)
 
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _REGROUPS = (*_RESHAPES, aten.flatten.using_ints, aten.unsqueeze.default)
@@ -150,7 +151,7 @@ def _read_by_merge(node: fx.Node, wanted: Cut) -> Reads | None:
     if wanted.dim != assign.meta["val"].dim() - 1 or assign.target is not operator.getitem:
         return None
     match, index = assign.args
-    if not isinstance(match, fx.Node) or match.target not in (tome.match.default, tome.match_by.default) or index != 0:
+    if not isinstance(match, fx.Node) or match.target not in MATCHES or index != 0:
         return None
     return Reads({x: wanted}, only=True) if wanted.hi <= Call(match).args["prefix"] else None
 

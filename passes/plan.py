@@ -413,6 +413,8 @@ class _Walk:
             return "its token axis is merged together with another"
         if held is not None and leaves(held.step.sample) != leaves(block.sample):
             return "its tokens merged before in samples of another kind (one for all, or in another order)"
+        if held is not None and block.parts is not None:
+            return "its mask parts tokens that have merged before"
         if held is not None and held.extensive:
             return "the residual stream is a sum over tokens"
         return None

@@ -314,21 +314,22 @@ class Emitter:
         before = self._step(step.prev).size if step.prev else None
         metric, heads = self._metric(merge, value, have)
         metric, call, block, config = metric.detach(), self.builder.call, merge.block, self.config
-        weight, kinds = self._weight(block, step.prev), []
+        weight = self._weight(block, step.prev)
         compared_by = () if config.similarity == "cosine" else (config.similarity,)
         if weight is not None:
-            kinds.append(call(tome.key_kinds.default, weight))
-        if block.parts is not None:
-            kinds.append(call(tome.part_kinds.default, self._by_sample(block, block.parts)))
-        if kinds:
-            first = config.padding_first and weight is not None
-            kind = cat(kinds, -1) if len(kinds) > 1 else kinds[0]
-            metric, heads = call(tome.apart.default, metric, kind, heads, first, *compared_by), False
+            kind = call(tome.key_kinds.default, weight)
+            metric, heads = call(tome.apart.default, metric, kind, heads, config.padding_first, *compared_by), False
         if block.special.inner:  # they are unlike all others, whatever they hold
             kind = call(tome.place_kinds.default, self._special(block, step.prev))
             metric, heads = call(tome.apart.default, metric, kind, heads, True, *compared_by), False
-        match, names = (tome.match.default, ()) if config.pairing == PAPERS else (tome.match_by.default, config.pairing)
-        assign, keep, moved, similarity = call(match, metric, merge.r, step.prefix, step.suffix, heads, *names)
+        operands, how = (metric,), (merge.r, step.prefix, step.suffix, heads)
+        if block.parts is not None:
+            match, operands, names = tome.match_parts.default, (metric, self._parts(block)), compared_by
+        elif config.pairing == PAPERS:
+            match, names = tome.match.default, ()
+        else:
+            match, names = tome.match_by.default, config.pairing
+        assign, keep, moved, similarity = call(match, *operands, *how, *names)
         similarity.node.args[0].meta.update(tome_merge=block.name, tome_step=step.site)
         size = call(tome.merge_size.default, before, assign, keep, moved) if config.counts else None
         seen = None
@@ -358,6 +359,15 @@ class Emitter:
                     weight = call(tome.unmerge.default, held_before, at.keep)
             self._weights[key] = weight
         return self._weights[key]
+
+    def _parts(self, block: Block) -> Traced:
+        """int64 [*sample, N]: the part of each token; a special one is a part of its own."""
+        call = self.builder.call
+        labels = call(tome.part_labels.default, self._by_sample(block, block.parts))
+        if not block.special.inner:
+            return labels
+        alone = call(aten.arange.default, block.length, device=labels.device) + block.length
+        return call(aten.where.self, self._special(block, None), alone, labels)
 
     def _special(self, block: Block, step: Step | None) -> Traced:
         """bool [*sample, N]: the tokens between the ends that never merge, in the state `step`."""

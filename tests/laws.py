@@ -20,7 +20,7 @@ from tome_fx.report import ToMeReport
 LAW, UNMOVED = 5e-5, 1e-5
 PLACEMENTS = ("auto", "stream", "branch")
 tome = torch.ops.tome
-MATCHES = (tome.match.default, tome.match_by.default, tome.match_size.default)
+MATCHES = (tome.match.default, tome.match_by.default, tome.match_parts.default, tome.match_size.default)
 
 
 class Matches(TorchDispatchMode):

@@ -145,12 +145,17 @@ def pair_nulls(unit: Tensor, first: int, best: Tensor, partner: Tensor) -> tuple
 
 def match_aten(metric: Tensor, r: int, prefix: int, suffix: int) -> tuple[Tensor, ...]:
     """`match` on `[batch, N, h, d]`, spelled out."""
-    batch, n = metric.shape[:2]
-    device = metric.device
+    n = metric.shape[1]
     unit, first = directions(metric, prefix, suffix), prefix % 2
     best, partner = pair_nulls(unit, first, *best_partner_aten(unit, first))
     similarity, moved_src = best.topk(r, dim=-1)
+    return *_alternating_form(moved_src, partner, n, prefix, suffix), similarity
 
+
+def _alternating_form(moved_src: Tensor, partner: Tensor, n: int, prefix: int, suffix: int) -> tuple[Tensor, ...]:
+    """assign, keep and moved of N tokens whose even ones are sources. moved_src: `[batch, r]`, ranks of the sources that
+    merge. partner: `[batch, sources]`, the rank of the destination of each."""
+    (batch, r), device = moved_src.shape, moved_src.device
     places = torch.arange(n, device=device)
     src_pos, dst_pos = (places[prefix : n - suffix][odd::2] for odd in (prefix % 2, 1 - prefix % 2))
     # Merged sources sort behind all others, so the first entries are the survivors in position order.
@@ -162,8 +167,60 @@ def match_aten(metric: Tensor, r: int, prefix: int, suffix: int) -> tuple[Tensor
     moved = src_pos[moved_src]
     assign = torch.empty((batch, n), dtype=torch.int64, device=device)
     assign.scatter_(1, keep, places[: n - r].expand(batch, -1))
-    assign.scatter_(1, moved, partner.gather(1, moved_src).add_(prefix + survivors))
-    return assign, keep, moved, similarity
+    assign.scatter_(1, moved, partner.gather(1, moved_src) + (prefix + survivors))
+    return assign, keep, moved
+
+
+def _match_parts_fake(
+    metric: Tensor, parts: Tensor, r: int, prefix: int, suffix: int, heads: bool, similarity: str = "cosine"
+) -> tuple[Tensor, ...]:
+    return _match_fake(metric, r, prefix, suffix, heads)
+
+
+@_opaque(
+    "match_parts(Tensor metric, Tensor parts, SymInt r, int prefix, int suffix, bool heads, str similarity='cosine')"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _match_parts_fake,
+)
+def match_parts(
+    metric: Tensor, parts: Tensor, r: int, prefix: int, suffix: int, heads: bool, similarity: str = "cosine"
+) -> tuple[Tensor, ...]:
+    """`match` where only tokens of one part merge, and each part has a count of its own.
+
+    How many of the r a part gives follows from how many of its sources have a partner in it, as evenly as whole numbers
+    allow, and never from what its tokens or another part's are: a part is a sample of its own.
+
+    parts: int64 `[*sample, N]`, the same number for all tokens of a part. The others, and what it returns, as `match`; r
+    is at most the number of sources with a partner.
+    """
+    with torch.autocast(metric.device.type, enabled=False), torch.no_grad():
+        sample, n = metric.shape[: -3 if heads else -2], parts.shape[-1]
+        x = metric.to(torch.float32)
+        x = x.mean(-2) if heads else x
+        x = x.reshape(-1, *x.shape[-2:])[:, prefix : n - suffix]
+        label = parts.reshape(-1, n)[:, prefix : n - suffix]
+        first = prefix % 2
+        alike = matching.SIMILARITIES[similarity](x[:, first::2], x[:, 1 - first :: 2])
+        own = label[:, first::2]
+        best, partner = alike.masked_fill(own[:, :, None] != label[:, None, 1 - first :: 2], -torch.inf).max(-1)
+        moved_src = _shared_out(best, own, r)
+        found = (*_alternating_form(moved_src, partner, n, prefix, suffix), best.gather(1, moved_src))
+        return tuple(t.reshape(*sample, t.shape[-1]) for t in found)
+
+
+def _shared_out(best: Tensor, own: Tensor, r: int) -> Tensor:
+    """`[batch, r]`: the sources that merge, most similar first: of each part the best, as many as its share. best, own:
+    `[batch, S]`, -inf where a source has no partner, and its part."""
+    place = torch.arange(best.shape[1], device=best.device)
+    paired = best > -torch.inf
+    same = (own[:, :, None] == own[:, None]) & paired[:, None]
+    before = (best[:, None] > best[:, :, None]) | ((best[:, None] == best[:, :, None]) & (place < place[:, None]))
+    rank, count = (same & before).sum(-1), same.sum(-1).clamp_min(1)
+    # Parts of one size meet at the same share: their numbers settle it, nothing that stands in them.
+    turn = (rank + 0.5) / count.double() + own.double() * (1e-12 / max(best.shape[1], 1))
+    chosen = turn.masked_fill(~paired, torch.inf).topk(r, largest=False).indices
+    order = best.gather(1, chosen).sort(stable=True, dim=-1, descending=True).indices
+    return chosen.gather(1, order)
 
 
 # -- other matchings ---------------------------------------------------------------------------------------------------
@@ -615,10 +672,10 @@ def place_kinds(special: Tensor) -> Tensor:
     return torch.stack([special.logical_not(), special & even, special & even.logical_not()], -1).to(torch.float32)
 
 
-def part_kinds(mask: Tensor) -> Tensor:
-    """A mask of pairs `[*sample, N, N]` that parts the tokens -> the same unit vector for all tokens of one part."""
-    seen = mask.to(torch.float32) if mask.dtype is torch.bool else mask.to(torch.float32).exp()
-    return seen / seen.norm(dim=-1, keepdim=True)
+def part_labels(mask: Tensor) -> Tensor:
+    """A mask of pairs `[*sample, N, N]` that parts the tokens -> int64 `[*sample, N]`: the first token of each one's part."""
+    seen = mask if mask.dtype is torch.bool else mask > LEFT_OUT
+    return seen.to(torch.uint8).argmax(-1)
 
 
 def apart(metric: Tensor, kinds: Tensor, heads: bool, first: bool, similarity: str = "cosine") -> Tensor:
@@ -653,6 +710,6 @@ spelled_out("unmerge_aten" + cpu.SCHEMAS["unmerge"], unmerge_aten)
 spelled_out("key_weight(Tensor mask) -> Tensor", key_weight)
 spelled_out("key_kinds(Tensor weight) -> Tensor", key_kinds)
 spelled_out("place_kinds(Tensor special) -> Tensor", place_kinds)
-spelled_out("part_kinds(Tensor mask) -> Tensor", part_kinds)
+spelled_out("part_labels(Tensor mask) -> Tensor", part_labels)
 spelled_out('apart(Tensor metric, Tensor kinds, bool heads, bool first, str similarity="cosine") -> Tensor', apart)
 spelled_out(f"seen_first(Tensor weight, {cpu.INDEX}) -> (Tensor, Tensor)", seen_first)
