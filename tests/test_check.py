@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tome_fx
-from tests import strategies
+from tests import strategies, test_masks, test_two_streams
 from tests.models import Spec, build, redraw
 from tome_fx import cli, matching, ops
 
@@ -80,6 +80,33 @@ def test_padding_shares_groups_with_valid_tokens(merging: str, placement: str) -
     """Random pairs put both kinds into one group: the valid ones come out as if alone, in the mean and in the mask."""
     spec = Spec(readout="masked_mean", mask="bool", prefix="none")
     holds(*build(spec), r=8, matcher="random", merging=merging, placement=placement)
+
+
+@pytest.mark.parametrize("pool", ["times", "where", "attention", "zeroed"])
+def test_masked_pools_over_groups_of_both_kinds(pool: str) -> None:
+    seen = torch.arange(test_masks.N).expand(2, -1) % torch.tensor([[2], [4]]) == 0
+    model = redraw(test_masks.Pooled(pool)).eval()
+    holds(model, (torch.randn(2, test_masks.N, test_masks.D), seen), 8, matcher="random", placement="stream")
+
+
+@pytest.mark.parametrize("form", ["fill", "where other", "minus", "times", "zeroed"])
+def test_probabilities_under_a_mask_are_named(form: str) -> None:
+    """A group of both kinds shares its probability out evenly when it is returned token by token: nothing else is."""
+    seen = torch.arange(test_masks.N).expand(2, -1) % torch.tensor([[2], [4]]) == 0
+    model, mask = test_masks.opened(form, "returned", seen)
+    x = torch.randn(2, test_masks.N, test_masks.D)
+    found = holds(model, (x, mask), 6, exact=False, matcher="random", placement="stream")
+    assert found.error > 1e-3 and found.approximations
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+def test_streams_that_an_attention_joins(rotary: bool) -> None:
+    model = redraw(test_two_streams.Net("text", rotary=rotary)).eval()
+    places = (torch.arange(58.0),) if rotary else ()
+    args = (torch.randn(2, 48, 32), torch.randn(2, 10, 32), *places)
+    found = holds(model, args, 8, exact=not rotary, placement="stream", effects=False)
+    assert all(a.op == "aten.mul" and "table of positions" in a.what for a in found.approximations)
+    assert bool(found.approximations) is rotary
 
 
 def test_a_skip_connection_is_named() -> None:

@@ -98,8 +98,6 @@ class _Noting(Emitter):
                 (output,) = self.source.find_nodes(op="output")
                 self.joins.append(Join(output, source, fill, have, want, frame))
         elif steps_between(have, want):
-            if fill is Fill.SHARE and self.config.merging == "mean":
-                fill = Fill.MEAN
             self.joins.append(Join(self._now, source, fill, have, want, frame))
 
 
