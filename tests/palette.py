@@ -225,7 +225,6 @@ def untied(model: Any, args: Sequence[Any], kwargs: dict[str, Any] | None, r: An
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", tome_fx.ToMeWarning)
         found = tome_fx.check(model, args, kwargs, r=r, effects=False, **config)
-
     return "" if found.holds and not found.notes else "; ".join([found.summary(), *found.notes])
 
 
