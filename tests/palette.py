@@ -219,6 +219,15 @@ def is_rounding(
     return distance(run(exact, args, kwargs, r, grad=grad, **config)[0], truth) < 1e-9
 
 
+def untied(model: Any, args: Sequence[Any], kwargs: dict[str, Any] | None, r: Any, **config: Any) -> str:
+    """What the tied law (`tome_fx.check`) finds wrong, or ""; a call costs as much as one more compilation."""
+    torch._dynamo.reset()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", tome_fx.ToMeWarning)
+        found = tome_fx.check(model, args, kwargs, r=r, effects=False, **config)
+    return "" if found.holds and not found.notes else "; ".join([found.summary(), *found.notes])
+
+
 def samples_apart(
     model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any] | None, r: Any, batch: int, **config: Any
 ) -> tuple[float | None, Any]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tome_fx
-from tests import strategies
+from tests import strategies, test_masks, test_two_streams
 from tests.models import Spec, build, redraw
 from tome_fx import cli, matching, ops
 
@@ -80,6 +80,33 @@ def test_padding_shares_groups_with_valid_tokens(merging: str, placement: str) -
     """Random pairs put both kinds into one group: the valid ones come out as if alone, in the mean and in the mask."""
     spec = Spec(readout="masked_mean", mask="bool", prefix="none")
     holds(*build(spec), r=8, matcher="random", merging=merging, placement=placement)
+
+
+@pytest.mark.parametrize("pool", ["times", "where", "attention", "zeroed"])
+def test_masked_pools_over_groups_of_both_kinds(pool: str) -> None:
+    seen = torch.arange(test_masks.N).expand(2, -1) % torch.tensor([[2], [4]]) == 0
+    model = redraw(test_masks.Pooled(pool)).eval()
+    holds(model, (torch.randn(2, test_masks.N, test_masks.D), seen), 8, matcher="random", placement="stream")
+
+
+@pytest.mark.parametrize("form", ["fill", "where other", "minus", "times", "zeroed"])
+def test_probabilities_under_a_mask_are_named(form: str) -> None:
+    """A group of both kinds shares its probability out evenly when it is returned token by token: nothing else is."""
+    seen = torch.arange(test_masks.N).expand(2, -1) % torch.tensor([[2], [4]]) == 0
+    model, mask = test_masks.opened(form, "returned", seen)
+    x = torch.randn(2, test_masks.N, test_masks.D)
+    found = holds(model, (x, mask), 6, exact=False, matcher="random", placement="stream")
+    assert found.error > 1e-3 and found.approximations
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+def test_streams_that_an_attention_joins(rotary: bool) -> None:
+    model = redraw(test_two_streams.Net("text", rotary=rotary)).eval()
+    places = (torch.arange(58.0),) if rotary else ()
+    args = (torch.randn(2, 48, 32), torch.randn(2, 10, 32), *places)
+    found = holds(model, args, 8, exact=not rotary, placement="stream", effects=False)
+    assert all(a.op == "aten.mul" and "table of positions" in a.what for a in found.approximations)
+    assert bool(found.approximations) is rotary
 
 
 def test_a_skip_connection_is_named() -> None:
@@ -196,9 +223,11 @@ def test_random_numbers_are_drawn_once(training: bool) -> None:
     """A mask drawn twice would make any comparison void; the caller's random state stays what it was."""
     torch.manual_seed(3)
     state = torch.random.get_rng_state()
-    found = holds(MaskedAutoencoder().train(training), (torch.randn(2, 72, 32),), placement="stream")
-    assert len(found.merges) == 2
-    torch.manual_seed(3)
+    model, x = MaskedAutoencoder().train(training), torch.randn(2, 72, 32)
+    torch.random.set_rng_state(state)
+    found = law(model, (x,), placement="stream")
+    assert len(found.merges) == 2 and max(found.error, found.spelling) < ROUNDING, found
+    assert [note for note in found.notes if "dropout" in note] == found.notes and bool(found.notes) is training
     assert torch.equal(state, torch.random.get_rng_state())
 
 
@@ -264,19 +293,20 @@ def test_nothing_of_the_users_is_changed() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.body, _ = build(TOKENS)
+            self.norm = nn.BatchNorm1d(32)
 
         def forward(self, x: Tensor) -> Tensor:
             x.mul_(2)
-            return self.body(x)
+            return self.norm(self.body(x).transpose(1, 2))
 
-    model, x = Counting().eval(), torch.randn(2, 36, 32)
+    model, x = Counting().train(), torch.randn(2, 36, 32)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     held, state = x.clone(), torch.random.get_rng_state()
     found = holds(model, (x,))
     assert torch.equal(x, held) and torch.equal(state, torch.random.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert next(model.parameters()).dtype is torch.float32 and found.dtype is torch.float64
-    assert len(found.outputs) == 2, "what is written to an input is compared too"
+    assert len(found.outputs) == 3, "what is written to the input and to the counter of batches is compared too"
 
 
 @torch.library.custom_op("tome_test_check::narrow", mutates_args=())
@@ -312,6 +342,12 @@ def test_a_model_that_does_not_run_in_float64() -> None:
 def test_bfloat16_is_checked_in_float64() -> None:
     model, args = build(Spec(readout="mean"))
     holds(model.bfloat16(), tuple(a.bfloat16() for a in args if a is not None))
+
+
+def test_autocast_is_checked_in_float64() -> None:
+    model, args = build(Spec(readout="mean", attention="matmul"))
+    with torch.autocast("cpu", torch.bfloat16):
+        holds(model, args)
 
 
 @pytest.mark.parametrize("options", [{"merging": "prune"}, {"prop_attn": False}], ids=str)

@@ -40,6 +40,7 @@ from tome_fx.tied import (
     MergedRun,
     PlainRun,
     TiedRun,
+    dropped,
     given_back,
     is_merge,
     is_random,
@@ -216,7 +217,7 @@ def check(
         return graphs[-1]
 
     names = ("recompile_limit", "accumulated_recompile_limit")
-    with torch._dynamo.config.patch({name: 10_000 for name in names}), _same_random_state():
+    with torch._dynamo.config.patch({name: 10_000 for name in names}), _same_random_state(), _same_buffers(model):
         try:
             torch.compile(model, backend=backend, dynamic=False)(*_copied(args), **_copied(dict(kwargs or {})))
         except BackendCompilerFailed as error:
@@ -236,6 +237,20 @@ def _same_random_state() -> Iterator[None]:
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
         yield
+
+
+@contextmanager
+def _same_buffers(model: Any) -> Iterator[None]:
+    """Give a module the buffers back that it had: batch statistics count each call."""
+    buffers = list(model.buffers()) if isinstance(model, torch.nn.Module) else []
+    held = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in zip(buffers, held, strict=True):
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
 
 
 def _total(graphs: Sequence[_Graph], settings: ToMeConfig) -> Check:
@@ -318,7 +333,7 @@ class _Comparison:
         outputs = [CheckedOutput(0, i, tuple(b.shape), relative(a, b), relative(a, c))
                    for i, (a, b, c) in rows if isinstance(b, Tensor)]  # fmt: skip
         return Check(error, explained, _worst(got, plain), _worst(plain, traced), self._merges(merged, last), outputs,
-                     approximations, result.report, dtype)  # fmt: skip
+                     approximations, result.report, dtype, dropped(result.captured.gm.graph))  # fmt: skip
 
     def _draw(self, merged: MergedRun) -> None:
         """Random numbers as the merged graph drew them, at full length."""
@@ -332,7 +347,7 @@ class _Comparison:
         dims, shape = self.result.facts.dims(node), list(node.meta["val"].shape)
         for d, runs in enumerate(layout):
             for run in runs:
-                x = given_back(x, dims, shape, layout, d, run, self.groups.index(run.step))
+                x = given_back(x, dims, shape, layout, d, run, self.groups)
                 layout = (*layout[:d], tuple(r for r in layout[d] if r is not run), *layout[d + 1 :])
         return x
 
@@ -370,7 +385,7 @@ class _Comparison:
         value, want = merged.values.get(node.name), tied.values.get(node.name)
         if value is None or want is None or any(run.extensive for runs in layout for run in runs):
             return None
-        rows = [int(self.groups.index(run.step).max()) + 1 for runs in layout for run in runs]
+        rows = [self.groups.count(run.step) for runs in layout for run in runs]
         if value.numel() * prod(self.groups.index(run.step).shape[-1] for runs in layout for run in runs) != (
             want.numel() * prod(rows)
         ):

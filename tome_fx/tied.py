@@ -98,8 +98,6 @@ class _Noting(Emitter):
                 (output,) = self.source.find_nodes(op="output")
                 self.joins.append(Join(output, source, fill, have, want, frame))
         elif steps_between(have, want):
-            if fill is Fill.SHARE and self.config.merging == "mean":
-                fill = Fill.MEAN
             self.joins.append(Join(self._now, source, fill, have, want, frame))
 
 
@@ -242,6 +240,16 @@ class _Runner:
         return value
 
 
+def dropped(graph: fx.Graph) -> list[str]:
+    """A note where a graph drops values at random."""
+    for node in graph.nodes:
+        p = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
+        sdpa = node.target is aten.scaled_dot_product_attention.default and p
+        if sdpa or (node.target in _DROPOUT and node.args[1] and node.args[2]):
+            return ["the model drops values at random (dropout); here it drops none"]
+    return []
+
+
 def _without_dropout(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if len(args) > 4:
         return (*args[:4], 0.0, *args[5:]), kwargs
@@ -324,6 +332,9 @@ class Groups:
             self._lead[step] = own if step.prev is None else self.lead(step.prev).gather(-1, own)
         return self._lead[step]
 
+    def count(self, step: Step) -> int:
+        return int(self.index(step).max()) + 1
+
     def weights(self, step: Step) -> Tensor | None:
         """[*sample, N]: what each original token weighs in a mean under the masks of keys of a merge; None: all 1."""
         base = step.base or step
@@ -344,12 +355,12 @@ class Groups:
             if fill is Fill.ROW or (fill is Fill.MEAN and merging == "keep"):
                 out = _rows(_rows(flat, self.lead(step)), index)
             elif fill is Fill.BIAS:
-                out = _rows(_log_mean_exp(flat, index, _count(step, index)), index)
+                out = _rows(_log_mean_exp(flat, index, self.count(step)), index)
             else:
                 weight = None if fill is Fill.COUNT else self.weights(stretch[0])
                 if one_by_one:
                     weight = self._row_weights(step)
-                out = _rows(_mean(flat, index, weight, _count(step, index)), index)
+                out = _rows(_mean(flat, index, weight, self.count(step)), index)
             x = back(out)
         return x
 
@@ -366,10 +377,6 @@ class Groups:
             whole = torch.zeros_like(ones).scatter_add(-1, index, seen.to(ones))
             ones = ops.key_weight(whole > 0.5).to(ones).gather(-1, index)
         return ones / sizes.gather(-1, index)
-
-
-def _count(step: Step, index: Tensor) -> int:
-    return int(index.max()) + 1
 
 
 def _axes(dims: Dims, shape: Sequence[int]) -> list[tuple[int, Any, int]]:
@@ -433,7 +440,7 @@ def _widened(x: Tensor, dims: Dims, have: Layout, want: Layout, frame: Dims) -> 
     return x.expand(sizes), tuple(frame[d] if d in grow else dims[d] for d in range(len(dims))), have, want
 
 
-def given_back(x: Tensor, dims: Dims, shape: Sequence[int], layout: Layout, d: int, run: Run, index: Tensor) -> Tensor:
+def given_back(x: Tensor, dims: Dims, shape: Sequence[int], layout: Layout, d: int, run: Run, groups: Groups) -> Tensor:
     """x, merged as `layout` says, with a row for every token along one run."""
     axes = _axes(dims, [int(n) for n in shape])
     merged: list[tuple[int, Any, int]] = []
@@ -443,22 +450,19 @@ def given_back(x: Tensor, dims: Dims, shape: Sequence[int], layout: Layout, d: i
         at = 0
         while at < len(own):
             if at in held:
-                merged.append((e, held[at], -1))
+                merged.append((e, held[at], groups.count(held[at].step)))
                 at += held[at].count
             else:
                 merged.append(own[at])
                 at += 1
-    known = [n for *_, n in merged]
-    if known.count(-1) > 1:
-        raise NotImplementedError("a value that is merged along two axes")
-    x = x.reshape(known)
+    x = x.reshape([n for *_, n in merged])
     token = next(i for i, axis in enumerate(merged) if axis[1] is run)
     spots = [next(i for i, axis in enumerate(merged) if axis[1] is leaf) for leaf in leaves(run.step.sample)]
     rest = [i for i in range(len(merged)) if i != token and i not in spots]
     order = [*spots, token, *rest]
     y = x.permute(order)
     tail = y.shape[len(spots) + 1 :]
-    y = _rows(y.reshape(*y.shape[: len(spots) + 1], prod(tail)), index)
+    y = _rows(y.reshape(*y.shape[: len(spots) + 1], prod(tail)), groups.index(run.step))
     y = y.reshape(*y.shape[:-1], *tail)
     return y.permute(sorted(range(len(order)), key=order.__getitem__)).reshape([int(n) for n in shape])
 
