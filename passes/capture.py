@@ -17,7 +17,9 @@ nothing but writes to graph inputs mutates, and those stand at the end.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +63,8 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
     mode = _fake_mode(inputs)
     attributes = _tensor_attributes(gm)
     values = [*(attributes.values()), *inputs]
+    if any(map(_is_distributed, values)):
+        raise CaptureError("it has distributed tensors (DTensor, as tensor parallelism makes of weights)")
     fakes = [_fakeify(v, mode) if isinstance(v, Tensor) else v for v in values]
     count = len(attributes)
 
@@ -68,7 +72,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
         held = dict(zip(attributes, args[:count], strict=True))
         return _Tracer(gm, held).run(*args[count:], enable_io_processing=False)
 
-    with mode, fx_traceback.preserve_node_meta():
+    with _as_found(), mode, fx_traceback.preserve_node_meta():
         traced = make_fx(run, tracing_mode="real", pre_dispatch=True)(*fakes)
     # Left in place it makes AOTAutograd bypass its cache.
     traced.__dict__.pop("shape_env", None)
@@ -94,6 +98,26 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
         if value.dim() == 0 and not isinstance(value, torch.nn.Parameter):
             node.meta["held"] = value
     return Captured(traced, [node.meta.get("val") for node in inside], held, varies, mode, known)
+
+
+@contextmanager
+def _as_found() -> Iterator[None]:
+    """Leave every level of functorch, the grad mode and autocast as they are now, though a trace ends within them."""
+    depth, regions = torch._C._functorch.get_dynamic_layer_stack_depth(), len(_ENTERED)
+    with torch.set_grad_enabled(torch.is_grad_enabled()):
+        try:
+            yield
+        finally:
+            while len(_ENTERED) > regions:
+                _exit_autocast(_ENTERED[-1])
+            if torch._C._functorch.get_dynamic_layer_stack_depth() > depth:
+                torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+
+
+def _is_distributed(value: Any) -> bool:
+    """Whether a tensor is spread over a mesh of devices; there is none where nobody has imported that."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
 
 
 def _fake_mode(inputs: Sequence[Any]) -> FakeTensorMode:
@@ -195,6 +219,8 @@ class _Tracer(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target in AUTOCAST_SWITCHES:
             return AUTOCAST_SWITCHES[target](*args)
+        if getattr(target, "__name__", "").endswith("_increment_nesting"):  # vmap is a stretch of its own
+            raise CaptureError("it takes derivatives inside (torch.func.grad, vjp, jvp, ...)")
         if (expansion := _EXPANSIONS.get(target)) is not None:
             return expansion(*args, **kwargs)
         if isinstance(target, torch._ops.HigherOrderOperator):
@@ -245,14 +271,20 @@ def _mark_recompute(body: fx.GraphModule) -> None:
         node.meta["ac_graph_id"] = id(body)
 
 
+_ENTERED: list[torch.autocast] = []
+"""Regions that the graph being traced has entered and not left."""
+
+
 def _enter_autocast(device: str, dtype: torch.dtype, enabled: bool, cache: bool) -> torch.autocast:
     """Really enter the region: a pre-dispatch trace only records the switch, and dtypes would be wrong."""
     region = torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)
     region.__enter__()
+    _ENTERED.append(region)
     return region
 
 
 def _exit_autocast(region: torch.autocast) -> None:
+    _ENTERED.remove(region)
     region.__exit__(None, None, None)
 
 

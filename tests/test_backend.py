@@ -67,7 +67,7 @@ def test_options_reach_the_config_and_the_inner_compiler() -> None:
     fast = torch.compile(model, backend=tome, options={"tome.r": 5, "max_autotune": False})
     with torch.no_grad():
         assert distance(fast(*args), want) < 2e-5
-    assert [tuple(t) for t in tome_fx.reports()[-1].tokens] == [(37, 32), (32, 27)]
+    assert [tuple(t) for t in tome_fx.reports()[-1].tokens] == [(37, 32)]  # nobody reads the second merge
 
 
 def test_unknown_inductor_option_is_refused() -> None:
@@ -141,7 +141,7 @@ def test_counters() -> None:
     model, args, _ = prepared(Spec())
     run(model, args, None, R)
     counts = torch._dynamo.utils.counters["tome_fx"]
-    assert counts["merged_sites"] == 3
+    assert counts["merged_sites"] == 2  # nobody reads the third
     assert counts["attention_sites"] == 3
 
 
@@ -149,7 +149,7 @@ def test_report_is_logged_at_info(caplog: pytest.LogCaptureFixture) -> None:
     model, args, _ = prepared(Spec())
     with caplog.at_level("INFO", logger="tome_fx"):
         run(model, args, None, R)
-    assert any("3 of 3" in record.getMessage() for record in caplog.records)
+    assert any("2 of 3" in record.getMessage() for record in caplog.records)
 
 
 def test_dynamo_reset() -> None:

@@ -266,7 +266,7 @@ def test_derivatives_inside_are_refused_with_a_reason() -> None:
     def f(x: Tensor) -> Tensor:
         return torch.func.grad(lambda y: (y * y).sum())(x)
 
-    with pytest.raises(Exception, match=r"outside of the graph's ops \(by torch\.func"):
+    with pytest.raises(Exception, match="takes derivatives inside"):
         captured(f, torch.randn(3))
 
 

@@ -18,11 +18,11 @@ N, D, R = 48, 32, 6
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, dim: int = D) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
-        self.mlp = nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def attention(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
@@ -41,10 +41,11 @@ class Stack(nn.Module):
         prepare: Callable[..., Tensor] = lambda x: x,
         read: Callable[[Tensor], Tensor] = lambda x: x,
         depth: int = 3,
+        dim: int = D,
     ) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim) for _ in range(depth))
         self.prepare, self.read = prepare, read
         self.eval()
 
@@ -55,9 +56,9 @@ class Stack(nn.Module):
         return self.read(x)
 
 
-def tokens(batch: int = 2, count: int = N) -> Tensor:
+def tokens(batch: int = 2, count: int = N, dim: int = D) -> Tensor:
     """Each token one of four copies."""
-    base = torch.randn(batch, 4, D)
+    base = torch.randn(batch, 4, dim)
     return torch.stack([b[torch.randint(4, (count,))] for b in base])
 
 

@@ -189,7 +189,9 @@ def _run(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig, piece: P
     except ScheduleError as error:
         if not piece.cut:
             raise
-        return run_pipeline(gm, inputs, updated(config, {"r": list(config.r)[: error.blocks]}))  # type: ignore[arg-type]
+        result = run_pipeline(gm, inputs, updated(config, {"r": list(config.r)[: error.blocks]}))  # type: ignore[arg-type]
+        result.report.r = config.schedule
+        return result
 
 
 def _internal_error(config: ToMeConfig) -> ToMeReport:

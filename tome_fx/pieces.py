@@ -79,9 +79,7 @@ def _owner() -> tuple[Any, list[str]]:
     for code, held in _frames():
         if code is torch.nn.Module._call_impl.__code__:
             module = held.get("self")
-            if not isinstance(module, torch._dynamo.eval_frame.OptimizedModule) and all(
-                module is not m for m in running
-            ):
+            if not isinstance(module, OptimizedModule) and all(module is not m for m in running):
                 running.append(module)
         elif code.co_name == "compile_wrapper" and callable(held.get("fn")):
             function = held["fn"]

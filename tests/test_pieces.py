@@ -1,0 +1,222 @@
+"""Models that reach the backend in pieces, and what the user hears of it; limits that would end merging in silence."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tome_fx
+from tests.palette import distance
+from tests.test_explain import Block, D, N, Stack, tokens
+
+R = 6
+
+
+class Cut(nn.Module):
+    """A stem, a class token, four blocks, a head; cut: where the graph breaks."""
+
+    def __init__(self, cut: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.cut, self.stem, self.head = cut, nn.Linear(D, D), nn.Linear(D, 5)
+        self.cls = nn.Parameter(torch.randn(1, 1, D))
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+        self.eval()
+
+    def broken(self, x: Tensor, place: str) -> Tensor:
+        if place not in self.cut:
+            return x
+        if "print" in self.cut:
+            print(end="")  # noqa: T201 - what people put there
+        elif "item" in self.cut and x.sum().item() == 0.5:
+            return x * 2
+        torch._dynamo.graph_break()
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.broken(self.stem(x), "ends")
+        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1)
+        x = self.blocks[1](self.blocks[0](x))
+        x = self.broken(x, "middle")
+        x = self.blocks[3](self.blocks[2](x))
+        return self.head(self.broken(x, "ends").mean(1))
+
+
+def told(model: Any, *args: Tensor, strict: bool = False, **options: Any) -> tuple[list[str], tome_fx.ToMeReport]:
+    before = len(tome_fx.reports())
+    backend = tome_fx.tome_backend(**{"r": R, "inner": "eager", "placement": "stream", "strict": strict, **options})
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.compile(model, backend=backend)(*args)
+    return [str(w.message) for w in caught if issubclass(w.category, tome_fx.ToMeWarning)], sum(
+        tome_fx.reports()[before:], tome_fx.ToMeReport()
+    )
+
+
+@pytest.mark.parametrize("r", [R, 0.1, [6, 5, 4, 3], [1, 2, 3, 4, 5, 6, 7], (6, -1)], ids=str)
+@pytest.mark.parametrize("how", ["middle", "middle print", "middle item"])
+def test_a_graph_break_is_told_once(how: str, r: Any) -> None:
+    """Cause, line and remedy; a list is never too long for a piece."""
+    (message,), report = told(Cut(how), torch.randn(2, N, D), r=r)
+    assert "piece of the model: torch.compile breaks the graph at" in message
+    assert "test_pieces.py" in message
+    assert "protect=1" in message
+    assert ("schedule starts anew" in message) is not isinstance(r, (int, float))
+    assert report.graphs >= 2
+    assert report.r == r
+
+
+def test_no_word_where_nothing_is_lost() -> None:
+    """A stem and a head in graphs of their own; a number that says what is protected, and a constant r."""
+    for options in ({}, {"strict": True}):
+        assert told(Cut("ends"), torch.randn(2, N, D), **options)[0] == []
+    assert told(Cut("middle"), torch.randn(2, N, D), protect=1, strict=True)[0] == []
+
+
+def test_blocks_compiled_one_by_one() -> None:
+    model, x = Cut(""), torch.randn(2, N, D)
+    for block in model.blocks:
+        block.compile(backend=tome_fx.tome_backend(r=[6, 5, 4, 3], inner="eager", placement="stream"))
+    with pytest.warns(tome_fx.ToMeWarning, match=r"Block is compiled by itself, inside of Cut.*protect=1"):
+        model(x)
+
+
+def test_pieces_of_strict_raise_what_matters() -> None:
+    with pytest.raises(Exception, match="piece of the model"):
+        told(Cut("middle"), torch.randn(2, N, D), strict=True)
+
+
+class NoAttention(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 2
+        torch._dynamo.graph_break()
+        return x + 1
+
+
+def test_pieces_without_any_attention() -> None:
+    """Not silent: the last piece says it."""
+    (message,), _ = told(NoAttention(), torch.randn(2, N, D))
+    assert "no attention" in message
+
+
+class Parted(Block):
+    """Attention over parts whose lengths are read from a tensor: no graph holds a whole block."""
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
+        parts = self.norm1(x).split(lengths.tolist(), 1)
+        x = x + torch.cat([self.attention(part) for part in parts], 1)
+        return x + self.mlp(self.norm2(x))
+
+
+class Split(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = Parted(), Parted(), Parted()
+        self.eval()
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x, lengths), lengths), lengths)
+
+
+def test_a_stack_cut_in_every_block_is_told_once() -> None:
+    messages, report = told(Split(), torch.randn(1, 2 * N, D), torch.tensor([N, N]))
+    assert report.graphs > 1
+    assert len(messages) <= 1
+    assert all("graph" in m and "capture_scalar_outputs" in m for m in messages)
+
+
+@pytest.mark.parametrize("read", [lambda n: n.tolist(), lambda n: [n[0].item(), int(n[1])]], ids=["tolist", "item"])
+def test_sizes_read_from_a_tensor_are_nodes(read: Any) -> None:
+    """capture_scalar_outputs: a table of a size that a tensor says."""
+
+    def table(x: Tensor, n: Tensor) -> Tensor:
+        h, w = read(n)
+        return x + torch.arange(h * w, dtype=torch.float32)[: x.shape[1], None] * 0
+
+    model, args = Stack(table), (tokens(), torch.tensor([8, 6]))
+    with torch.no_grad(), torch._dynamo.config.patch(capture_scalar_outputs=True):
+        want = model(*args)
+        fast = torch.compile(model, backend=tome_fx.tome_backend(r=R, inner="eager", placement="stream"))
+        assert distance(fast(*args), want) < 2e-5
+    assert not torch._dynamo.utils.counters["tome_fx"]["internal_errors"]
+
+
+# -- limits ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [3, 5])
+def test_the_recompile_limit_is_told(limit: int) -> None:
+    """Once, at the last compilation that Dynamo makes, before inputs of another size run unmerged."""
+    model = Stack(depth=2)
+    fast = torch.compile(model, backend=tome_fx.tome_backend(r=4, inner="eager", placement="stream"), dynamic=False)
+    found = []
+    with torch._dynamo.config.patch(recompile_limit=limit), torch.no_grad():
+        for i in range(limit + 2):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                fast(tokens(2, 40 + 4 * i))
+            found.append([str(w.message) for w in caught if issubclass(w.category, tome_fx.ToMeWarning)])
+    assert [len(messages) for messages in found] == [int(i == limit - 1) for i in range(limit + 2)]
+    assert "recompile_limit" in found[limit - 1][0]
+    assert "dynamic=True" in found[limit - 1][0]
+
+
+@pytest.mark.parametrize(
+    ("r", "asked"),
+    [(6, []), (100, [100, 100, 100]), ([6, 100], [100]), ((40, -1), [80, 40]), (0.6, [28, 14, 7]), (0.4, [])],
+    ids=str,
+)
+def test_a_capped_r_is_told(r: Any, asked: list[int]) -> None:
+    """What was asked for, and what was done; nothing where it fits, or where nobody asked for an r."""
+    report = tome_fx.explain(Stack(depth=3), (tokens(2, 48),), r=r, placement="stream")
+    assert [site.asked for site in report.sites if site.asked is not None] == asked
+    assert ("r capped" in str(report)) is bool(asked)
+    if asked:
+        site = next(site for site in report.sites if site.asked)
+        assert f"{site.tokens[0] - site.tokens[1]} instead of {site.asked}" in " ".join(str(report).split())
+
+
+def test_nobody_asked_for_the_r_of_a_flops_target() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = tome_fx.explain(Stack(depth=3), (tokens(2, 48),), flops=0.3, placement="stream")
+    assert "capped" not in str(report)
+
+
+# -- strict ------------------------------------------------------------------------------------------------------------
+
+
+class Bare(Stack):
+    """Blocks, then an attention whose sum is only pooled."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=2, dim=128)
+        self.last = Block(128)
+        self.eval()
+
+    def forward(self, x: Tensor, *more: Any, **named: Any) -> Tensor:
+        x = super().forward(x)
+        return (x + self.last.attention(self.last.norm1(x))).mean(1)
+
+
+@pytest.mark.parametrize("read", ["bare", "cls", "mean", "max"])
+def test_strict_and_the_last_block(read: str) -> None:
+    """A last merge that nothing reads, or after which nothing is computed, is no failure; the report counts what the
+    graph does."""
+    model = Bare() if read == "bare" else Stack(
+        read={"cls": lambda x: x[:, 0], "mean": lambda x: x.mean(1), "max": lambda x: x.amax(1)}[read], dim=128
+    )  # fmt: skip
+    x = tokens(2, 160, 128)
+    messages, report = told(model, x, strict=True, placement="auto", r=8)
+    assert messages == []
+    trace, gm = (f(model, (x,), r=8) for f in (tome_fx.trace_tokens, tome_fx.rewrite))
+    matches = sum("tome_step" in node.meta for node in gm.graph.nodes)
+    assert report.merged_sites == gm.meta["tome_report"].merged_sites == len(trace.merges) == matches
+    assert report.merged_sites == (2 if read in ("bare", "cls") else 3)
+    if read == "cls":
+        assert [reason.kind for reason in report.skipped] == ["not read"]
+        assert len(tome_fx.trace_tokens(model, (x,), r=8, drop_unread=False).merges) == 3
