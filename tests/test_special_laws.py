@@ -6,7 +6,8 @@ tokens that no input reaches take no place in the schedule; two calls merge as e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 
 import tome_fx
 from tests import sequences as seq
-from tests.laws import LAW, Traced, mixed_groups, no_internal_error, shared_tokens, traced
+from tests.laws import LAW, Traced, no_internal_error, shared_tokens, traced
 from tests.models import redraw
 from tests.palette import assert_lossless, distance, palette_tokens, run, samples_apart
 
 D, H, R = 64, 4, 6
+PLACED = ("stream", "branch")
 Attend = Callable[..., Tensor]
 
 
@@ -58,6 +60,12 @@ def drawn(model: nn.Module) -> nn.Module:
     return redraw(model).eval()
 
 
+def grid(*choices: Iterable[Any], step: int) -> list[Any]:
+    """Every combination; all but each `step`-th one is slow. A step that divides no length lets all values take turns."""
+    return [pytest.param(*case, id="-".join(map(str, case)), marks=[pytest.mark.slow] * (i % step > 0))
+            for i, case in enumerate(product(*choices))]  # fmt: skip
+
+
 # -- samples -----------------------------------------------------------------------------------------------------------
 
 
@@ -81,10 +89,9 @@ class Related(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
-@pytest.mark.parametrize("placement", ["stream", "branch"])
-@pytest.mark.parametrize("opened", [False, True], ids=["sdpa", "opened"])
-@pytest.mark.parametrize("both", [False, True], ids=["queries", "both"])
-@pytest.mark.parametrize("form", seq.RELATIVE)
+@pytest.mark.parametrize(
+    ("form", "both", "opened", "placement"), grid(seq.RELATIVE, [False, True], [False, True], PLACED, step=5)
+)
 def test_relative_keys_do_not_join_samples(form: str, both: bool, opened: bool, placement: str) -> None:
     """Case 31: each sample matches on its own."""
     n = 48
@@ -95,8 +102,7 @@ def test_relative_keys_do_not_join_samples(form: str, both: bool, opened: bool, 
     assert difference is not None and difference < 1e-9, f"a sample moves with its batch by {difference:.0e}\n{report}"
 
 
-@pytest.mark.parametrize("placement", ["stream", "branch"])
-@pytest.mark.parametrize("core", seq.CORES)
+@pytest.mark.parametrize(("core", "placement"), grid(seq.CORES, PLACED, step=3))
 def test_shared_keys(core: str, placement: str) -> None:
     """Multi-query and grouped-query attention: every block merges, the law and the law of samples hold."""
     groups, attend = seq.CORES[core]
@@ -154,9 +160,9 @@ def assert_alone(model: nn.Module, x: Tensor, count: int, places: list[int], r: 
     return trace.report
 
 
-@pytest.mark.parametrize("positions", [False, True], ids=["", "positions"])
-@pytest.mark.parametrize("place", ["middle", "front", "behind"])
-@pytest.mark.parametrize("insert", seq.INSERT)
+@pytest.mark.parametrize(
+    ("insert", "place", "positions"), grid(seq.INSERT, ["middle", "front", "behind"], [False, True], step=5)
+)
 def test_special_tokens_stay_alone(insert: str, place: str, positions: bool) -> None:
     """Case 33: also where they are put into the middle of a sequence that is there already."""
     model, x = drawn(Special(insert, place, 3, positions)), palette_tokens(2, PATCHES, D, k=3)
@@ -192,12 +198,11 @@ FRAME_FORMS = [(join, list(seq.READ_FRAMES)[i % len(seq.READ_FRAMES)]) for i, jo
 FRAME_FORMS += [("cat, reshape", read) for read in seq.READ_FRAMES]
 
 
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize(("join", "read"), list(dict.fromkeys(FRAME_FORMS)))
-def test_special_tokens_of_every_frame_stay_alone(join: str, read: str, count: int) -> None:
-    """Case 11. What nobody reads may still be special: at the places in front of each frame."""
+@pytest.mark.parametrize(("form", "count"), grid(dict.fromkeys(FRAME_FORMS), [1, 3], step=3))
+def test_special_tokens_of_every_frame_stay_alone(form: tuple[str, str], count: int) -> None:
+    """Case 11: those that are read, one a frame."""
     f, p = 4, 20
-    model = drawn(Frames(join, read, count))
+    model = drawn(Frames(*form, count))
     x = torch.randn(2, f, p, D)
     with torch.no_grad():
         x[:, :, :4] = model.special[:, :, :1] + 0.05 * torch.randn(2, f, 4, D)
@@ -245,24 +250,21 @@ def assert_samples(model: nn.Module, x: Tensor, keep: Tensor, placement: str) ->
         assert error < LAW, f"sample {i} moved by {error:.0e}\n{report}"
 
 
-@pytest.mark.parametrize("placement", ["stream", "branch"])
-@pytest.mark.parametrize(("padding", "core"), EMPTY)
-def test_empty_samples_stay_zero(padding: str, core: str, placement: str) -> None:
+@pytest.mark.parametrize(("form", "placement"), grid(EMPTY, PLACED, step=3))
+def test_empty_samples_stay_zero(form: tuple[str, str], placement: str) -> None:
     """Case 09: SDPA gives a query that sees no key zero, for bool and for -inf."""
-    model = drawn(Padded(padding, core))
+    model = drawn(Padded(*form))
     assert_samples(model, palette_tokens(3, 48, D, k=3), keys_of(48, 48, 30, 0), placement)
 
 
-@pytest.mark.parametrize("placement", ["stream", "branch"])
-@pytest.mark.parametrize(("padding", "core"), FINITE)
-def test_empty_samples_keep_their_mean(padding: str, core: str, placement: str) -> None:
+@pytest.mark.parametrize(("form", "placement"), grid(FINITE, PLACED, step=3))
+def test_empty_samples_keep_their_mean(form: tuple[str, str], placement: str) -> None:
     """Under a mask of large numbers a query that sees no key gives what the unmerged model gives."""
-    model = drawn(Padded(padding, core))
+    model = drawn(Padded(*form))
     assert_samples(model, palette_tokens(3, 48, D, k=3), keys_of(48, 48, 30, 0), placement)
 
 
-@pytest.mark.parametrize("placement", ["stream", "branch"])
-@pytest.mark.parametrize("core", seq.CORES)
+@pytest.mark.parametrize(("core", "placement"), grid(seq.CORES, PLACED, step=3))
 def test_padding_under_shared_keys(core: str, placement: str) -> None:
     model = drawn(Padded("bool", core))
     assert_samples(model, palette_tokens(3, 48, D, k=3), keys_of(48, 48, 30, 20), placement)
@@ -331,8 +333,7 @@ class Windows(nn.Module):
         return x + y[:, :h, :w]
 
 
-@pytest.mark.parametrize("r", [2, 8, 20])
-@pytest.mark.parametrize("pad", seq.PAD_GRID)
+@pytest.mark.parametrize(("pad", "r"), grid(seq.PAD_GRID, [2, 8, 20], step=2))
 def test_zeros_merge_before_all_else(pad: str, r: int) -> None:
     """Case 32: windows with enough zeros come out as they would unmerged, and their tokens stay alone."""
     model, x = drawn(Windows(pad, 8)), torch.randn(2, 10, 10, D)
@@ -397,10 +398,10 @@ UNFED = ("positions", "positions expanded first", "weights", "prompts for logits
 SCHEDULES = [(6, [6, 6, 6]), ([9, 5, 2], [9, 5, 2]), ([8, 0, 0], [8])]
 
 
-@pytest.mark.parametrize(("r", "merged"), SCHEDULES, ids=["int", "list", "first"])
-@pytest.mark.parametrize("use", UNFED)
-def test_tokens_of_no_input_take_no_place(use: str, r: Any, merged: list[int]) -> None:
+@pytest.mark.parametrize(("use", "schedule"), grid(UNFED, SCHEDULES, step=2))
+def test_tokens_of_no_input_take_no_place(use: str, schedule: tuple[Any, list[int]]) -> None:
     """Case 23: the first entry of a list belongs to the first block that sees the input."""
+    r, merged = schedule
     torch.manual_seed(0)
     model = drawn(Unfed(use))
     model.off.data.zero_()
@@ -423,8 +424,7 @@ TWICE: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("r", [4, [9, 5, 2], (6, -1), (6, 1), 0.1], ids=str)
-@pytest.mark.parametrize("calls", TWICE)
+@pytest.mark.parametrize(("calls", "r"), grid(TWICE, [4, [9, 5, 2], (6, -1), (6, 1), 0.1], step=3))
 def test_two_calls_merge_as_each_alone(calls: str, r: Any) -> None:
     """Case 16: the schedule is of the model's blocks, not of the graph's."""
 
@@ -489,13 +489,15 @@ class Streams(nn.Module):
         return image, text
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
-@pytest.mark.parametrize("text_first", [True, False], ids=["text first", "image first"])
-@pytest.mark.parametrize("early", [True, False], ids=["joined early", "joined late"])
-@pytest.mark.parametrize(("join", "cut"), [("cat", cut) for cut in seq.CUT] + [(j, "slices") for j in list(seq.JOIN)[1:]])
-def test_the_longer_stream_merges(join: str, cut: str, early: bool, text_first: bool, dynamic: bool) -> None:
+FORMS = [("cat", cut) for cut in seq.CUT] + [(join, "slices") for join in list(seq.JOIN)[1:]]
+
+
+@pytest.mark.parametrize(
+    ("form", "early", "text_first", "dynamic"), grid(FORMS, [True, False], [True, False], [True, False], step=3)
+)
+def test_the_longer_stream_merges(form: tuple[str, str], early: bool, text_first: bool, dynamic: bool) -> None:
     """Case 10: of a fixed length and of a dynamic one, at the length compiled for and at another."""
-    model, text = drawn(Streams(join, cut, text_first, early)), palette_tokens(2, 20, D, k=3, seed=3)
+    model, text = drawn(Streams(*form, text_first, early)), palette_tokens(2, 20, D, k=3, seed=3)
     image, other = palette_tokens(2, 64, D, k=3), palette_tokens(2, 75, D, k=3)
     if dynamic:
         torch._dynamo.mark_dynamic(image, 1)
@@ -511,4 +513,3 @@ def test_the_longer_stream_merges(join: str, cut: str, early: bool, text_first: 
     lengths = [site.tokens[0] for site in report.sites if site.merged]
     assert len(lengths) == 2 and 20 not in lengths, str(report)
     assert {site.placement for site in report.sites} == {"stream"}, str(report)
-    assert mixed_groups(made.groups(64)[:1], torch.zeros(64)) == 0
