@@ -323,8 +323,8 @@ class _Fuser:
 
     @staticmethod
     def _order(letters: Any, batch: Sequence[Any], *last: Any) -> Order:
-        """Where each of [*batch, *last] stands among the letters of an operand; None where it has no such dim and is the
-        same for all (keys that heads share)."""
+        """Where each of [*batch, *last] stands among the letters of an operand; None where it has no such dim, being
+        the same for all (keys that heads share)."""
         if not set(last) <= set(letters) <= {*batch, *last} or len(set(letters)) < len(letters):
             raise _NoMatch
         return [letters.index(x) if x in letters else None for x in (*batch, *last)]
@@ -494,6 +494,7 @@ def _open_site(node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Cal
         tuple(d for d, x in enumerate(sig.ins[i]) if x is not None and sig.role(x) is Role.SUM) for i in (keys, other)
     )
     queries = spots[0] if spots else 0
+    facts.attends.add((leaves(facts.dims(inner_call.nodes[other])[queries]), axis))
     v, values, value_inner = _values(node, calls[out], axis, facts)
     return AttentionSite(
         place(node) or f"attention {index}",

@@ -63,7 +63,7 @@ class Block:
     """One place to merge.
 
     tokens: the leaves of the token axis. sample: the leaves along which each entry is merged on its own.
-    merge: the node whose value is merged. stream: the residual operand of that add. special: the tokens that never merge.
+    merge: the node whose value is merged. stream: the residual operand of that add. special: tokens that never merge.
     length: tokens before any merge. branch: the merge ends where its values meet the stream; merge and stream are then
     one node. crossed: the tokens are the queries of cross attention. operands: where not the value of `merge` is merged
     but operands of it (an attention's queries, keys and values), (operand, dim) of each; `stream` is the one they are
@@ -94,6 +94,10 @@ class Block:
     def name(self) -> str:
         """The place in the model."""
         return f"{self.site.name} (MLP)" if self.mlp else self.site.name
+
+
+Placed = tuple[fx.Node, fx.Node, bool, tuple[tuple[int, int], ...]]
+"""A block's merge, stream, branch and operands."""
 
 
 def find_blocks(
@@ -235,9 +239,21 @@ def _block(
     if joined is not None:
         return _stream_of_its_own(site, facts, *joined)
     placed = _place(site, facts, calls, sites, reach, tokens, placement)
-    if isinstance(placed, SkipReason):
-        return placed
+    return placed if isinstance(placed, SkipReason) else _placed(site, facts, calls, reach, tokens, placed, pairing)
+
+
+def _placed(
+    site: AttentionSite,
+    facts: Facts,
+    calls: dict[fx.Node, Call],
+    reach: Reach,
+    tokens: Dim,
+    placed: Placed,
+    pairing: tuple[str, str, str],
+) -> Block | SkipReason:
+    """The block of tokens for which there is a place to merge, if no mask keeps them apart."""
     node, stream, branch, operands = placed
+    crossed = leaves(facts.dims(site.k)[site.key_dim]) != tokens
     sample = _sample(site, facts, stream if operands else node, tokens, crossed, reach.features)
     kept = special(facts, tokens)
     if unfit := _unfit(site, size_of(tokens), kept.count):
@@ -274,8 +290,8 @@ def _place(
     reach: Reach,
     tokens: Dim,
     placement: str,
-) -> tuple[fx.Node, fx.Node, bool, tuple[tuple[int, int], ...]] | SkipReason:
-    """Where to merge: `Block`'s merge, stream, branch and operands."""
+) -> Placed | SkipReason:
+    """Where to merge."""
     crossed = leaves(facts.dims(site.k)[site.key_dim]) != tokens
     if placement != "branch" and _pooled(site, facts, reach, tokens):
         why = "its queries are pooled from the tokens for this attention alone"
@@ -469,7 +485,10 @@ def _pair_mask(
     or why nothing may.
     """
     found: tuple[fx.Node, int] | None = None
+    keys = leaves(facts.dims(site.k)[site.key_dim])
     for term in score_terms(site, facts, calls, reach):
+        if keys != tokens and facts.pairs is not None and facts.pairs.tell(term, tokens, keys):
+            return TELLS_PAIRS
         pair = token_dims(term, facts, tokens)
         if len(pair) < 2 or not reach.leads(term, site.out):
             continue

@@ -1,10 +1,10 @@
 """pairs: which terms of attention scores are masks of pairs.
 
-Such a term lets one query see a key that another does not (causal, windowed, packed): one group could hold tokens that it
-keeps apart, so no merge can keep what it says. What is known while compiling is judged by its value (`values.py`), whatever
-it was made with; a sum by its summands. Where a value is not known, bools, what the caller gives and what is made of
-either are masks of pairs as soon as they vary with both tokens; what the model computes by a product, and finite
-tables, are scores like others. Tokens that never merge may be told apart.
+Such a term lets one query see a key that another does not (causal, windowed, packed): one group could hold tokens that
+it keeps apart, so no merge can keep what it says. What is known while compiling is judged by its value (`values.py`),
+whatever it was made with; a sum by its summands. Where a value is not known, bools, what the caller gives and what is
+made of either are masks of pairs as soon as they vary with both tokens; what the model computes by a product, and
+finite tables, are scores like others. Tokens that never merge may be told apart.
 """
 
 from __future__ import annotations

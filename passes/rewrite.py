@@ -322,14 +322,14 @@ class Emitter:
         if block.special.inner:  # they are unlike all others, whatever they hold
             kind = call(tome.place_kinds.default, self._special(block, step.prev))
             metric, heads = call(tome.apart.default, metric, kind, heads, True, *compared_by), False
-        operands, how = (metric,), (merge.r, step.prefix, step.suffix, heads)
+        how = (merge.r, step.prefix, step.suffix, heads)
         if block.parts is not None:
-            match, operands, names = tome.match_parts.default, (metric, self._parts(block)), compared_by
+            found = call(tome.match_parts.default, metric, self._parts(block, block.parts), *how, *compared_by)
         elif config.pairing == PAPERS:
-            match, names = tome.match.default, ()
+            found = call(tome.match.default, metric, *how)
         else:
-            match, names = tome.match_by.default, config.pairing
-        assign, keep, moved, similarity = call(match, *operands, *how, *names)
+            found = call(tome.match_by.default, metric, *how, *config.pairing)
+        assign, keep, moved, similarity = found
         similarity.node.args[0].meta.update(tome_merge=block.name, tome_step=step.site)
         size = call(tome.merge_size.default, before, assign, keep, moved) if config.counts else None
         seen = None
@@ -360,10 +360,10 @@ class Emitter:
             self._weights[key] = weight
         return self._weights[key]
 
-    def _parts(self, block: Block) -> Traced:
-        """int64 [*sample, N]: the part of each token; a special one is a part of its own."""
+    def _parts(self, block: Block, mask: fx.Node) -> Traced:
+        """int64 [*sample, N]: the part of each token that a mask of pairs cuts; a special one is a part of its own."""
         call = self.builder.call
-        labels = call(tome.part_labels.default, self._by_sample(block, block.parts))
+        labels = call(tome.part_labels.default, self._by_sample(block, mask))
         if not block.special.inner:
             return labels
         alone = call(aten.arange.default, block.length, device=labels.device) + block.length

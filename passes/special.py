@@ -1,7 +1,8 @@
 """special: which tokens never merge.
 
-Class, distillation, camera and register tokens are those that come from weights alone and are joined to others, and those
-that are read at a fixed place. Where the axis is a product (frames of tokens), what is special in one frame is so in all.
+Class, distillation, camera and register tokens are those that come from weights alone and are joined to others, and
+those that are read at a fixed place. Where the axis is a product (frames of tokens), what is special in one frame is
+so in all.
 
     cat([cls, x])    cat([x[:, :1], registers, x[:, 1:]])    x.view(B, frames, n, C)[:, :, 0]    x[:, 0] = cls
 """
@@ -86,41 +87,45 @@ def _of_flags(flags: Sequence[bool]) -> Special:
 
 def _flags(facts: Facts, axis: Dim, length: int) -> list[bool]:
     """Which tokens of an axis of known length are special."""
-    flags = [False] * length
+    marked = {*_joined(facts, axis), *_read(facts, axis, length), *_in_parts(facts, axis, length)}
+    return [i in marked for i in range(length)]
 
-    def note(found: Iterator[int] | range) -> None:
-        for i in found:
-            if 0 <= i < length:
-                flags[i] = True
 
+def _joined(facts: Facts, axis: Dim) -> Iterator[int]:
+    """Tokens that were joined to others."""
     for pieces in _pieces(facts, axis):
         at = 0
         for size, is_special in pieces:
             if not isinstance(size, int):
                 break
-            note(range(at, at + size) if is_special else range(0))
+            yield from range(at, at + size) if is_special else ()
             at += size
+
+
+def _read(facts: Facts, axis: Dim, length: int) -> Iterator[int]:
+    """Tokens that are read, or not read, on their own."""
     most = max(length // 4, 1)
     for start, stop in _reads(facts, axis):
         if not isinstance(start, int) or not isinstance(stop, int):
             continue
         if stop <= most or length - start <= most:
-            note(range(start, stop))
+            yield from range(start, stop)
         elif start <= most and length - stop <= most:
-            note(range(start))
-            note(range(stop, length))
+            yield from (*range(start), *range(stop, length))
+
+
+def _in_parts(facts: Facts, axis: Dim, length: int) -> Iterator[int]:
+    """Tokens that are special in a slice of the axis, or in each frame of it."""
     for new, source, start, stop in facts.origins:
         known = isinstance(start, int) and isinstance(stop, int)
         if leaves(source) == axis and known and size_of(leaves(new)) != length:
             inner = _flags(facts, leaves(new), stop - start)
-            note(start + i for i, flag in enumerate(inner) if flag)
+            yield from (start + i for i, flag in enumerate(inner) if flag)
     for cut in range(1, len(axis)):
-        part = axis[cut:]
-        size = size_of(part)
-        inner = _flags(facts, part, size) if isinstance(size, int) else []
+        size = size_of(axis[cut:])
+        inner = _flags(facts, axis[cut:], size) if isinstance(size, int) else []
         for i, flag in enumerate(inner):
-            note(range(i, length, size) if flag else range(0))
-    return flags
+            yield from range(i, length, size) if flag else ()
 
 
 def _at_the_ends(facts: Facts, axis: Dim) -> Special:
@@ -154,7 +159,8 @@ def _run(pieces: Pieces) -> int:
 
 
 def _reads(facts: Facts, axis: Dim) -> Iterator[tuple[Any, Any]]:
-    """Writes to a part of an axis, and reads of values that hold features beside the tokens: of a mask they say nothing."""
+    """Writes to a part of an axis, and reads of values that hold features beside the tokens: of a mask they say
+    nothing."""
     for node, dim, start, stop in facts.cuts:
         if leaves(dim) == axis and (node is None or _has_features(facts, node, axis)):
             yield start, stop

@@ -46,8 +46,8 @@ class Values:
         self.unknown: set[fx.Node] = set()
 
     def of(self, root: fx.Node) -> Tensor | None:
-        """The value of a node; None where an input, a random op or a tensor without a value goes into it, or where it is
-        too large to be computed."""
+        """The value of a node; None where an input, a random op or a tensor without a value goes into it, or where it
+        is too large to be computed."""
         if root in self.known:
             return self.known[root]
         order = self._above(root)

@@ -113,8 +113,8 @@ def tome_backend(
         partition: the two sides of the matching, "alternating", "sequential" or "random".
         matcher: who picks the pairs, "bipartite", "random" or a name given to `register_matcher`.
         merging: what becomes of a pair, "mean", "plain", "keep" or "prune"; see `ToMeConfig`.
-        protect: tokens that never merge: a number of leading ones, `(count, period)`, or a list of positions; "auto" finds
-            class, distillation, camera and register tokens.
+        protect: tokens that never merge: a number of leading ones, `(count, period)`, or a list of positions; "auto"
+            finds class, distillation, camera and register tokens.
         placement: "stream" merges for good, "branch" around each attention and MLP alone; "auto" takes the stream where
             there is one, a branch elsewhere, and either only where it pays.
         padding_first: merge the tokens that a mask of keys leaves out before all others. Their outputs are then those

@@ -56,9 +56,9 @@ class ToMeConfig:
     destination's row) or "prune" (the source is dropped and counts no more: no sizes, no proportional attention, pools
     over what is left; where a full-length result is asked for, dropped tokens have their destination's row)."""
     protect: str | int | tuple[int, int] | list[int] | frozenset[int] = "auto"
-    """Tokens that never merge: "auto" finds class, distillation, camera and register tokens; a number of leading tokens;
-    `(count, period)`, the first `count` of every `period` tokens (of every frame); or a list of positions, negative ones
-    from the end."""
+    """Tokens that never merge: "auto" finds class, distillation, camera and register tokens; a number of leading ones;
+    `(count, period)`, the first `count` of every `period` tokens (of every frame); or a list of positions, negative
+    ones from the end."""
     placement: str = "auto"
     """"stream" merges on the residual stream for good, "branch" around each attention and MLP alone (the stream keeps
     its length); "auto" takes the stream where there is one and a branch elsewhere, and either only where it pays."""

@@ -134,8 +134,8 @@ def best_partner_aten(unit: Tensor, first: int) -> tuple[Tensor, Tensor]:
 
 
 def pair_nulls(unit: Tensor, first: int, best: Tensor, partner: Tensor) -> tuple[Tensor, Tensor]:
-    """What `best_partner_aten` gives, with the zeros among the sources given to a zero: they have no direction, but are as
-    alike as tokens can be."""
+    """What `best_partner_aten` gives, with the zeros among the sources given to a zero: they have no direction, but are
+    as alike as tokens can be."""
     null = (unit == 0).all(-1)
     sources, destinations = null[:, first::2], null[:, 1 - first :: 2]
     pairs = sources & destinations.any(-1, keepdim=True)
@@ -153,8 +153,8 @@ def match_aten(metric: Tensor, r: int, prefix: int, suffix: int) -> tuple[Tensor
 
 
 def _alternating_form(moved_src: Tensor, partner: Tensor, n: int, prefix: int, suffix: int) -> tuple[Tensor, ...]:
-    """assign, keep and moved of N tokens whose even ones are sources. moved_src: `[batch, r]`, ranks of the sources that
-    merge. partner: `[batch, sources]`, the rank of the destination of each."""
+    """assign, keep and moved of N tokens whose even ones are sources. moved_src: `[batch, r]`, ranks of the sources
+    that merge. partner: `[batch, sources]`, the rank of the destination of each."""
     (batch, r), device = moved_src.shape, moved_src.device
     places = torch.arange(n, device=device)
     src_pos, dst_pos = (places[prefix : n - suffix][odd::2] for odd in (prefix % 2, 1 - prefix % 2))
@@ -190,8 +190,8 @@ def match_parts(
     How many of the r a part gives follows from how many of its sources have a partner in it, as evenly as whole numbers
     allow, and never from what its tokens or another part's are: a part is a sample of its own.
 
-    parts: int64 `[*sample, N]`, the same number for all tokens of a part. The others, and what it returns, as `match`; r
-    is at most the number of sources with a partner.
+    parts: int64 `[*sample, N]`, the same number for all tokens of a part. The others, and what it returns, as `match`;
+    r is at most the number of sources with a partner.
     """
     with torch.autocast(metric.device.type, enabled=False), torch.no_grad():
         sample, n = metric.shape[: -3 if heads else -2], parts.shape[-1]
@@ -666,14 +666,14 @@ def places(positions: list[int], length: int, device: torch.device) -> Tensor:
 
 
 def place_kinds(special: Tensor) -> Tensor:
-    """bool `[*sample, N]` -> `[*sample, N, 3]`: (1, 0, 0) where a token may merge; unlike these and unlike each other the
-    special ones at even places, where sources stand, and at odd ones, where destinations do."""
+    """bool `[*sample, N]` -> `[*sample, N, 3]`: (1, 0, 0) where a token may merge; unlike these and unlike each other
+    the special ones at even places, where sources stand, and at odd ones, where destinations do."""
     even = torch.arange(special.shape[-1], device=special.device) % 2 == 0
     return torch.stack([special.logical_not(), special & even, special & even.logical_not()], -1).to(torch.float32)
 
 
 def part_labels(mask: Tensor) -> Tensor:
-    """A mask of pairs `[*sample, N, N]` that parts the tokens -> int64 `[*sample, N]`: the first token of each one's part."""
+    """A mask of pairs `[*sample, N, N]` that parts the tokens -> int64 `[*sample, N]`: the first token of the part."""
     seen = mask if mask.dtype is torch.bool else mask > LEFT_OUT
     return seen.to(torch.uint8).argmax(-1)
 

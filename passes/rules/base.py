@@ -108,9 +108,10 @@ class Facts:
     went into. given: inputs of the model, and what was made of them without a product. origins: axes that are slices:
     (axis, of which, from, to). segments: a value that was concatenated, along which axis, and of each piece the axis,
     the size and whether it depends on no input. joins: axes that were concatenated, and the axis it made. channels:
-    axes that come from a weight. cuts: reads of a part of an axis, (value, axis, from, to), and writes to one, (None, ...). buffers: the model's buffers. pairs: what masks say of pairs. protect: the option of that name.
-    parted: masks of pairs within whose parts alone tokens merge. angles: sines and cosines of positions, and what is
-    put together from them.
+    axes that come from a weight. cuts: reads of a part of an axis, (value, axis, from, to), and writes to one, (None,
+    ...). buffers: the model's buffers. pairs: what masks say of pairs. attends: axes of queries and of keys whose
+    scores stand open. protect: the option of that name. parted: masks of pairs within whose parts alone tokens merge.
+    angles: sines and cosines of positions, and what is put together from them.
     """
 
     axes: dict[fx.Node, tuple[Dims, ...]] = field(default_factory=dict)
@@ -127,6 +128,7 @@ class Facts:
     cuts: list[tuple[fx.Node | None, Dim, Any, Any]] = field(default_factory=list)
     buffers: set[fx.Node] = field(default_factory=set)
     pairs: PairMasks | None = None
+    attends: set[tuple[Dim, Dim]] = field(default_factory=set)
     protect: Any = "auto"
     parted: set[fx.Node] = field(default_factory=set)
     angles: set[fx.Node] = field(default_factory=set)
@@ -146,8 +148,8 @@ class Facts:
         return size_expr(val.shape[d]) != 1 and d not in self.uniform.get(node, ())
 
     def told(self, node: fx.Node) -> bool:
-        """Whether a value says of single tokens what the caller, a comparison or a constant mask said: no model computed
-        or learned it."""
+        """Whether a value says of single tokens what the caller, a comparison or a constant mask said: no model
+        computed or learned it."""
         said = node in self.given or node in self.decided or node.meta["val"].dtype is torch.bool
         return said or (self.pairs is not None and self.pairs.marks(node))
 

@@ -241,8 +241,8 @@ def _may_leave_all_out(call: Call, env: Emitter) -> bool:
 
 
 def _all_left_out(mask: Traced) -> Traced:
-    """bool: the samples of which a mask of very low numbers leaves all keys out. It absorbs their scores, which makes all
-    keys alike, and would absorb the sizes as well. (One of -inf gives them no result: that needs no help.)"""
+    """bool: the samples of which a mask of very low numbers leaves all keys out. It absorbs their scores, which makes
+    all keys alike, and would absorb the sizes as well. (One of -inf gives them no result: that needs no help.)"""
     call, last = mask.builder.call, list(range(-min(mask.dim(), 3), 0))
     top = call(aten.amax.default, mask.detach(), last, True)
     low, some = call(aten.le.Scalar, top, ABSORBS), call(aten.gt.Scalar, top, float("-inf"))

@@ -83,12 +83,14 @@ def _fill(call: Call, facts: Facts, i: int, additive: bool) -> Fill:
 
 
 def _pairs(node: fx.Node, facts: Facts) -> bool:
-    """Whether a term of the scores holds one axis of tokens twice, and no merge keeps what it says."""
+    """Whether a term of the scores holds one axis of tokens twice, or queries and keys, and no merge keeps what it
+    says."""
     while node.target is aten.expand_as.default:  # it says what it said before
         node = node.args[0]  # type: ignore[assignment]
     dims = [leaves(dim) for dim in facts.dims(node)]
-    twice = [(a, b) for a in range(len(dims)) for b in range(a + 1, len(dims)) if dims[a] and dims[a] == dims[b]]
-    return any(facts.per_pair(node, a, b) for a, b in twice)
+    both = [(a, b) for a in range(len(dims)) for b in range(len(dims)) if dims[a] and a != b
+            and ((a < b and dims[a] == dims[b]) or (dims[a], dims[b]) in facts.attends)]  # fmt: skip
+    return any(facts.per_pair(node, a, b) for a, b in both)
 
 
 def _zeroing(value: Any) -> bool:
