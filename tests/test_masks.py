@@ -518,3 +518,57 @@ def test_the_whole_way(kind: str) -> None:
     got, report = run(model, args, None, 6, placement=placement, inner="inductor")
     assert report.merged_sites > 0
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+class Filled(nn.Module):
+    """A plain block, one whose scores are filled by fill(scores, keep, low), a plain block."""
+
+    def __init__(self, fill: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fill, self.low = fill, nn.Parameter(torch.tensor(-3.0))
+        self.norm = nn.ModuleList(nn.LayerNorm(D) for _ in range(6))
+        self.qkv, self.proj = (nn.ModuleList(nn.Linear(D, k * D) for _ in range(3)) for k in (3, 1))
+        self.mlp = nn.ModuleList(nn.Sequential(nn.Linear(D, 64), nn.GELU(), nn.Linear(64, D)) for _ in range(3))
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        for i in range(3):
+            q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv[i](self.norm[i](x)).chunk(3, -1))
+            scores = q @ k.mT * (D // 2) ** -0.5
+            scores = self.fill(scores, keep[:, None, None], self.low) if i == 1 else scores
+            x = x + self.proj[i]((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+            x = x + self.mlp[i](self.norm[i + 3](x))
+        return x
+
+
+FILLS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "a parameter": lambda s, k, low: s.masked_fill(~k, low),
+    "a parameter, where": lambda s, k, low: torch.where(k, s, low),
+    "a parameter, swapped": lambda s, k, low: torch.where(~k, low, s),
+    "in place": lambda s, k, low: s.masked_fill_(~k, low.detach()),
+    "computed": lambda s, k, low: torch.where(k, s, s.amin().detach()),
+    "one of a row": lambda s, k, low: torch.where(k, s, low[None]),
+    "a small number": lambda s, k, low: s.masked_fill(~k, -3.0),
+    "a small number, where": lambda s, k, low: torch.where(k, s, 0.5),
+    "a low tensor": lambda s, k, low: torch.where(k, s, torch.tensor(-1e9, dtype=s.dtype)),
+    "the lowest": lambda s, k, low: s.masked_fill(~k, -torch.finfo(s.dtype).max),
+    "the lowest, where": lambda s, k, low: torch.where(k, s, torch.finfo(s.dtype).min),
+    "the lowest, a factor": lambda s, k, low: s + (1 - k.to(s.dtype)) * torch.finfo(s.dtype).min,
+    "the lowest, swapped": lambda s, k, low: torch.where(~k, -torch.finfo(s.dtype).max, s),
+    "the lowest, a tensor": lambda s, k, low: s.masked_fill(~k, torch.tensor(torch.finfo(s.dtype).min, dtype=s.dtype)),
+}
+
+
+@pytest.mark.parametrize("fill", FILLS, ids=str)
+def test_what_masked_scores_are_filled_with(fill: str) -> None:
+    """A tensor, a number that leaves nothing out, one that float32 does not hold: the law, and no internal error, also
+    where tokens that an earlier block merged come to it."""
+    torch.manual_seed(0)
+    model = Filled(FILLS[fill]).eval().to(torch.float64 if "lowest" in fill else torch.float32)
+    x, keep = palette_tokens(2, N, D).to(model.low.dtype), torch.ones(2, N, dtype=torch.bool)
+    keep[:, ::3] = False
+    with torch.no_grad():
+        want = model(x, keep)
+    got, report = run(model, (x, keep), None, 4, placement="stream")
+    assert report.merged_sites >= 1
+    seen = keep if "low" in fill else torch.ones_like(keep)
+    assert ((got - want)[seen].abs().max() / want.abs().max()).item() < 2e-5

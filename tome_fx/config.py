@@ -67,11 +67,12 @@ class ToMeConfig:
     the others in any case."""
     drop_unread: bool = True
     """Compute only the rows that are read: where a model reads its class token alone, queries, projection and MLP
-    of the last block on that row, and no last merge. Reports keep the last merge of the plan and its FLOPs."""
+    of the last block on that row, and no last merge. Reports name that merge as not read, and keep the plan's FLOPs."""
     inner: str = "inductor"
     """What compiles the rewritten graph: "inductor", "aot_eager" or "eager"."""
     strict: bool = False
-    """Raise where the default is a warning: a site that does not pay, nothing merged, an internal error."""
+    """Raise where the default is a warning: a site that does not pay though products follow it, nothing merged, a piece
+    of a model that loses something, an internal error."""
     is_list: bool = False
     """Whether `r` was given as a list (kept as a tuple so that the config is hashable)."""
 
