@@ -1,102 +1,192 @@
-"""Random small transformers: no crash, no changed shape, r=0 the identity, through any schedule and placement.
+"""Random small transformers, judged by laws: no crash, no silence, r=0 the identity (a fifth), equal tokens lose
+nothing.
 
-Models are drawn by hypothesis from tests/strategies.py: spellings of attention, layouts, masks, norms, readouts,
-branches, dead code, reused modules. `--seed` draws others. Writes benchmarks/results/fuzz.json: for each seed how many
-ran, and every failure; a seed that is there already is replaced.
+Half are drawn from `tests.models` (one ViT in every spelling of attention, layout, norm, read-out), half from
+`tests.mixtures` (masks of pairs, padded and empty samples, special tokens put in, frames, zero-padded windows, shared
+and relative keys, inputs in any order, two calls in one graph). Of the latter also: no sample moves with its batch,
+no output with tokens that a mask keeps from it, no special token shares a group.
 
-    python benchmarks/fuzz.py --graphs 2000
+Graph i of a seed is always the same. A run goes on where it stopped; what failed before is kept. Writes
+benchmarks/results/fuzz.json: for each seed how many ran, merged, were void (unequal tokens had to merge, so that the
+lossless law says nothing), and every failure with what replays it.
+
+    python benchmarks/fuzz.py --count 10000 --jobs 2
+    python benchmarks/fuzz.py --replay 0:217
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
+import random
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
-from rich.console import Console
-from rich.progress import Progress
-
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "fuzz.json"
-PLACEMENTS = ("auto", "stream", "branch")
+CHUNK = 25
+"""Graphs that one task runs, and after which results are stored."""
+PER_PROCESS = 12
+"""Tasks after which a process is replaced: compiled code is never freed."""
+EMPTY: dict[str, Any] = {"graphs": 0, "merged": 0, "void": 0, "failures": [], "done": []}
 
 
-def check(spec: Any, r: int, placement: str) -> dict[str, Any]:
-    """One model: {"merged": sites, "problem": "" or what is wrong}."""
-    from tests import models, palette
+def check_spec(rng: random.Random) -> tuple[str, Any]:
+    """A model of tests.models: (what it is, a call that judges it)."""
+    from tests import strategies
+    from tests.laws import PLACEMENTS
 
-    model, given_args = models.build(spec)
+    spec = strategies.random_spec(rng)
+    config = {"r": rng.randint(1, 12), "placement": rng.choice(PLACEMENTS)}
+    return f"{spec!r}, {config}", lambda: judge_spec(spec, config)
+
+
+def judge_spec(spec: Any, config: dict[str, Any]) -> tuple[bool, bool, list[str]]:
+    """(merged, void, problems)"""
+    import torch
+
+    from tests import laws, models, palette
+
+    model, given = models.build(spec)
 
     def args() -> tuple[Any, ...]:  # some models write to their input
-        return tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in given_args)
+        return tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in given)
 
-    with torch.no_grad():
-        want = model(*args())
-    got, report = palette.run(model, args(), None, r, placement=placement)
-    problem = "" if report.merged_sites or report.skipped else "silent: nothing merged and no reason"
-    if any(s.kind == "internal error" for s in report.skipped):
-        problem = str(report.skipped[0])
-    for a, b in zip(palette.leaves(got), palette.leaves(want), strict=True):
+    configs = {"merged": config, **({"zero": {"r": 0}} if spec.seed % 5 == 0 else {})}
+    made = laws.Traced(model, configs)
+    got, plain = (palette.leaves(made(name, *args())) for name in ("merged", ""))
+    report, problems = made.reports["merged"], []
+    if not report.merged_sites and not report.skipped:
+        problems.append("silent: nothing merged and no reason")
+    problems += [str(s) for s in report.skipped if s.kind == "internal error"]
+    for a, b in zip(got, plain, strict=True):
         if (a.shape, a.dtype) != (b.shape, b.dtype) or bool(b.isfinite().all() and not a.isfinite().all()):
-            problem = f"{a.dtype} {tuple(a.shape)} for {b.dtype} {tuple(b.shape)}, or not finite"
-    zero, _ = palette.run(model, args(), None, 0, placement=placement)
-    with torch.no_grad():
-        plain = torch.compile(model, backend="eager")(*args())
-    pairs = list(zip(palette.leaves(zero), palette.leaves(plain), strict=True))
-    same = all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs)  # NaN: torch's own, there too
-    return {"merged": report.merged_sites, "problem": problem if same else f"r=0 is not the identity; {problem}"}
+            problems.append(f"{a.dtype} {tuple(a.shape)} for {b.dtype} {tuple(b.shape)}, or not finite")
+    if "zero" in configs:  # NaN: torch's own, there too
+        pairs = zip(palette.leaves(made("zero", *args())), plain, strict=True)
+        if not all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs):
+            problems.append("r=0 is not the identity")
+    return report.merged_sites > 0, False, problems
+
+
+def check_mixture(rng: random.Random) -> tuple[str, Any]:
+    """A model of tests.mixtures."""
+    from tests import mixtures
+
+    mix = mixtures.draw(rng)
+
+    def judge() -> tuple[bool, bool, list[str]]:
+        judged = mixtures.Judge(mix).judge()
+        return judged.merged > 0, judged.void, judged.problems
+
+    return repr(mix), judge
+
+
+def check(seed: int, index: int) -> dict[str, Any]:
+    """One graph: {"index", "model", "merged", "void", "problem": "" or what is wrong}."""
+    rng = random.Random(f"{seed}:{index}")
+    model, judge = (check_spec, check_mixture)[index % 2](rng)
+    try:
+        merged, void, problems = judge()
+    except Exception as error:  # noqa: BLE001 - a crash is what is looked for
+        merged, void, problems = False, False, [f"{type(error).__name__}: {str(error)[:300]}"]
+        if "--replay" in sys.argv:
+            traceback.print_exc()
+    return {"index": index, "model": model, "merged": merged, "void": void, "problem": "; ".join(problems)}
+
+
+def quiet() -> None:
+    """For a process that runs checks."""
+    import torch
+
+    sys.path[:0] = [str(ROOT)]
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+
+
+def run_chunk(task: tuple[int, int]) -> tuple[int, list[dict[str, Any]]]:
+    seed, chunk = task
+    return chunk, [check(seed, i) for i in range(chunk * CHUNK, (chunk + 1) * CHUNK)]
+
+
+def add(run: dict[str, Any], chunk: int, rows: list[dict[str, Any]]) -> None:
+    """A chunk's rows to the record of its seed."""
+    run["graphs"] += len(rows)
+    run["merged"] += sum(row["merged"] for row in rows)
+    run["void"] += sum(row["void"] for row in rows)
+    for row in rows:
+        if row["problem"]:
+            replay = f"python benchmarks/fuzz.py --replay {run['seed']}:{row['index']}"
+            run["failures"].append({"replay": replay, "model": row["model"], "problem": row["problem"]})
+            print(f"{replay}\n    {row['model']}\n    {row['problem']}", flush=True)
+    run["done"].append(chunk)
+
+
+def store(out: Path, run: dict[str, Any]) -> None:
+    held = json.loads(out.read_text())["runs"] if out.exists() else []
+    runs = [*(other for other in held if other["seed"] != run["seed"]), run]
+    out.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+
+
+def resumed(out: Path, seed: int, machine: dict[str, Any], fresh: bool) -> dict[str, Any]:
+    """The record of a seed to go on with, or an empty one: after a run of another version, or on request."""
+    held = json.loads(out.read_text())["runs"] if out.exists() else []
+    for run in held:
+        if run["seed"] == seed and "done" in run and not fresh and run["machine"]["torch"] == machine["torch"]:
+            return {**run, "machine": machine}
+    return {"machine": machine, "seed": seed, "seconds": 0.0, **json.loads(json.dumps(EMPTY))}
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=2000, help=f"graphs, in {CHUNK}s (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawing (default %(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default %(default)s)")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after that many")
+    parser.add_argument("--fresh", action="store_true", help="forget what this seed has run")
+    parser.add_argument("--replay", metavar="SEED:INDEX", help="one graph alone")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    args.count = -(-args.count // CHUNK) * CHUNK
+    return args
 
 
 def main() -> int:
     """Run, store, and 1 when something failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--graphs", type=int, default=2000, help="models to draw (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawing (default %(default)s)")
-    parser.add_argument("--minutes", type=float, default=1e9, help="stop after that many")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    sys.path[:0] = [str(ROOT)]
-    from tests import strategies
+    args = parsed()
+    quiet()
+    if args.replay:
+        row = check(*map(int, args.replay.split(":")))
+        print(json.dumps(row, indent=1))
+        return int(bool(row["problem"]))
+    from rich.console import Console
+    from rich.progress import Progress
+
     from tome_fx import timing
 
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
-    end = time.monotonic() + 60 * args.minutes
-    with Progress(console=Console()) as bar:
-        task = bar.add_task("graphs", total=args.graphs)
-
-        @seed(args.seed)
-        @settings(max_examples=args.graphs, deadline=None, database=None, phases=[Phase.generate],
-                  suppress_health_check=list(HealthCheck))  # fmt: skip
-        @given(strategies.specs(), st.integers(1, 12), st.sampled_from(PLACEMENTS))
-        def draw(spec: Any, r: int, placement: str) -> None:
-            if time.monotonic() > end:
-                return
-            try:
-                row = check(spec, r, placement)
-            except Exception as error:  # noqa: BLE001 - a crash is what is looked for
-                row = {"merged": 0, "problem": f"{type(error).__name__}: {str(error)[:300]}"}
-            rows.append({"spec": str(spec), "r": r, "placement": placement, **row})
-            bar.advance(task)
-
-        draw()
-    failures = [row for row in rows if row["problem"]]
-    merged = sum(row["merged"] > 0 for row in rows)
-    machine = timing.machine_info("cpu")
-    run = {"machine": machine, "graphs": len(rows), "merged": merged, "seed": args.seed, "failures": failures}
-    held = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
-    runs = [*(other for other in held if other["seed"] != args.seed), run]
-    args.out.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
-    print(f"{len(rows)} graphs, {merged} of them merged, {len(failures)} failures")
-    return int(bool(failures))
+    run = resumed(args.out, args.seed, timing.machine_info("cpu"), args.fresh)
+    left = [(args.seed, c) for c in range(args.count // CHUNK) if c not in run["done"]]
+    start, before = time.monotonic(), run["seconds"]
+    context = multiprocessing.get_context("spawn")
+    pool = context.Pool(args.jobs, initializer=quiet, maxtasksperchild=PER_PROCESS)
+    with pool, Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("graphs", total=len(left) * CHUNK)
+        for chunk, rows in pool.imap_unordered(run_chunk, left):
+            add(run, chunk, rows)
+            run["seconds"] = round(before + time.monotonic() - start, 1)
+            store(args.out, run)
+            bar.advance(task, len(rows))
+            if time.monotonic() - start > 60 * args.minutes:
+                break
+    merged, void, failures = run["merged"], run["void"], len(run["failures"])
+    print(f"{run['graphs']} graphs, {merged} of them merged, {void} void, {failures} failures")
+    return int(failures > 0)
 
 
 if __name__ == "__main__":

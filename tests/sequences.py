@@ -1,4 +1,4 @@
-"""Many spellings of how a sequence is put together and read: special tokens, frames, padded windows, joined streams, heads.
+"""Many spellings of how a sequence is put together and read: special tokens, frames, windows, streams, heads.
 
 All functions are pure; tests and `benchmarks/fuzz.py` draw from the dictionaries.
 """
@@ -87,7 +87,7 @@ def chosen(e: Tensor, s: Tensor, at: int) -> Tensor:
 
 Insert = Callable[[Tensor, Tensor, int], Tensor]
 INSERT: dict[str, Insert] = {
-    "cat of slices": lambda e, s, at: torch.cat([e[:, :at], s, e[:, at:]], 1),
+    "cat of slices": lambda e, s, at: torch.cat([t for t in (e[:, :at], s, e[:, at:]) if t.shape[1]], 1),
     "split, cat": split,
     "narrow, hstack": lambda e, s, at: torch.hstack((e.narrow(1, 0, at), s, e.narrow(1, at, e.shape[1] - at))),
     "cat on [n, B, D]": tokens_first,
@@ -140,7 +140,7 @@ FRAMES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "index_put": frames_put,
     "where": frames_where,
 }  # fmt: skip
-READ_FRAMES: dict[str, Callable[[Tensor, int], Tensor]] = {  # (y [B, F * p, D], F) -> the first token of each, [B, F, D]
+READ_FRAMES: dict[str, Callable[[Tensor, int], Tensor]] = {  # (y [B, F * p, D], F) -> first token of each, [B, F, D]
     "view, [:, :, 0]": lambda y, f: y.view(len(y), f, -1, y.shape[-1])[:, :, 0],
     "unflatten, select": lambda y, f: y.unflatten(1, (f, -1)).select(2, 0),
     "[:, ::p]": lambda y, f: y[:, :: y.shape[1] // f],
@@ -150,7 +150,7 @@ READ_FRAMES: dict[str, Callable[[Tensor, int], Tensor]] = {  # (y [B, F * p, D],
     "unbind": lambda y, f: y.view(len(y), f, -1, y.shape[-1]).unbind(2)[0],
 }
 
-# -- windows of a grid whose sides are no multiple: [B, h, w, D] -> the same with zeros below and on the right ----------
+# -- windows of a grid whose sides are no multiple: [B, h, w, D] -> the same with zeros below and on the right ---------
 
 
 def pad_written(x: Tensor, h: int, w: int) -> Tensor:
@@ -186,9 +186,9 @@ PAD_GRID: dict[str, Callable[[Tensor, int, int], Tensor]] = {
 def join_written(a: Tensor, b: Tensor, dim: int) -> Tensor:
     shape = list(a.shape)
     shape[dim] += b.shape[dim]
-    y = a.new_empty(shape)
-    y.narrow(dim, 0, a.shape[dim]).copy_(a)
-    y.narrow(dim, a.shape[dim], b.shape[dim]).copy_(b)
+    y, lead, n = a.new_empty(shape), (slice(None),) * dim, a.shape[dim]
+    y[(*lead, slice(0, n))] = a
+    y[(*lead, slice(n, None))] = b
     return y
 
 
@@ -204,7 +204,7 @@ CUT: dict[str, Callable[[Tensor, int], tuple[Tensor, Tensor]]] = {  # along dim 
     "tensor_split": lambda y, n: y.tensor_split([n], 1),
 }
 
-# -- heads that share keys and values: q [B, H, n, c], k and v [B, G, n, c], a term of the scores or None ---------------
+# -- heads that share keys and values: q [B, H, n, c], k and v [B, G, n, c], a term of the scores or None --------------
 
 
 def term(s: Tensor, mask: Tensor | None) -> Tensor:
@@ -257,7 +257,7 @@ CORES: dict[str, tuple[int, Core]] = {  # groups of keys among 4 heads, and the 
     "grouped, einsum": (2, grouped_einsum),
     "grouped, repeat_interleave": (2, spread_sdpa),
     "grouped, expand": (2, expanded_sdpa),
-    "grouped, enable_gqa": (2, lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m, enable_gqa=True)),
+    "grouped, enable_gqa": (2, lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m, enable_gqa=True)),
 }
 
 # -- masks of keys [B, n] -> broadcast to [B, H, n, n] -----------------------------------------------------------------
@@ -276,7 +276,7 @@ PADDING: dict[str, Callable[[Tensor], Tensor]] = {
 EXACT_WHEN_EMPTY = ("bool", "-inf by masked_fill", "-inf by where", "expanded", "and over pairs", "log")
 """Under SDPA a query that sees no key gives zero for these; the finite ones give a mean of all values."""
 
-# -- relative keys: (q [B, H, n, c], table [n, n, c] by pair, line [2 n - 1, c] by distance) -> [B, H, n, n] ------------
+# -- relative keys: (q [B, H, n, c], table [n, n, c] by pair, line [2 n - 1, c] by distance) -> [B, H, n, n] -----------
 
 
 def shifted(q: Tensor, line: Tensor) -> Tensor:

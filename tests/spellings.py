@@ -1,7 +1,7 @@
 """Many spellings of one meaning: how a mask of pairs is made, how it joins attention, how special tokens come in.
 
-A mask is bool (True: seen) or float (added), of rank 2 to 4 that broadcasts to [B, H, N, N]. `KINDS` says what it means,
-`HELD` and `MADE` how it is written, `APPLY` and `MODULES` what is done with it.
+A mask is bool (True: seen) or float (added), of rank 2 to 4 that broadcasts to [B, H, N, N]. `KINDS` says what it
+means, `HELD` and `MADE` how it is written, `APPLY` and `MODULES` what is done with it.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 from hypothesis import strategies as st
@@ -42,6 +43,14 @@ def specs(draw: st.DrawFn) -> Spec:
     for name, values in _ORDER.items():
         options = [made for value in values if (made := legal(spec, **{name: value}))]
         spec = draw(st.sampled_from(options))
+    return spec
+
+
+def random_spec(rng: random.Random) -> Spec:
+    """As `specs`, with all values alike and no hypothesis."""
+    spec = Spec(readout="tokens", seed=rng.randrange(1000))
+    for name, values in _ORDER.items():
+        spec = rng.choice([made for value in values if (made := legal(spec, **{name: value}))])
     return spec
 
 

@@ -1,8 +1,8 @@
 """The law of masks: what a mask of pairs keeps from a token never reaches it, however the mask is made and applied.
 
-Under a mask that is causal, windowed or asymmetric, outputs do not move when tokens out of reach change. Under one that cuts
-the tokens into parts, no group holds tokens of two parts, and merging equal tokens of one part is exact. Leaving a site alone is
-right. Masks that tell no two merging tokens apart must not stop merging: the controls below.
+Under a mask that is causal, windowed or asymmetric, outputs do not move when tokens out of reach change. Under one
+that cuts the tokens into parts, no group holds tokens of two parts, and merging equal tokens of one part is exact.
+Leaving a site alone is right. Masks that tell no two merging tokens apart must not stop merging: the controls below.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def obey(kind: str, way: str, apply: str, r: Any, placements: tuple[str, ...], o
         if part is None or name != "branch":  # parts share r: around attention one may merge more, another less
             assert leak < UNMOVED, f"{name}: outputs moved by {leak:.0e} with tokens that they cannot see\n{report}"
         if part is not None:
-            assert not (mixed := mixed_groups(groups, part)), f"{name}: {mixed} groups hold tokens of two parts\n{report}"
+            mixed = mixed_groups(groups, part)
+            assert not mixed, f"{name}: {mixed} groups hold tokens of two parts\n{report}"
         if way not in POSITIONAL:
             error = distance(made(name, palette), want)
             lowest = made.lowest

@@ -1,7 +1,8 @@
 """Laws of samples, special tokens, padding and streams, each over many spellings of one meaning (`tests.sequences`).
 
-A sample does not depend on its batch; special tokens stay alone; empty samples and zero-padded windows come out as they are;
-tokens that no input reaches take no place in the schedule; two calls merge as each alone; of joined streams the longer merges.
+A sample does not depend on its batch; special tokens stay alone; empty samples and zero-padded windows come out as
+they are; tokens that no input reaches take no place in the schedule; two calls merge as each alone; of joined streams
+the longer merges.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def drawn(model: nn.Module) -> nn.Module:
 
 
 def grid(*choices: Iterable[Any], step: int) -> list[Any]:
-    """Every combination; all but each `step`-th one is slow. A step that divides no length lets all values take turns."""
+    """Every combination; all but each `step`-th is slow. A step that divides no length lets all values take turns."""
     return [pytest.param(*case, id="-".join(map(str, case)), marks=[pytest.mark.slow] * (i % step > 0))
             for i, case in enumerate(product(*choices))]  # fmt: skip
 
@@ -119,7 +120,7 @@ PATCHES = 48
 
 
 class Special(nn.Module):
-    """A class token in front and `count` registers: `place` "middle" (after the class token, put in once the sequence is
+    """A class token and `count` registers: `place` "middle" (after the class token, put in once the sequence is
     made), "front" (all put in at once) or "behind". The registers are alike, and so are patches in the tests."""
 
     def __init__(self, insert: str, place: str, count: int, positions: bool) -> None:
@@ -233,7 +234,7 @@ class Padded(nn.Module):
 
 
 EMPTY = [(padding, "sdpa") for padding in seq.EXACT_WHEN_EMPTY]
-FINITE = [(padding, core) for padding in seq.PADDING if padding not in seq.EXACT_WHEN_EMPTY for core in ("sdpa", "scores")]
+FINITE = list(product([padding for padding in seq.PADDING if padding not in seq.EXACT_WHEN_EMPTY], ["sdpa", "scores"]))
 
 
 def assert_samples(model: nn.Module, x: Tensor, keep: Tensor, placement: str) -> None:
@@ -293,7 +294,8 @@ class Beside(Block):
         q, k, v = (t.unflatten(-1, (H, -1)).transpose(1, 2) for t in (self.q(y), *self.kv(y).chunk(2, -1)))
         mask = keep
         if self.learned is not None:
-            k, v = (torch.cat([own.expand(len(x), -1, -1, -1), t], 2) for own, t in zip(self.learned, (k, v), strict=True))
+            own = self.learned.expand(-1, len(x), -1, -1, -1)
+            k, v = (torch.cat([m, t], 2) for m, t in zip(own, (k, v), strict=True))
             mask = F.pad(keep, (self.learned.shape[3], 0), value=True)
         y = self.out(F.scaled_dot_product_attention(q, k, v, mask[:, None, None]).transpose(1, 2).flatten(2))
         x = x + self.zeroed(y, keep)
@@ -384,16 +386,12 @@ class Unfed(nn.Module):
                 return self.net(x * (1 + self.own(self.learned).mean(1, keepdim=True).sigmoid()))
             case "condition":
                 return self.net(x) + self.own(self.learned)[:, :1]
-            case "keys":
-                y = self.net(x)
-                k = self.own(self.learned)
-                return y + F.scaled_dot_product_attention(y, k.expand(len(x), -1, -1), k.expand(len(x), -1, -1))
             case "gate at the end":
                 return self.net(x).mean(1) * self.own(self.learned).mean(1)
         raise ValueError(self.use)
 
 
-UNFED = ("positions", "positions expanded first", "weights", "prompts for logits", "pooled scale", "condition", "keys",
+UNFED = ("positions", "positions expanded first", "weights", "prompts for logits", "pooled scale", "condition",
          "gate at the end")  # fmt: skip
 SCHEDULES = [(6, [6, 6, 6]), ([9, 5, 2], [9, 5, 2]), ([8, 0, 0], [8])]
 
@@ -447,7 +445,8 @@ def test_two_calls_merge_as_each_alone(calls: str, r: Any) -> None:
 class Stream(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.norm1, self.norm2, self.qkv, self.out = nn.LayerNorm(D), nn.LayerNorm(D), nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
         self.mlp = nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
 
     def close(self, x: Tensor, y: Tensor) -> Tensor:
