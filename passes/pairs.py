@@ -21,7 +21,7 @@ from .rules.joins import CatRule, StackRule
 from .rules.pointwise import POINTWISE, MaskRule
 from .rules.views import ExpandRule, PermuteRule, RepeatRule, ViewRule
 from .special import special
-from .values import LEFT_OUT, Values, ruled_out, tells_apart
+from .values import GAP, LEFT_OUT, Values, ruled_out, tells_apart
 
 aten = torch.ops.aten
 _PLACED = ViewRule, PermuteRule, ExpandRule, RepeatRule
@@ -79,7 +79,14 @@ class Pairs:
         call = self.calls.get(node)
         if call is None or not (elementwise(find(call)) or isinstance(find(call), (CatRule, StackRule))):
             return []
-        return sources(node, call.nodes)
+        return self._kept(call) or sources(node, call.nodes)
+
+    @staticmethod
+    def _kept(call: Call) -> list[fx.Node]:
+        """Of an op that fills in a number which rules nothing out: what it fills it into."""
+        parts = MaskRule.parts(call) if isinstance(find(call), MaskRule) else None
+        mild = parts is not None and parts[2] is not None and abs(parts[2]) < GAP
+        return [call.nodes[parts[0]]] if parts is not None and mild else []
 
     def _spots(self, node: fx.Node, query: Dim, key: Dim) -> tuple[int, int] | None:
         """The dims in which a value varies with the queries and with the keys."""
@@ -96,7 +103,10 @@ class Pairs:
         if value is not None:
             summands = inner if node.target in _SUMS and len(inner) > 1 else []
             return self._by_value(node, value, query, key) or any(self.tell(n, query, key) for n in summands)
-        if node.op == "call_function" and inner:
+        call = self.calls.get(node)
+        if call is not None and self._kept(call):
+            return any(self.tell(n, query, key) for n in inner)
+        if call is not None and inner:
             return any(self.tell(n, query, key) for n in inner) or (
                 node.meta["val"].dtype is torch.bool and all(n.meta["val"].dtype is not torch.bool for n in inner)
             )
