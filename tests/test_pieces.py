@@ -220,3 +220,15 @@ def test_strict_and_the_last_block(read: str) -> None:
     if read == "cls":
         assert [reason.kind for reason in report.skipped] == ["not read"]
         assert len(tome_fx.trace_tokens(model, (x,), r=8, drop_unread=False).merges) == 3
+
+
+@pytest.mark.parametrize("placement", ["stream", "branch"])
+def test_totals_tell_where_tokens_merge(placement: str) -> None:
+    """Summary, totals, JSON and counters."""
+    _, report = told(Stack(), tokens(), placement=placement)
+    other = "branch" if placement == "stream" else "stream"
+    for held in (report.merged_by_placement, report.to_dict()["merged_by_placement"]):
+        assert (held[placement], held[other]) == (3, 0)
+    counts = torch._dynamo.utils.counters["tome_fx"]
+    assert (counts[f"merged_{placement}"], counts[f"merged_{other}"]) == (3, 0)
+    assert ("around the attention alone" in report.summary()) is (placement == "branch")

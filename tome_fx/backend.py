@@ -211,6 +211,8 @@ def _count(report: ToMeReport) -> None:
     counts["graphs"] += 1
     counts["attention_sites"] += report.attention_sites
     counts["merged_sites"] += report.merged_sites
+    for name, count in report.merged_by_placement.items():
+        counts[f"merged_{name}"] += count
     counts["unmerges"] += len(report.unmerges)
     counts["skipped"] += len(report.skipped)
 

@@ -83,6 +83,12 @@ class ToMeReport:
         return sum(site.merged for site in self.sites)
 
     @property
+    def merged_by_placement(self) -> dict[str, int]:
+        """`merged_sites` told apart: merged for good on the "stream", around one attention ("branch"), in an "mlp"."""
+        names = ("stream", "branch", "mlp")
+        return {name: sum(site.merged and site.placement == name for site in self.sites) for name in names}
+
+    @property
     def tokens(self) -> list[tuple[int, int]]:
         return [site.tokens for site in self.sites if site.merged and site.placement != "mlp"]
 
@@ -92,6 +98,7 @@ class ToMeReport:
             "graphs": self.graphs,
             "attention_sites": self.attention_sites,
             "merged_sites": self.merged_sites,
+            "merged_by_placement": self.merged_by_placement,
             "tokens": [list(pair) for pair in self.tokens],
             "sites": [asdict(site) for site in self.sites],
             "unmerges": [asdict(u) for u in self.unmerges],
@@ -133,7 +140,7 @@ class ToMeReport:
             return f"nothing merged in {graphs} with {self.attention_sites} attention sites: {why}"
         stream = [site.tokens for site in self.sites if site.merged and site.placement == "stream"]
         tokens = f"{stream[0][0]} -> {stream[-1][1]} tokens, " if stream else ""
-        branches, mlps = (sum(s.merged and s.placement == name for s in self.sites) for name in ("branch", "mlp"))
+        branches, mlps = (self.merged_by_placement[name] for name in ("branch", "mlp"))
         alone = f", {branches} of them around the attention alone" if branches else ""
         alone += f", {mlps} in the MLP alone" if mlps else ""
         share = self.flops_after / self.flops_before if self.flops_before else 1.0
