@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from .axes import expr as size_expr
 from .axes import fresh_dims, leaves, same
 from .pairs import Pairs, elementwise
+from .provenance import origins
 from .rules import Call, Facts, find, tensors_of
 from .rules.base import UNKNOWN, Role, Rule, SignatureRule, result_read, sources
 from .rules.contraction import Attention, Contraction, Convolution
@@ -81,6 +82,7 @@ def infer_axes(
             facts.unknown[call.op] = facts.unknown.get(call.op, 0) + 1
     facts.scores = _scores(calls)
     facts.pairs = Pairs(facts, calls, values)
+    facts.mixed = origins(gm.graph, facts, calls, values)
     return facts, calls
 
 

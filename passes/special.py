@@ -1,8 +1,8 @@
 """special: which tokens never merge.
 
-Class, distillation, camera and register tokens are those that come from weights alone and are joined to others, and
-those that are read at a fixed place. Where the axis is a product (frames of tokens), what is special in one frame is
-so in all.
+Class, distillation, camera and register tokens are those that come from weights (`provenance.py`) and stand among
+others that do not, and those that are read at a fixed place. Where the axis is a product (frames of tokens), what is
+special in one frame is so in all.
 
     cat([cls, x])    cat([x[:, :1], registers, x[:, 1:]])    x.view(B, frames, n, C)[:, :, 0]    x[:, 0] = cls
 """
@@ -17,15 +17,11 @@ import torch
 from torch import Tensor, fx
 
 from .axes import Dim, leaves, size_of
-from .axes import expr as size_expr
+from .provenance import WEIGHT
 from .rules import Facts
 
 MOST = 64
 """Tokens at either end of an axis of unknown length that may be special."""
-
-Pieces = list[tuple[Any, bool]]
-"""The pieces of an axis in order: size, and whether it is special."""
-
 
 @dataclass(frozen=True)
 class Special:
@@ -85,21 +81,42 @@ def _of_flags(flags: Sequence[bool]) -> Special:
     return Special(prefix, behind, tuple(i for i in range(prefix, n - behind) if flags[i]))
 
 
-def _flags(facts: Facts, axis: Dim, length: int) -> list[bool]:
-    """Which tokens of an axis of known length are special."""
-    marked = {*_joined(facts, axis), *_read(facts, axis, length), *_in_parts(facts, axis, length)}
+def _flags(facts: Facts, axis: Dim, length: int, above: tuple[Dim, ...] = ()) -> list[bool]:
+    """Which tokens of an axis are special. above: axes that are asked about already: a stream that is joined to another
+    and cut out again is a piece of itself."""
+    found = [_made(facts, axis), _read(facts, axis, length)]
+    found += [] if axis in above else [_in_pieces(facts, axis, (*above, axis)), _in_parts(facts, axis, length, above)]
+    marked = {i for tokens in found for i in tokens}
     return [i in marked for i in range(length)]
 
 
-def _joined(facts: Facts, axis: Dim) -> Iterator[int]:
-    """Tokens that were joined to others."""
-    for pieces in _pieces(facts, axis):
+def _made(facts: Facts, axis: Dim) -> Iterator[int]:
+    """Tokens that come from weights, beside others that do not."""
+    for node, origins in facts.mixed.items():
+        for d, dim in enumerate(facts.dims(node)):
+            if leaves(dim) == axis and _has_features(facts, node, axis):
+                rows = origins.movedim(d, 0).flatten(1).amax(1)
+                yield from (rows == WEIGHT).nonzero().flatten().tolist()
+
+
+def _in_pieces(facts: Facts, axis: Dim, above: tuple[Dim, ...]) -> Iterator[int]:
+    """Tokens that are special in an axis that was cut, and whose pieces were joined anew."""
+    for parts, whole in facts.joins:
         at = 0
-        for size, is_special in pieces:
+        for part in parts if leaves(whole) == axis else ():
+            size = size_of(part)
             if not isinstance(size, int):
                 break
-            yield from range(at, at + size) if is_special else ()
+            for new, source, start, stop in facts.origins:
+                if leaves(new) == leaves(part) and isinstance(start, int) and isinstance(stop, int):
+                    flags = _flags(facts, leaves(source), _length(source, stop), above)[start:stop]
+                    yield from (at + i for i, flag in enumerate(flags) if flag)
             at += size
+
+
+def _length(axis: Dim, least: int) -> int:
+    size = size_of(axis)
+    return size if isinstance(size, int) else least
 
 
 def _read(facts: Facts, axis: Dim, length: int) -> Iterator[int]:
@@ -114,25 +131,24 @@ def _read(facts: Facts, axis: Dim, length: int) -> Iterator[int]:
             yield from (*range(start), *range(stop, length))
 
 
-def _in_parts(facts: Facts, axis: Dim, length: int) -> Iterator[int]:
+def _in_parts(facts: Facts, axis: Dim, length: int, above: tuple[Dim, ...]) -> Iterator[int]:
     """Tokens that are special in a slice of the axis, or in each frame of it."""
     for new, source, start, stop in facts.origins:
         known = isinstance(start, int) and isinstance(stop, int)
         if leaves(source) == axis and known and size_of(leaves(new)) != length:
-            inner = _flags(facts, leaves(new), stop - start)
+            inner = _flags(facts, leaves(new), stop - start, (*above, axis))
             yield from (start + i for i, flag in enumerate(inner) if flag)
     for cut in range(1, len(axis)):
         size = size_of(axis[cut:])
-        inner = _flags(facts, axis[cut:], size) if isinstance(size, int) else []
+        inner = _flags(facts, axis[cut:], size, above) if isinstance(size, int) else []
         for i, flag in enumerate(inner):
             yield from range(i, length, size) if flag else ()
 
 
 def _at_the_ends(facts: Facts, axis: Dim) -> Special:
     """The special tokens at either end of an axis of unknown length."""
-    front = back = 0
-    for pieces in _pieces(facts, axis):
-        front, back = max(front, _run(pieces)), max(back, _run(pieces[::-1]))
+    made = [_of_flags([i in marked for i in range(length)]) for marked, length in _traced(facts, axis)]
+    front, back = (max((getattr(found, end) for found in made), default=0) for end in ("prefix", "suffix"))
     for start, stop in _reads(facts, axis):
         leads, tails = (start, stop), (size_of(axis) - stop, size_of(axis) - start)
         front, back = max(front, _largest(leads)), max(back, _largest(tails))
@@ -144,18 +160,17 @@ def _at_the_ends(facts: Facts, axis: Dim) -> Special:
     return Special(front, back)
 
 
+def _traced(facts: Facts, axis: Dim) -> Iterator[tuple[set[int], int]]:
+    """The tokens of an axis that come from weights, and its length as it was traced."""
+    lengths = {origins.shape[d] for node, origins in facts.mixed.items()
+               for d, dim in enumerate(facts.dims(node)) if leaves(dim) == axis}  # fmt: skip
+    marked = set(_made(facts, axis))
+    yield from ((marked, length) for length in lengths)
+
+
 def _largest(counts: Sequence[Any]) -> int:
     """The largest of some counts of tokens at one end that may be special."""
     return max((n for n in counts if isinstance(n, int) and n <= MOST), default=0)
-
-
-def _run(pieces: Pieces) -> int:
-    total = 0
-    for size, is_special in pieces:
-        if not is_special or not isinstance(size, int):
-            break
-        total += size
-    return total
 
 
 def _reads(facts: Facts, axis: Dim) -> Iterator[tuple[Any, Any]]:
@@ -170,50 +185,6 @@ def _has_features(facts: Facts, node: fx.Node, axis: Dim) -> bool:
     features = {leaf for dim in facts.channels for leaf in leaves(dim)}
     own = {leaf for dim in facts.dims(node) for leaf in leaves(dim)}
     return not features or bool(own & features - set(axis))
-
-
-def _pieces(facts: Facts, axis: Dim, above: tuple[Dim, ...] = ()) -> Iterator[Pieces]:
-    """What an axis was put together from, for each place where it was; a table made of weights alone says nothing.
-
-    above: axes that are asked about already: a stream that is joined to another and cut out again is a piece of itself.
-    """
-    for node, whole, parts in facts.segments:
-        if leaves(whole) != axis or axis in above or not _has_features(facts, node, axis):
-            continue
-        found: Pieces = []
-        for dim, size, constant in parts:
-            found += [(size, True)] if constant else _nested(facts, leaves(dim), size, (*above, axis))
-        if not all(is_special for _, is_special in found):
-            yield found
-
-
-def _nested(facts: Facts, axis: Dim, size: Any, above: tuple[Dim, ...]) -> Pieces:
-    """The pieces of a piece: itself put together, or cut out of an axis that was."""
-    inner = next(_pieces(facts, axis, above), None)
-    if inner is not None:
-        return inner
-    for new, source, start, stop in facts.origins:
-        if leaves(new) != axis or leaves(source) == axis or not isinstance(start, int):
-            continue
-        whole = next(_pieces(facts, leaves(source), above), None)
-        if whole is not None:
-            return _cut(whole, start, stop) or [(size, False)]
-    return [(size, False)]
-
-
-def _cut(pieces: Pieces, start: int, stop: Any) -> Pieces:
-    """The pieces between two positions; a piece of unknown size reaches to the end."""
-    found: Pieces = []
-    at: Any = 0
-    for size, is_special in pieces:
-        end = at + size
-        lo = start if isinstance(at, int) and at < start else at
-        hi = stop if not isinstance(end, int) or (isinstance(stop, int) and stop < end) else end
-        left = size_expr(hi - lo) if isinstance(hi - lo, int) else hi - lo
-        if not isinstance(left, int) or left > 0:
-            found.append((left, is_special))
-        at = end
-    return found
 
 
 __all__ = ["Special", "special"]

@@ -106,8 +106,8 @@ class Facts:
     axes: dims of every tensor result of every node. constant: nodes that depend on no model input. scores: nodes on
     the way to a softmax. uniform: dims along which a value is the same everywhere. decided: values that a bool tensor
     went into. given: inputs of the model, and what was made of them without a product. origins: axes that are slices:
-    (axis, of which, from, to). segments: a value that was concatenated, along which axis, and of each piece the axis,
-    the size and whether it depends on no input. joins: axes that were concatenated, and the axis it made. channels:
+    (axis, of which, from, to). mixed: values with entries of several origins (`provenance.py`).
+    joins: axes that were concatenated, and the axis it made. channels:
     axes that come from a weight. cuts: reads of a part of an axis, (value, axis, from, to), and writes to one, (None,
     ...). buffers: the model's buffers. pairs: what masks say of pairs. attends: axes of queries and of keys whose
     scores stand open. protect: the option of that name. parted: masks of pairs within whose parts alone tokens merge.
@@ -122,7 +122,7 @@ class Facts:
     given: set[fx.Node] = field(default_factory=set)
     slices: dict[tuple, Any] = field(default_factory=dict)
     origins: list[tuple[Dim, Dim, Any, Any]] = field(default_factory=list)
-    segments: list[tuple[fx.Node, Dim, list[tuple[Dim, Any, bool]]]] = field(default_factory=list)
+    mixed: dict[fx.Node, Tensor] = field(default_factory=dict)
     joins: list[tuple[list[Dim], Dim]] = field(default_factory=list)
     channels: list[Dim] = field(default_factory=list)
     cuts: list[tuple[fx.Node | None, Dim, Any, Any]] = field(default_factory=list)

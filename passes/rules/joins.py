@@ -81,9 +81,6 @@ class CatRule(Rule):
         joined = fresh(total) if known is None else known
         if known is None:
             facts.joins.append((dims, joined))
-        parts = [(facts.dims(n)[d], size_expr(n.meta["val"].shape[d]), n in facts.constant)
-                 for n in (call.nodes[i] for i in pieces)]  # fmt: skip
-        facts.segments.append((call.node, joined, parts))
         return joined
 
     def _restores(self, call: Call, facts: Facts, d: int, pieces: list[int], whole: Any) -> bool:
