@@ -161,12 +161,12 @@ def pad_written(x: Tensor, h: int, w: int) -> Tensor:
 
 def pad_cat(x: Tensor, h: int, w: int) -> Tensor:
     x = torch.cat([x, x.new_zeros(len(x), h - x.shape[1], *x.shape[2:])], 1)
-    return torch.cat([x, torch.zeros(*x.shape[:2], w - x.shape[2], x.shape[3])], 2)
+    return torch.cat([x, torch.zeros(*x.shape[:2], w - x.shape[2], x.shape[3], dtype=x.dtype)], 2)
 
 
 def pad_scatter(x: Tensor, h: int, w: int) -> Tensor:
-    rows = torch.zeros(len(x), x.shape[1], w, x.shape[-1]).slice_scatter(x, 2, 0, x.shape[2])
-    return torch.zeros(len(x), h, w, x.shape[-1]).slice_scatter(rows, 1, 0, x.shape[1])
+    rows = torch.zeros(len(x), x.shape[1], w, x.shape[-1], dtype=x.dtype).slice_scatter(x, 2, 0, x.shape[2])
+    return torch.zeros(len(x), h, w, x.shape[-1], dtype=x.dtype).slice_scatter(rows, 1, 0, x.shape[1])
 
 
 PAD_GRID: dict[str, Callable[[Tensor, int, int], Tensor]] = {
