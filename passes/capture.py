@@ -34,6 +34,7 @@ from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 from .axes import expr
 from .flex import flex_attention
 from .idle import drop_idle
+from .join_writes import join_writes
 from .regions import CaptureError, cut_out, enters_vmap, retrace, vmap_stretch
 from .rules.base import tensors_of
 from .trace import OF_THE_VALUE
@@ -82,6 +83,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
     learned = [n for n, fake in zip(inside, fakes, strict=True) if isinstance(fake, Tensor) and fake.requires_grad]
     functionalise(traced, mode, learned)
     _fill_from_nothing(traced.graph)
+    join_writes(traced.graph)
     drop_idle(traced.graph)
     traced.graph.eliminate_dead_code(is_impure_node=is_impure)
     traced.recompile()
@@ -412,7 +414,24 @@ def _encoder_layer(
     return norm2(x + feed_forward(x))
 
 
+def _stacked(dim: int, least: Callable[..., Any]) -> Callable[[Sequence[Tensor]], Tensor]:
+    """hstack and its kin as the cat that they are."""
+
+    def run(tensors: Sequence[Tensor]) -> Tensor:
+        whole = [least(t) for t in tensors]
+        return torch.cat(whole, min(dim, whole[0].dim() - 1))
+
+    return run
+
+
+_ROWS, _DEEP = _stacked(0, torch.atleast_2d), _stacked(2, torch.atleast_3d)
+_COLUMNS = _stacked(1, lambda t: t.reshape(t.numel(), 1) if t.dim() < 2 else t)
+
 _EXPANSIONS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((torch.hstack, aten.hstack.default), _stacked(1, torch.atleast_1d)),
+    **dict.fromkeys((torch.vstack, torch.row_stack, aten.vstack.default, aten.row_stack.default), _ROWS),
+    **dict.fromkeys((torch.dstack, aten.dstack.default), _DEEP),
+    **dict.fromkeys((torch.column_stack, aten.column_stack.default), _COLUMNS),
     torch._native_multi_head_attention: _multi_head_attention,
     aten._native_multi_head_attention.default: _multi_head_attention,
     torch._transformer_encoder_layer_fwd: _encoder_layer,

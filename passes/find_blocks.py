@@ -208,7 +208,10 @@ def _keeps_apart(
     if site.causal is not None:
         return True
     own = leaves(facts.dims(site.q)[site.query_dim]) == leaves(facts.dims(site.k)[site.key_dim])
-    return own and any(facts.told(term) for term in score_terms(site, facts, calls, reach))
+    return own and any(
+        facts.told(term) or (len(pair := token_dims(term, facts, tokens)) > 1 and facts.per_pair(term, *pair[-2:]))
+        for term in score_terms(site, facts, calls, reach)
+    )
 
 
 def _block(

@@ -52,8 +52,8 @@ class Pairs:
         if node not in self._marks:
             value = self.values.of(node) if self._fits(node) else None
             if value is not None:
-                said = value.is_floating_point() or value.dtype is torch.bool
-                found = said and value.dim() > 0 and bool(ruled_out(value).any())
+                said = value.dim() > 0 and (value.is_floating_point() or value.dtype is torch.bool)
+                found = said and bool(self._out(node, value).any())
             else:
                 found = any(self.marks(n) for n in self._inner(node))
             self._marks[node] = found
@@ -116,11 +116,14 @@ class Pairs:
     def _by_value(self, node: fx.Node, value: Tensor, query: Dim, key: Dim) -> bool:
         spots = self._spots(node, query, key)
         assert spots is not None
-        out = ruled_out(value.movedim(spots, (-2, -1)))
-        if self._factor(node) and value.is_floating_point():
-            out = out | (value.movedim(spots, (-2, -1)) == 0)
+        out = self._out(node, value.movedim(spots, (-2, -1)))
         free = [self._free(axis, n).to(out.device) for axis, n in zip((query, key), out.shape[-2:], strict=True)]
         return tells_apart(out, (free[0], free[1]))
+
+    def _out(self, node: fx.Node, value: Tensor) -> Tensor:
+        """The entries of a value [..., keys] that rule out."""
+        out = ruled_out(value)
+        return out | (value == 0) if value.is_floating_point() and self._factor(node) else out
 
     def _factor(self, node: fx.Node) -> bool:
         """Whether a value is multiplied by something that is computed: then zeros rule out."""

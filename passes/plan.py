@@ -146,7 +146,7 @@ def _wanted(schedule: Any, blocks: list[Block], every: int) -> list[int | float]
     """What a schedule asks of each block, by its turn along its chain; an MLP has the share of its attention."""
     lengths = {block.turn[1] for block in blocks}
     most = max(lengths, default=0)
-    if isinstance(schedule, list):
+    if blocks and isinstance(schedule, list):
         tokens_per_block(schedule, most)  # raises where even the longest chain is too short
     by_length = {
         n: gathered(tokens_per_block(schedule[:n] if isinstance(schedule, list) else schedule, n), every)

@@ -1,0 +1,89 @@
+"""join_writes: slices that are written one after the other until nothing is left of what was there are one cat.
+
+    y = empty(B, n + m, D); y[:, :n] = a; y[:, n:] = b        ->    y = cat([a, b], 1)
+    slice_scatter(slice_scatter(y, a, 1, 0, n), b, 1, n)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from .axes import expr, same
+
+aten = torch.ops.aten
+_WRITES = {aten.slice_scatter.default, aten.select_scatter.default}
+
+
+def join_writes(graph: fx.Graph) -> None:
+    """Rewrite in place. Dead code is left to the caller."""
+    for node in list(graph.nodes):
+        if node.target in _WRITES and not any(user.target in _WRITES and user.args[0] is node for user in node.users):
+            pieces = _pieces(node)
+            if pieces is not None:
+                _join(graph, node, pieces)
+
+
+def _pieces(last: fx.Node) -> list[fx.Node] | None:
+    """What was written, in the order of the places, if together it is all that is left."""
+    dim, found, node = _spot(last)[0], [], last
+    while node.target in _WRITES:
+        d, start, stop, step = _spot(node)
+        src = node.args[1]
+        if d != dim or step != 1 or (node is not last and len(node.users) > 1) or not isinstance(src, fx.Node):
+            return None
+        if src.meta["val"].dtype != node.meta["val"].dtype:
+            return None
+        found.append((start, stop, src))
+        node = node.args[0]  # type: ignore[assignment]
+    at: Any = 0
+    ordered = []
+    while not same(at, expr(last.meta["val"].shape[dim])):
+        piece = next((p for p in found if same(p[0], at) and not same(p[0], p[1])), None)
+        if piece is None:
+            return None
+        ordered.append(piece[2])
+        at = piece[1]
+    return ordered if len(ordered) == len(found) > 1 else None
+
+
+def _spot(node: fx.Node) -> tuple[int, Any, Any, int]:
+    """(dim, from, to, step) of a write."""
+    args, held = [*node.args, *[None] * 4], node.meta["val"]
+    dim = (args[2] if args[2] is not None else node.kwargs.get("dim", 0)) % held.dim()  # type: ignore[operator]
+    size = expr(held.shape[dim])
+    if node.target is aten.select_scatter.default:
+        index = _bound(args[3], 0, size)
+        return dim, index, index + 1, 1
+    start, stop = args[3] or node.kwargs.get("start"), args[4] or node.kwargs.get("end")
+    step = args[5] if len(node.args) > 5 else node.kwargs.get("step", 1)
+    return dim, _bound(start, 0, size), _bound(stop, size, size), step  # type: ignore[return-value]
+
+
+def _bound(value: Any, default: Any, size: Any) -> Any:
+    if value is None:
+        return default
+    value = expr(value.meta["val"] if isinstance(value, fx.Node) else value)
+    if isinstance(value, int) and value < 0:
+        value = value + size
+    beyond = isinstance(value, int) and (value >= size if isinstance(size, int) else value >= 2**62)
+    return size if beyond else value
+
+
+def _join(graph: fx.Graph, node: fx.Node, pieces: list[fx.Node]) -> None:
+    dim, rank = _spot(node)[0], node.meta["val"].dim()
+    with graph.inserting_before(node):
+        whole = []
+        for piece in pieces:
+            if piece.meta["val"].dim() < rank:
+                row = graph.call_function(aten.unsqueeze.default, (piece, dim))
+                row.meta = {**node.meta, "val": piece.meta["val"].unsqueeze(dim)}
+                piece = row
+            whole.append(piece)
+        joined = graph.call_function(aten.cat.default, (whole, dim))
+    joined.meta = dict(node.meta)
+    node.replace_all_uses_with(joined)
+
+
