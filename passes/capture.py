@@ -83,6 +83,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
     learned = [n for n, fake in zip(inside, fakes, strict=True) if isinstance(fake, Tensor) and fake.requires_grad]
     functionalise(traced, mode, learned)
     _fill_from_nothing(traced.graph)
+    traced.graph.eliminate_dead_code(is_impure_node=is_impure)
     join_writes(traced.graph)
     drop_idle(traced.graph)
     traced.graph.eliminate_dead_code(is_impure_node=is_impure)

@@ -52,7 +52,7 @@ def _pieces(last: fx.Node) -> list[fx.Node] | None:
 def _spot(node: fx.Node) -> tuple[int, Any, Any, int]:
     """(dim, from, to, step) of a write."""
     args, held = [*node.args, *[None] * 4], node.meta["val"]
-    dim = (args[2] if args[2] is not None else node.kwargs.get("dim", 0)) % held.dim()  # type: ignore[operator]
+    dim = (args[2] if args[2] is not None else node.kwargs.get("dim", 0)) % held.dim()
     size = expr(held.shape[dim])
     if node.target is aten.select_scatter.default:
         index = _bound(args[3], 0, size)
