@@ -162,7 +162,9 @@ def test_whole_numbers_of_others(whole: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "real", [np.float64, np.float32, np.float16, np.array, torch.tensor, lambda x: Fraction(x)], ids=str
+    "real",
+    [np.float64, np.float32, np.float16, np.array, torch.tensor, lambda x: Fraction(x)],
+    ids=lambda real: real.__name__,
 )
 def test_real_numbers_of_others(real: Any) -> None:
     assert ToMeConfig(r=real(0.125)) == ToMeConfig(r=0.125)
