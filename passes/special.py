@@ -48,14 +48,19 @@ def special(facts: Facts, tokens: Dim) -> Special:
 
     A read of more than a quarter of an axis is no special token: it unmerges instead.
     """
-    length, protect = size_of(tokens), facts.protect
+    axis = leaves(tokens)
+    if axis not in facts.special:
+        facts.special[axis] = _special(facts, axis)
+    return facts.special[axis]
+
+
+def _special(facts: Facts, axis: Dim) -> Special:
+    length, protect = size_of(axis), facts.protect
     if isinstance(protect, int):
         return Special(protect)
     if protect != "auto":
         return _of_flags(_named(protect, length)) if isinstance(length, int) else Special(_leading(protect))
-    if isinstance(length, int):
-        return _of_flags(_flags(facts, leaves(tokens), length))
-    return _at_the_ends(facts, leaves(tokens))
+    return _of_flags(_flags(facts, axis, length)) if isinstance(length, int) else _at_the_ends(facts, axis)
 
 
 def _named(protect: Any, length: int) -> list[bool]:
