@@ -193,9 +193,12 @@ def _unfit(site: AttentionSite, length: Any, kept: int) -> SkipReason | None:
 
 def _unplaced(block: Block, pairing: tuple[str, str, str]) -> SkipReason | None:
     """Why special tokens between the others would not stay alone."""
-    if not block.special.inner or pairing[:2] == PAPERS[:2]:
+    if block.special.lost:
+        why = "tokens that never merge stand between others, and their number is dynamic: compile for one size"
+    elif block.special.inner and pairing[:2] != PAPERS[:2]:
+        why = f"matcher={pairing[0]!r} with partition={pairing[1]!r} may pair special tokens that stand between others"
+    else:
         return None
-    why = f"matcher={pairing[0]!r} with partition={pairing[1]!r} may pair special tokens that stand between others"
     return SkipReason("special tokens", block.name, why)
 
 

@@ -25,11 +25,13 @@ MOST = 64
 
 @dataclass(frozen=True)
 class Special:
-    """prefix, suffix: tokens at the two ends that never merge. inner: the positions of others between them."""
+    """prefix, suffix: tokens at the two ends that never merge. inner: the positions of others between them. lost:
+    whether there are such whose positions an unknown length does not tell."""
 
     prefix: int = 0
     suffix: int = 0
     inner: tuple[int, ...] = ()
+    lost: bool = False
 
     @property
     def count(self) -> int:
@@ -59,7 +61,7 @@ def _special(facts: Facts, axis: Dim) -> Special:
     if isinstance(protect, int):
         return Special(protect)
     if protect != "auto":
-        return _of_flags(_named(protect, length)) if isinstance(length, int) else Special(_leading(protect))
+        return _of_flags(_named(protect, length)) if isinstance(length, int) else _leading(protect)
     return _of_flags(_flags(facts, axis, length)) if isinstance(length, int) else _at_the_ends(facts, axis)
 
 
@@ -72,10 +74,11 @@ def _named(protect: Any, length: int) -> list[bool]:
     return [i in named for i in range(length)]
 
 
-def _leading(protect: Any) -> int:
+def _leading(protect: Any) -> Special:
     if isinstance(protect, tuple):
-        return protect[0]
-    return next(i for i in range(len(protect) + 1) if i not in protect)
+        return Special(protect[0], lost=protect[0] > 0)
+    leading = next(i for i in range(len(protect) + 1) if i not in protect)
+    return Special(leading, lost=leading < len(protect))
 
 
 def _of_flags(flags: Sequence[bool]) -> Special:
@@ -162,7 +165,9 @@ def _at_the_ends(facts: Facts, axis: Dim) -> Special:
             behind, inner = size_of(axis) - stop, _at_the_ends(facts, leaves(new))
             front = max(front, start + inner.prefix) if isinstance(start, int) and inner.prefix else front
             back = max(back, behind + inner.suffix) if isinstance(behind, int) and inner.suffix else back
-    return Special(front, back)
+    parts = [axis[cut:] for cut in range(1, len(axis))]
+    framed = any(special(facts, part).count for part in parts)
+    return Special(front, back, lost=framed or any(found.inner for found in made))
 
 
 def _traced(facts: Facts, axis: Dim) -> Iterator[tuple[set[int], int]]:

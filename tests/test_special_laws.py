@@ -512,3 +512,29 @@ def test_the_longer_stream_merges(form: tuple[str, str], early: bool, text_first
     lengths = [site.tokens[0] for site in report.sites if site.merged]
     assert len(lengths) == 2 and 20 not in lengths, str(report)
     assert {site.placement for site in report.sites} == {"stream"}, str(report)
+
+
+# -- named by the caller -----------------------------------------------------------------------------------------------
+
+
+NAMED = [((2, 10), [0, 1, 10, 11, 50, 91]), ([0, 50, -1], [0, 50, 99]), (3, [0, 1, 2])]
+
+
+@pytest.mark.parametrize(("protect", "alone"), NAMED)
+def test_protect_names_places(protect: Any, alone: list[int]) -> None:
+    """A period, positions, or a number of leading tokens: none shares its group, through all merges."""
+    model = drawn(nn.Sequential(*(nn.TransformerEncoderLayer(D, H, 2 * D, batch_first=True) for _ in range(3))).eval())
+    trace = tome_fx.trace_tokens(model, (torch.randn(2, 100, D),), r=8, placement="stream", protect=protect)
+    groups = trace.groups
+    assert len(trace.merges) == 3
+    assert all(int((g == g[p]).sum()) == 1 for g in groups for p in alone)
+
+
+def test_places_of_a_dynamic_axis_are_not_guessed() -> None:
+    """Where the number of tokens is dynamic, places between others cannot be kept: the sites say so and stay alone."""
+    model, x = drawn(nn.TransformerEncoderLayer(D, H, 2 * D, batch_first=True).eval()), torch.randn(2, 100, D)
+    torch._dynamo.mark_dynamic(x, 1)
+    tome_fx.clear_reports()
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.warns(tome_fx.ToMeWarning, match="compile for one size"):
+        torch.compile(model, backend=tome_fx.tome_backend(r=8, inner="eager", protect=(2, 10)))(x)

@@ -107,11 +107,11 @@ class Facts:
     the way to a softmax. uniform: dims along which a value is the same everywhere. decided: values that a bool tensor
     went into. given: inputs of the model, and what was made of them without a product. origins: axes that are slices:
     (axis, of which, from, to). mixed: values with entries of several origins (`provenance.py`). joins: axes that were
-    concatenated, and the axis it made. channels: axes that come from a weight. cuts: reads of a part of an axis, (value,
-    axis, from, to), and writes to one, (None, ...). buffers: the model's buffers. pairs: what masks say of pairs.
-    attends: axes of queries and of keys whose scores stand open. protect: the option of that name. special: the tokens
-    of an axis that never merge, as far as it was asked. parted: masks of pairs within whose parts alone tokens merge.
-    angles: sines and cosines of positions, and what is put together from them.
+    concatenated, and the axis it made. channels: axes that come from a weight. cuts: reads of a part of an axis,
+    (value, axis, from, to), and writes to one, (None, ...). buffers: the model's buffers. pairs: what masks say of
+    pairs. attends: axes of queries and of keys whose scores stand open. protect: the option of that name. special:
+    what was found of the tokens of an axis that never merge. parted: masks of pairs within whose parts alone tokens
+    merge. angles: sines and cosines of positions, and what is put together from them.
     """
 
     axes: dict[fx.Node, tuple[Dims, ...]] = field(default_factory=dict)
