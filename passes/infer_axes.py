@@ -70,6 +70,7 @@ def infer_axes(
         elif isinstance(rule, (SliceRule, SplitRule)):
             _note_cut_channels(call, facts)
         _note_uniform(call, rule, facts)
+        _note_reads(call, facts, values)
         known.note(node, facts)
         if any(v.dtype is torch.bool for v in results) or (
             elementwise(rule) and any(n in facts.decided for n in sources(node, call.nodes))
@@ -169,6 +170,47 @@ def _is_weight(node: fx.Node) -> bool:
     while node.op == "call_function" and isinstance(find(Call(node)), (ViewRule, PermuteRule)):
         node = node.all_input_nodes[0]
     return node.op in ("placeholder", "get_attr")
+
+
+def _note_reads(call: Call, facts: Facts, values: Values) -> None:
+    """Positions of an axis that are read by an index which is known, or by one of the pieces that it falls into."""
+    read = _positions(call, values)
+    if read is None:
+        return
+    d, places = read
+    node, size = call.nodes[0], size_expr(call.vals[0].shape[d])
+    if isinstance(size, int) and len(places) <= size // 4:
+        facts.cuts += [(node, facts.dims(node)[d], p % size, p % size + 1) for p in places]
+
+
+def _positions(call: Call, values: Values) -> tuple[int, list[int]] | None:
+    """The dim that an op reads at known positions, and these."""
+    a, packet = call.args, getattr(call.target, "overloadpacket", None)
+    if packet is aten.unbind:
+        used = {u.args[1] for u in call.node.users if u.users}
+        return call.axis(a["dim"]), [int(i) for i in used]  # type: ignore[arg-type]
+    if packet is aten.slice and a["step"] not in (None, 1):
+        d = call.axis(a["dim"])
+        if not isinstance(call.vals[0].shape[d], int):
+            return None
+        bounds = (x if x is None or isinstance(x, int) else None for x in (a["start"], a["end"], a["step"]))
+        return d, list(range(call.vals[0].shape[d])[slice(*bounds)])
+    if call.target is aten.index.Tensor:
+        spots = [d for d, item in enumerate(a["indices"]) if item is not None]
+        index, d = (a["indices"][spots[0]], spots[0]) if len(spots) == 1 else (None, 0)
+    elif packet in (aten.index_select, aten.gather):
+        index, d = a["index"], call.axis(a["dim"])
+    else:
+        return None
+    value = values.of(index) if isinstance(index, fx.Node) else None
+    if value is None or not value.numel():
+        return None
+    found = value.nonzero() if value.dtype is torch.bool else value
+    return d, sorted({int(i) for i in found.flatten().unique()[:LISTED]})
+
+
+LISTED = 1024
+"""Positions of an index that are looked at."""
 
 
 def _note_cut_channels(call: Call, facts: Facts) -> None:

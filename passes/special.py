@@ -127,16 +127,19 @@ def _length(axis: Dim, least: int) -> int:
     return size if isinstance(size, int) else least
 
 
-def _read(facts: Facts, axis: Dim, length: int) -> Iterator[int]:
-    """Tokens that are read, or not read, on their own."""
+def _read(facts: Facts, axis: Dim, length: int) -> set[int]:
+    """Tokens that are read, or left over, on their own: all such if they are few, else those at the ends."""
     most = max(length // 4, 1)
+    found, ends = set[int](), set[int]()
     for start, stop in _reads(facts, axis):
         if not isinstance(start, int) or not isinstance(stop, int):
             continue
-        if stop <= most or length - start <= most:
-            yield from range(start, stop)
+        if stop - start <= most:
+            found |= set(range(start, stop))
+            ends |= set(range(start, stop)) if stop <= most or length - start <= most else set()
         elif start <= most and length - stop <= most:
-            yield from (*range(start), *range(stop, length))
+            ends |= {*range(start), *range(stop, length)}
+    return found | ends if len(found) <= most else ends
 
 
 def _in_parts(facts: Facts, axis: Dim, length: int, above: tuple[Dim, ...]) -> Iterator[int]:
