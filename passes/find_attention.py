@@ -313,6 +313,9 @@ class _Fuser:
         if len(nodes) != 2 or len(out) < 2 or len(inner) != 1:
             raise _NoMatch
         *batch, query, key = out
+        shared = any(x not in letters for x in batch for letters in ins)
+        if shared and _shape(node)[-1] != _shape(node)[-2]:  # heads may stand where queries are looked for
+            raise _NoMatch
         found = {}
         for name, other in ((query, key), (key, query)):
             at = next((i for i in (0, 1) if name in ins[i] and other not in ins[i]), None)

@@ -43,10 +43,12 @@ from tome_fx.report import SkipReason
 from .axes import Dim, count_of, leaves, locate, size_of
 from .find_attention import TELLS_PAIRS, AttentionSite
 from .find_mlps import find_mlps
-from .masks import KeyMask, key_masks, parted, same_mask, score_terms, token_dims
+from .masks import KeyMask, cut_to_triangles, key_masks, parted, same_mask, score_terms, token_dims
 from .reach import Reach
 from .rules import Call, Facts, find
+from .rules.base import sources
 from .rules.contraction import Contraction
+from .rules.pointwise import POINTWISE
 from .special import Special, special
 from .values import size_hint
 
@@ -96,6 +98,8 @@ class Block:
         return f"{self.site.name} (MLP)" if self.mlp else self.site.name
 
 
+MASKED = ("causal or windowed mask", "unclear mask")
+"""Why a site is left alone whose mask keeps tokens apart, or may."""
 Placed = tuple[fx.Node, fx.Node, bool, tuple[tuple[int, int], ...]]
 """A block's merge, stream, branch and operands."""
 
@@ -112,6 +116,7 @@ def find_blocks(
     reach = Reach(gm.graph, facts)
     blocks: list[Block] = []
     skipped: list[SkipReason] = []
+    masked: set[AttentionSite] = set()
     for site in sites:
         found = _block(site, facts, calls, sites, reach, placement, pairing)
         if isinstance(found, Block) and any(b.merge is found.merge for b in blocks):
@@ -120,8 +125,9 @@ def find_blocks(
             blocks.append(found)
         else:
             skipped.append(found)
+            masked |= {site} if found.kind in MASKED else set()
     if placement != "stream":
-        blocks += _mlps(facts, calls, sites, blocks, reach)
+        blocks += _mlps(facts, calls, sites, blocks, reach, masked)
     skipped += [why for block in blocks if (why := _unplaced(block, pairing))]
     return _in_turn([block for block in blocks if not _unplaced(block, pairing)], reach), skipped
 
@@ -146,6 +152,7 @@ def _mlps(
     sites: list[AttentionSite],
     blocks: list[Block],
     reach: Reach,
+    masked: set[AttentionSite],
 ) -> list[Block]:
     """Blocks for the MLPs whose stream does not merge, unless a mask of the attention keeps tokens apart."""
     found = []
@@ -155,7 +162,7 @@ def _mlps(
         block, tokens, value = held.get(mlp.site), mlp.tokens, mlp.value
         same = [site for site in sites if leaves(facts.dims(site.q)[site.query_dim]) == tokens]
         masks = block.masks if block is not None and block.tokens == tokens else ()
-        if any(other.merge is mlp.merge for other in blocks):
+        if any(other.merge is mlp.merge for other in blocks) or masked & {mlp.site, *same}:
             continue
         if not masks and any(_keeps_apart(s, held.get(s), facts, calls, reach, tokens) for s in (mlp.site, *same)):
             continue
@@ -310,7 +317,7 @@ def _place(
     found = _branch_point(site, facts, calls, reach, sites, tokens, crossed)
     if not isinstance(found, SkipReason):
         return *found, True, ()
-    if not site.fused:
+    if not site.fused or (not crossed and leaves(facts.dims(site.q)[site.query_dim]) != tokens):
         return found
     if crossed:
         return site.out, site.q, True, ((0, site.query_dim),)
@@ -388,9 +395,20 @@ def _residual(node: fx.Node, site: AttentionSite, facts: Facts, reach: Reach, to
             return None
         if not reach.leads(site.out, branch) or reach.leads(site.out, stream):
             continue
+        stream = _origin(stream, site.k, facts, reach)
         if reach.leads(stream, site.k) and _holds(facts, node, tokens) and _holds(facts, stream, tokens):
             return stream
     return None
+
+
+def _origin(node: fx.Node, goal: fx.Node, facts: Facts, reach: Reach) -> fx.Node:
+    """What a value is one by one the same as, or a multiple of, up to the first that `goal` is computed from."""
+    while not reach.leads(node, goal) and node.op == "call_function":
+        above = [n for n in sources(node, node.all_input_nodes) if n not in facts.constant]
+        if len(above) != 1 or facts.axes.get(above[0]) != facts.axes.get(node) or find(Call(node)) is not POINTWISE:
+            break
+        node = above[0]
+    return node
 
 
 def _holds(facts: Facts, node: fx.Node, tokens: Dim) -> bool:
@@ -407,24 +425,26 @@ def _merge_point(site: AttentionSite, facts: Facts, reach: Reach, tokens: Dim) -
         if stream is not None:
             return node, stream
         if any(isinstance(a, fx.Node) and not reach.leads(site.out, a) and reach.leads(a, site.k) for a in node.args):
-            nearest = f"at {node.name} its tokens do not stand in one dim of the residual stream"
+            nearest = "where its output is added its tokens do not stand in one dim of the residual stream"
             break
     return SkipReason("no residual add", site.name, nearest)
 
 
-def _stream_beside(site: AttentionSite, reach: Reach) -> fx.Node | None:
+def _stream_beside(site: AttentionSite, facts: Facts, reach: Reach) -> fx.Node | None:
     """The stream that the output of a site is added to."""
     for node in reach.nodes[reach.index[site.out] + 1 :]:
         for a in node.args[:2] if node.target in _ADDS and reach.leads(site.out, node) else ():
-            if isinstance(a, fx.Node) and not reach.leads(site.out, a) and reach.leads(a, site.q):
-                return a
+            if isinstance(a, fx.Node) and not reach.leads(site.out, a):
+                stream = _origin(a, site.q, facts, reach)
+                if reach.leads(stream, site.q):
+                    return stream
     return None
 
 
 def _pooled(site: AttentionSite, facts: Facts, reach: Reach, tokens: Dim) -> bool:
     """Whether the queries are fewer than the tokens of the stream that they were made from: landmarks, agents."""
-    stream = _stream_beside(site, reach)
-    if stream is None or _holds(facts, stream, tokens):
+    stream = _stream_beside(site, facts, reach)
+    if stream is None or _holds(facts, stream, tokens) or any(leaves(new) == tokens for new, *_ in facts.origins):
         return False
     own, others = (
         prod(count_of(leaf) for dim in facts.dims(node) for leaf in leaves(dim) if leaf not in reach.features)
@@ -451,7 +471,7 @@ def _branch_point(
     if not crossed:
         keys = set(reach.dominators(site.k))
         shared = [n for n in above if n in keys]
-    stream = _stream_beside(site, reach)
+    stream = _stream_beside(site, facts, reach)
     others = [other.out for other in sites if other is not site and reach.leads(other.out, site.q)]
     best = None
     for node in shared:
@@ -491,6 +511,8 @@ def _pair_mask(
     or why nothing may.
     """
     found: tuple[fx.Node, int] | None = None
+    if cut_to_triangles(site, calls, reach):
+        return TELLS_PAIRS
     keys = leaves(facts.dims(site.k)[site.key_dim])
     for term in score_terms(site, facts, calls, reach):
         if keys != tokens and facts.pairs is not None and facts.pairs.tell(term, tokens, keys):
@@ -510,9 +532,9 @@ def _pair_mask(
 def _unkept(mask: fx.Node, branch: bool, pairing: tuple[str, str, str]) -> str | None:
     """Why tokens do not stay in the parts that a mask cuts each window into, or None where they do."""
     if not branch:
-        return f"{mask.name} parts the stream, which merges for good"
+        return "its mask parts the stream, which merges for good"
     if pairing[:2] != PAPERS[:2]:  # how many have a partner in their part is counted for the paper's sides
-        return f"matcher={pairing[0]!r} with partition={pairing[1]!r} may pair tokens that {mask.name} parts"
+        return f"matcher={pairing[0]!r} with partition={pairing[1]!r} may pair tokens that its mask parts"
     return None
 
 
@@ -527,8 +549,8 @@ def _key_masks(
 ) -> tuple[KeyMask, ...] | str:
     """The masks of keys that give tokens no weight at a merge, or why they cannot."""
     masks = key_masks(site, facts, calls, reach, tokens, sample)
-    late = next((m.node.name for m in masks if not isinstance(m, str) and reach.leads(merge, m.node)), None)
-    return masks if late is None else f"{late}, a mask of keys, is computed from the tokens that would merge"
+    late = any(reach.leads(merge, m.node) for m in masks if not isinstance(m, str))
+    return "its mask of keys is computed from the tokens that would merge" if late else masks
 
 
 def _past_parallel_branch(

@@ -30,7 +30,7 @@ from .axes import Dim, leaves
 from .find_attention import AttentionSite
 from .reach import Reach
 from .rules import Call, Facts, find
-from .rules.base import SHAPED, UNKNOWN, sources
+from .rules.base import SHAPED, UNKNOWN, op_name, sources
 from .rules.contraction import Contraction
 from .rules.joins import CatRule
 from .rules.pointwise import MaskRule, scalar
@@ -78,6 +78,17 @@ def _columns(
     ends = [calls[way[-1]] for way, after in ways if not after]
     axes = [leaves(facts.dims(end.nodes[0])[d]) for end in ends for d in reduced_dims(end)]
     return {leaf for axis in axes if any(keys in parts for parts in facts.joined(axis)) for leaf in axis}
+
+
+def _said(node: fx.Node) -> str:
+    """A value in the user's words."""
+    return "an input of the model" if node.op == "placeholder" else f"the result of {op_name(node)}"
+
+
+def cut_to_triangles(site: AttentionSite, calls: dict[fx.Node, Call], reach: Reach) -> bool:
+    """Whether a triangle is cut out of the scores or probabilities of an open site: a causal mask with no operand."""
+    ways = _ways(site, calls, reach) if not site.fused else []
+    return any(getattr(n.target, "overloadpacket", None) in (aten.tril, aten.triu) for way, _ in ways for n in way)
 
 
 def _ways(site: AttentionSite, calls: dict[fx.Node, Call], reach: Reach) -> list[tuple[list[fx.Node], bool]]:
@@ -135,10 +146,10 @@ def key_masks(
             [n for n in score_terms(site, facts, calls, reach) if _varies_with(n, facts) & columns] if columns else []
         )
         if late:
-            return f"{late[0].name} joins scores that have columns beside the keys"
+            return "a mask joins scores that have columns beside the keys"
     unread = reader.unread()
     if unread is not None:
-        return f"{unread.name} masks keys in a way that is not understood"
+        return f"{_said(unread)} masks keys in a way that is not understood"
     return tuple(KeyMask(*found) for found in reader.masks.items())
 
 
@@ -384,4 +395,4 @@ def _allowed(node: fx.Node, facts: Facts, tokens: Dim) -> int | None:
     return int(same[:, ::2, 1::2].any(-1).sum(-1).min())
 
 
-__all__ = ["KeyMask", "key_masks", "parted", "same_mask", "score_terms", "token_dims"]
+__all__ = ["KeyMask", "cut_to_triangles", "key_masks", "parted", "same_mask", "score_terms", "token_dims"]

@@ -33,6 +33,8 @@ from .base import (
 aten = torch.ops.aten
 ABSORBS = -(2.0**23)
 """Beside numbers of this size float32 keeps no fractions."""
+LOW = -1e3
+"""Beside numbers of this size half precision keeps none."""
 
 
 class Contraction(SignatureRule):
@@ -212,8 +214,8 @@ class Attention(SignatureRule):
         key, layout, d = call.nodes[1], decision.ins[1], call.vals[1].dim() - 2
         mask = self._mask(call, env, decision, sig) if len(call.vals) == 4 else None
         if mask is not None and layout[d] and env.config.proportional and _may_leave_all_out(call, env):
-            unseen = _all_left_out(env.tensor(call.nodes[3]))
-            mask, operands[1] = mask.masked_fill(unseen, 0.0), operands[1].masked_fill(unseen, 0.0)
+            unseen, top = _all_left_out(env.tensor(call.nodes[3]))
+            mask, operands[1] = (mask - top).masked_fill(unseen, 0.0), operands[1].masked_fill(unseen, 0.0)
         dtype = operands[0].dtype
         if env.config.proportional:
             for run in layout[d]:
@@ -240,13 +242,16 @@ def _may_leave_all_out(call: Call, env: Emitter) -> bool:
     return call.vals[3].dtype.is_floating_point and env.facts.told(call.nodes[3])
 
 
-def _all_left_out(mask: Traced) -> Traced:
-    """bool: the samples of which a mask of very low numbers leaves all keys out. It absorbs their scores, which makes
-    all keys alike, and would absorb the sizes as well. (One of -inf gives them no result: that needs no help.)"""
+def _all_left_out(mask: Traced) -> tuple[Traced, Traced]:
+    """The samples of which a mask of very low numbers leaves all keys out (bool), and what the mask of those with
+    low ones is to be taken from. Low numbers would absorb the sizes; very low ones absorb the scores too, which makes
+    all keys alike. (A mask of -inf gives no result: that needs no help.)"""
     call, last = mask.builder.call, list(range(-min(mask.dim(), 3), 0))
     top = call(aten.amax.default, mask.detach(), last, True)
-    low, some = call(aten.le.Scalar, top, ABSORBS), call(aten.gt.Scalar, top, float("-inf"))
-    return call(aten.logical_and.default, low, some)
+    some = call(aten.gt.Scalar, top, float("-inf"))
+    unseen = call(aten.logical_and.default, call(aten.le.Scalar, top, ABSORBS), some)
+    low = call(aten.logical_and.default, call(aten.le.Scalar, top, LOW), some)
+    return unseen, top.masked_fill(low.logical_not(), 0.0)
 
 
 def _with_bias(mask: Traced, bias: Traced) -> Traced:
