@@ -173,19 +173,21 @@ def _mlps(
         rest = reach.features | mlp.features | set(tokens)
         sample = tuple(leaf for dim in facts.dims(value) for leaf in leaves(dim) if leaf not in rest)
         operands = () if mlp.entry is None else ((mlp.entry, mlp.dim),)
-        alike = block is not None and not _told_between(block.merge, value, facts, calls, reach, tokens)
+        alike = block is not None and not _told_after(block, value, facts, calls, reach)
         found.append(Block(mlp.site, tokens, sample, mlp.merge, value, kept, size, True, False, operands, True, masks,
                            alike=alike))  # fmt: skip
     return found
 
 
-def _told_between(
-    a: fx.Node, b: fx.Node, facts: Facts, calls: dict[fx.Node, Call], reach: Reach, tokens: Dim
-) -> bool:
-    """Whether something that joins on the way from a to b says of single tokens what the model did not compute."""
-    way = reach.between(a, b)
-    joining = {n for node in way[1:] if node in calls for n in calls[node].nodes} - set(way)
-    return any((facts.told(n) or n in facts.constant) and token_dims(n, facts, tokens) for n in joining)
+def _told_after(block: Block, value: fx.Node, facts: Facts, calls: dict[fx.Node, Call], reach: Reach) -> bool:
+    """Whether something that joins between an attention and its MLP, and was not in what merged before, says of single
+    tokens what the model did not compute."""
+    way = reach.between(block.site.out, value)
+    merged = block.stream if block.operands else block.merge
+    joining = {n for node in way[1:] if node in calls for n in calls[node].nodes if not reach.leads(n, merged)}
+    return any(
+        (facts.told(n) or n in facts.constant) and token_dims(n, facts, block.tokens) for n in joining - set(way)
+    )
 
 
 def _unfit(site: AttentionSite, length: Any, kept: int) -> SkipReason | None:
@@ -242,7 +244,7 @@ def _block(
         return SkipReason("cross attention", site.name, "queries and keys are different tokens")
     if reach.features & {*keys, *queries}:
         return SkipReason("attention over channels", site.name, "its keys are features, which a weight made")
-    if (site.q if crossed else site.k) in facts.constant:
+    if joined is None and (site.q if crossed else site.k) in facts.constant:
         return SkipReason("tokens of no input", site.name, "its tokens depend on no input: they are weights")
     why = site.causal if not site.masked or crossed or placement == "stream" else None
     if why := why or (_only_causal(sites, facts, tokens) if crossed else None):

@@ -197,7 +197,7 @@ def test_outputs_keep_their_order_whatever_the_batch() -> None:
     plain = evaluate.outputs(model, None, lambda rows: x[rows], range(5), 2, QUIET)
     torch.testing.assert_close(plain.values, model(x))
     assert plain.tokens is plain.macs is None
-    for r, left in ((2, 13), (4, 9)):
+    for r, left in ((2, 15), (4, 13)):  # the last block's merge is not made: of its tokens one is read
         merged = evaluate.outputs(model, {"r": r}, lambda rows: x[rows], range(5), 2, QUIET)
         assert merged.values.shape == (5, 10) and merged.tokens == left
         assert merged.macs is not None and 0 < merged.macs < 1

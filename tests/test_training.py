@@ -107,7 +107,7 @@ def test_train_mode_with_dropout_learns(attention: str) -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert tome_fx.reports()[-1].merged_sites == 2
+    assert not [s for s in tome_fx.reports()[-1].sites if not s.merged and "not read" not in s.skipped]
     assert losses[-1] < losses[0] / 2
     assert not torch.equal(fast(*args), fast(*args)), "dropout is off in train mode"
 

@@ -116,7 +116,7 @@ class ToMeConfig:
     def _check_protect(self) -> None:
         protect: Any = self.protect
         given = protect
-        allowed = '"auto", a number of leading tokens, (count, period), or a list of positions'
+        allowed = '"auto", a number of leading tokens, 0 or more, (count, period), or a list of positions'
         if isinstance(protect, list):
             protect = frozenset(protect) if all(map(_whole, protect)) else None
             object.__setattr__(self, "protect", protect)

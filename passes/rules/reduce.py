@@ -106,7 +106,8 @@ class Softmax(SignatureRule):
         if env.config.proportional:
             node = call.nodes[0]
             terms = [env.log_weight(node, layout, d, run).to(x.dtype) for d in reduced_dims(call) for run in layout[d]]
-        if terms and env.facts.pairs is not None and env.facts.pairs.masked(call.nodes[0]):
+        shifts = self.kind != "logsumexp" and env.facts.pairs is not None
+        if terms and shifts and env.facts.pairs.masked(call.nodes[0]):  # type: ignore[union-attr]
             x = _from_the_top(x, reduced_dims(call))
         for term in terms:
             x = x + term
