@@ -27,7 +27,7 @@ sys.path.append(str(ACCURACY))  # its scripts import each other by name
 import clips  # noqa: E402
 import prompts  # noqa: E402
 import speech  # noqa: E402
-import whisper  # noqa: E402
+import whisper_tiny as whisper  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -122,7 +122,7 @@ def test_linear_schedule_over_twelve_layers() -> None:
 def test_constant_over_twelve_layers() -> None:
     """The paper's ViT-B: r=16 over 12 layers leaves 197 - 192 = 5 tokens, unless the cap of half the tokens binds."""
     model = vit(depth=12, img_size=224)
-    report = tome_fx.explain(model, (torch.randn(1, 3, 224, 224),), r=16)
+    report = tome_fx.explain(model, (torch.randn(1, 3, 224, 224),), r=16, drop_unread=False)
     want, n = [], 197
     for _ in range(12):
         want.append((n, n - min(16, (n - 1) // 2)))
@@ -133,7 +133,7 @@ def test_constant_over_twelve_layers() -> None:
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
 def test_share(share: float) -> None:
     """A float below 1 removes that share of the block's mergeable (unprotected) tokens, half of them at most."""
-    report = tome_fx.explain(vit(), (torch.randn(1, 3, 96, 96),), r=share, placement="stream")
+    report = tome_fx.explain(vit(), (torch.randn(1, 3, 96, 96),), r=share, placement="stream", drop_unread=False)
     assert len(report.tokens) == 4
     for before, after in report.tokens:
         assert abs((before - after) - share * (before - 1)) <= 1
@@ -142,7 +142,7 @@ def test_share(share: float) -> None:
 @pytest.mark.parametrize("every", [2, 3])
 def test_every(every: int) -> None:
     """every=k: as many tokens are left at the end, by merges at every k-th block and at the last."""
-    report = tome_fx.explain(vit(), (torch.randn(1, 3, 96, 96),), r=4, every=every)
+    report = tome_fx.explain(vit(), (torch.randn(1, 3, 96, 96),), r=4, every=every, drop_unread=False)
     want = {2: [(37, 29), (29, 21)], 3: [(37, 25), (25, 21)]}[every]
     assert [tuple(t) for t in report.tokens] == want
 

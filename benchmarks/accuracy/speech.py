@@ -22,7 +22,7 @@ from rich.progress import track
 import common
 import prompts
 import tome_fx
-import whisper
+import whisper_tiny as whisper
 from tome_fx import assets, timing
 
 GRID = (100, 200, 300, 350)
