@@ -1,0 +1,125 @@
+"""find_blocks: where a site merges, in spellings that strangers use, and where it must not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.models import redraw
+from tests.palette import assert_lossless, compiled, distance
+
+N, D, H = 64, 32, 4
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Block(nn.Module):
+    """Pre-norm; attend(q, k, v) on [B, heads, N, c], keys with H heads or one; add(x, y) is the residual add."""
+
+    def __init__(self, attend: Attend, add: Any = torch.add, heads: int = H) -> None:
+        super().__init__()
+        self.attend, self.add, c = attend, add, D // H
+        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.q, self.k, self.v = nn.Linear(D, D), nn.Linear(D, heads * c), nn.Linear(D, heads * c)
+        self.out, self.mlp = nn.Linear(D, D), nn.Sequential(nn.Linear(D, 64), nn.GELU(), nn.Linear(64, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm1(x)
+        q, k, v = (f(h).unflatten(-1, (-1, D // H)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        x = self.add(x, self.out(self.attend(q, k, v).transpose(1, 2).flatten(2)))
+        return self.add(x, self.mlp(self.norm2(x)))
+
+
+def net(attend: Attend = F.scaled_dot_product_attention, add: Any = torch.add, heads: int = H) -> nn.Module:
+    return redraw(nn.Sequential(*(Block(attend, add, heads) for _ in range(2)))).eval()
+
+
+def tokens() -> Tensor:
+    """[2, N, D]: each token one of three copies."""
+    base, pick = torch.randn(2, 3, D), torch.randint(3, (2, N))
+    return torch.stack([b[p] for b, p in zip(base, pick, strict=True)])
+
+
+ADDS: dict[str, Any] = {
+    "to(device)": lambda x, y: y + x.to(y.device), "to(like)": lambda x, y: x.to(y) + y,
+    "float": lambda x, y: x.float() + y, "clone": lambda x, y: y + x.clone(), "twice": lambda x, y: 2.0 * x + y,
+    "contiguous": lambda x, y: x.contiguous() + y, "eval dropout": lambda x, y: F.dropout(x, 0.5, False) + y,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("placement", ["stream", "branch"])
+@pytest.mark.parametrize("name", ADDS)
+def test_residual_adds_through_ops_that_keep_each_entry(name: str, placement: str) -> None:
+    """The stream stays the stream: it merged inside a branch where a copy of it was added."""
+    report = assert_lossless(net(add=ADDS[name]), (tokens(),), 6, sites=2, placement=placement)
+    assert {site.placement for site in report.sites} == {placement}, report
+    plain = assert_lossless(net(), (tokens(),), 6, sites=2, placement=placement)
+    assert [site.tokens for site in report.sites] == [site.tokens for site in plain.sites]
+
+
+def triangle(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = (q @ k.mT).softmax(-1).tril()
+    return (p / p.sum(-1, keepdim=True)) @ v
+
+
+def triangle_filled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = (q @ k.mT).tril()
+    return s.masked_fill(s == 0, -torch.inf).softmax(-1) @ v
+
+
+def written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.mT
+    s[:, :, torch.ones(N, N, dtype=torch.bool).triu(1)] = -torch.inf
+    return s.softmax(-1) @ v
+
+
+@pytest.mark.filterwarnings("ignore::tome_fx.ToMeWarning")
+@pytest.mark.parametrize("placement", ["stream", "branch", "auto"])
+@pytest.mark.parametrize("attend", [triangle, triangle_filled, written])
+def test_triangles_without_a_mask(attend: Attend, placement: str) -> None:
+    """Causal all the same: later tokens move no earlier output, neither by the attention nor by its MLP."""
+    model, x = net(attend), torch.randn(2, N, D)
+    other = torch.cat([x[:, : N // 2], torch.randn(2, N - N // 2, D)], 1)
+    fast = compiled(model, 8, placement=placement)
+    with torch.no_grad():
+        moved = distance(fast(x)[:, : N // 2], fast(other)[:, : N // 2])
+    assert moved < 1e-5, f"{moved:.0e}"
+
+
+def folded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    b, h, n, c = q.shape
+    return F.scaled_dot_product_attention(q.reshape(b, h * n, c), k[:, 0], v[:, 0]).view(b, h, n, c)
+
+
+def sequence_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = q.permute(2, 0, 1, 3), k[:, 0].transpose(0, 1), v[:, 0].transpose(0, 1)
+    p = torch.einsum("nbhd,mbd->nbhm", q, k).softmax(-1)
+    return torch.einsum("nbhm,mbd->nbhd", p, v).permute(1, 2, 0, 3)
+
+
+def broadcast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("placement", ["stream", "branch"])
+@pytest.mark.parametrize("attend", [folded, sequence_first, broadcast])
+def test_keys_that_heads_share(attend: Attend, placement: str) -> None:
+    assert_lossless(net(attend, heads=1), (tokens(),), 6, sites=2, placement=placement)
+
+
+@pytest.mark.parametrize("low", [-1e4, "lowest"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_sample_without_keys(dtype: torch.dtype, low: Any) -> None:
+    """Low numbers leave all keys of a sample out: log(size) must not drown in them."""
+    fill = torch.finfo(dtype).min if low == "lowest" else low
+    model = net(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)).to(dtype)
+    x = tokens().to(dtype)
+    mask = torch.zeros(2, 1, 1, N, dtype=dtype)
+    mask[1] = fill
+    with torch.no_grad():
+        error = distance(compiled(model, 8, placement="stream")(x), model(x))
+    assert error < {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 2e-4}[dtype], f"{error:.0e}"
