@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,13 @@ SPECS = [
 ]
 
 
+def some_slow(cases: Sequence[Any], step: int) -> list[Any]:
+    """Each `step`-th by default, the others with the slow ones."""
+    return [c if i % step == 0 else pytest.param(c, marks=pytest.mark.slow) for i, c in enumerate(cases)]
+
+
 @pytest.mark.parametrize("placement", ["stream", "branch"])
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", some_slow(SPECS, 3), ids=str)
 def test_random_tokens_in_many_spellings(spec: Spec, placement: str) -> None:
     """Unequal tokens, random weights: what merging computes is the tied model to the last digits."""
     found = holds(*build(spec), placement=placement)
@@ -274,7 +280,7 @@ TIMM: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("name", some_slow(list(TIMM), 4))
 @pytest.mark.parametrize("placement", ["auto", "branch"])
 def test_timm(name: str, placement: str) -> None:
     """Shifted windows, decomposed tables, rotary embeddings: to rounding, once what is averaged is named."""
