@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .values import gives_one_value
+
 aten = torch.ops.aten
 
 LARGEST = 2**20
@@ -49,9 +51,7 @@ def _computed(node: fx.Node, values: dict[fx.Node, Tensor]) -> Tensor | None:
     val, target = node.meta.get("val"), node.target
     if not isinstance(val, Tensor) or any(n not in values for n in node.all_input_nodes):
         return None
-    if target._schema.is_mutable or "empty" in target._schema.name:  # type: ignore[union-attr]
-        return None
-    if torch.Tag.nondeterministic_seeded in target.tags or not _small(val):  # type: ignore[union-attr]
+    if not gives_one_value(target) or not _small(val):  # type: ignore[arg-type]
         return None
     args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
     with _disable_current_modes(), torch.no_grad():

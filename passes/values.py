@@ -79,13 +79,17 @@ class Values:
         target = cast(Any, node.target)
         if node.op != "call_function" or node not in self.constant:
             return False
-        if isinstance(target, torch._ops.OpOverload):
-            random = torch.Tag.nondeterministic_seeded in target.tags or "empty" in target._schema.name
-            if random or target._schema.is_mutable:
-                return False
+        if isinstance(target, torch._ops.OpOverload) and not gives_one_value(target):
+            return False
         held = node.meta.get("val")
         tensors = [v for v in (held if isinstance(held, (tuple, list)) else [held]) if isinstance(v, Tensor)]
         return all(not v.is_meta and _elements(v) <= LARGEST for v in tensors)
+
+
+def gives_one_value(target: torch._ops.OpOverload) -> bool:
+    """Whether an op gives the same for the same operands, and writes to none."""
+    random = torch.Tag.nondeterministic_seeded in target.tags or "empty" in target._schema.name
+    return not random and not target._schema.is_mutable
 
 
 def _is_size(node: fx.Node) -> bool:
@@ -147,4 +151,4 @@ def same_along(value: Tensor) -> frozenset[int]:
     return frozenset(d for d in range(value.dim()) if bool((value == value.narrow(d, 0, 1)).all()))
 
 
-__all__: Sequence[str] = ["LARGEST", "Values", "ruled_out", "same_along", "size_hint", "tells_apart"]
+__all__: Sequence[str] = ["LARGEST", "Values", "gives_one_value", "ruled_out", "same_along", "size_hint", "tells_apart"]
