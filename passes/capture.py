@@ -105,8 +105,10 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
 
 @contextmanager
 def _as_found() -> Iterator[None]:
-    """Leave every level of functorch, the grad mode and autocast as they are now, though a trace ends within them."""
+    """Leave every level of functorch, the grad mode, saved-tensor hooks and autocast as they are now, though a trace
+    ends within them."""
     depth, regions = torch._C._functorch.get_dynamic_layer_stack_depth(), len(_ENTERED)
+    hooks, in_place = _hooks_off(), torch._C._functorch.get_inplace_requires_grad_allowed()
     with torch.set_grad_enabled(torch.is_grad_enabled()):
         try:
             yield
@@ -115,6 +117,16 @@ def _as_found() -> Iterator[None]:
                 _exit_autocast(_ENTERED[-1])
             if torch._C._functorch.get_dynamic_layer_stack_depth() > depth:
                 torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+            torch._C._functorch.set_inplace_requires_grad_allowed(in_place)
+            if hooks is None:
+                torch._C._autograd._saved_tensors_hooks_enable()
+            else:
+                torch._C._autograd._saved_tensors_hooks_disable(hooks)
+
+
+def _hooks_off() -> str | None:
+    """Why saved-tensor hooks are refused (torch.func.grad refuses them); None where they are not."""
+    return torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
 
 
 def _is_distributed(value: Any) -> bool:

@@ -336,6 +336,8 @@ def levels() -> tuple[Any, ...]:
         torch.is_grad_enabled(),
         torch.is_autocast_enabled("cpu"),
         torch.get_autocast_dtype("cpu"),
+        torch._C._autograd._saved_tensors_hooks_get_disabled_error_message(),
+        torch._C._functorch.get_inplace_requires_grad_allowed(),
     )
 
 
