@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+from tests.palette import levels
+
 settings.register_profile(
     "dev",
     report_multiple_bugs=False,
@@ -26,10 +28,12 @@ torch.set_num_threads(1)  # tiny tensors: a second thread only waits, 15 times s
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    """Seeds set and no compiled code left from the test before."""
+    """Seeds set and no compiled code left from the test before; no test leaves a mode or level behind."""
     random.seed(0)
     torch.manual_seed(0)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    before = levels()
     yield
     torch._dynamo.reset()
+    assert levels() == before

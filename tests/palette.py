@@ -137,6 +137,20 @@ def wrap_convolutions(model: nn.Module) -> nn.Module:
 # -- comparing -------------------------------------------------------------------------------------------------------
 
 
+def levels() -> tuple[Any, ...]:
+    """Everything global that a trace may enter."""
+    return (
+        torch._C._functorch.get_dynamic_layer_stack_depth(),
+        len(torch.utils._python_dispatch._get_current_dispatch_mode_stack()),
+        len(torch.overrides._get_current_function_mode_stack()),
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_autocast_dtype("cpu"),
+        torch._C._autograd._saved_tensors_hooks_get_disabled_error_message(),
+        torch._C._functorch.get_inplace_requires_grad_allowed(),
+    )
+
+
 def leaves(out: Any) -> list[Tensor]:
     """Every tensor of a (nested) output, transformers' ModelOutput included."""
     if isinstance(out, dict):

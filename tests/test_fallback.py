@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import tome_fx
 from tests.models import Block, Spec, build, expected_tokens
-from tests.palette import compiled, distance, equalize, palette_input, run
+from tests.palette import compiled, distance, equalize, levels, palette_input, run
 
 R = 4
 TOKENS = Spec(stem="tokens", prefix="none", readout="tokens")
@@ -325,20 +325,6 @@ def test_explain_leaves_the_model_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
-
-
-def levels() -> tuple[Any, ...]:
-    """Everything global that a trace may enter."""
-    return (
-        torch._C._functorch.get_dynamic_layer_stack_depth(),
-        len(torch.utils._python_dispatch._get_current_dispatch_mode_stack()),
-        len(torch.overrides._get_current_function_mode_stack()),
-        torch.is_grad_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.get_autocast_dtype("cpu"),
-        torch._C._autograd._saved_tensors_hooks_get_disabled_error_message(),
-        torch._C._functorch.get_inplace_requires_grad_allowed(),
-    )
 
 
 def _in_autocast(f: Any, x: Tensor) -> Tensor:

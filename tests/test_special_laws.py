@@ -262,7 +262,7 @@ def test_empty_samples_stay_zero(form: tuple[str, str], placement: str) -> None:
 def test_empty_samples_keep_their_mean(form: tuple[str, str], placement: str) -> None:
     """Under a mask of large numbers a query that sees no key gives what the unmerged model gives.
 
-    A score beside 1e4 has three digits in float32, so those in float64; beside finfo.min it has none, which is the point.
+    A score beside 1e4 has three digits in float32, so those in float64; beside finfo.min it has none: the point.
     """
     model, x = drawn(Padded(*form)), palette_tokens(3, 48, D, k=3)
     if "1e4" in form[0]:
