@@ -154,7 +154,7 @@ def _mlps(
     reach: Reach,
     masked: set[AttentionSite],
 ) -> list[Block]:
-    """Blocks for the MLPs whose stream does not merge, unless a mask of the attention keeps tokens apart."""
+    """Blocks for the MLPs whose stream does not merge, unless the attention keeps tokens of it apart."""
     found = []
     held = {block.site: block for block in blocks}
     whole = {site for site in sites if site not in held or held[site].branch}
@@ -163,6 +163,8 @@ def _mlps(
         same = [site for site in sites if leaves(facts.dims(site.q)[site.query_dim]) == tokens]
         masks = block.masks if block is not None and block.tokens == tokens else ()
         if any(other.merge is mlp.merge for other in blocks) or masked & {mlp.site, *same}:
+            continue
+        if _cut(sites, facts, tokens):
             continue
         if not masks and any(_keeps_apart(s, held.get(s), facts, calls, reach, tokens) for s in (mlp.site, *same)):
             continue
@@ -177,6 +179,13 @@ def _mlps(
         found.append(Block(mlp.site, tokens, sample, mlp.merge, value, kept, size, True, False, operands, True, masks,
                            alike=alike))  # fmt: skip
     return found
+
+
+def _cut(sites: list[AttentionSite], facts: Facts, tokens: Dim) -> bool:
+    """Whether several pieces of the axis attend each to itself: packed sequences, a slice for each."""
+    own = [leaves(facts.dims(site.q)[site.query_dim]) for site in sites]
+    keys = [leaves(facts.dims(site.k)[site.key_dim]) for site in sites]
+    return len({q for q, k in zip(own, keys, strict=True) if q == k and facts.piece_of(q, tokens)}) > 1
 
 
 def _told_after(block: Block, value: fx.Node, facts: Facts, calls: dict[fx.Node, Call], reach: Reach) -> bool:

@@ -142,6 +142,15 @@ class Facts:
         """The axes, in order, that were concatenated to this one, for each place where they were."""
         return [[leaves(part) for part in parts] for parts, whole in self.joins if leaves(whole) == leaves(axis)]
 
+    def piece_of(self, axis: Dim, whole: Dim) -> bool:
+        """Whether an axis is a slice of another, or one of those that were concatenated to it."""
+        piece = axis
+        while (origin := self.slices.get(("origin", piece))) is not None:
+            piece = leaves(origin[0])
+            if piece == whole:
+                return True
+        return any(axis in parts for parts in self.joined(whole))
+
     def varies(self, node: fx.Node, d: int) -> bool:
         """Whether a value may differ along a dim."""
         val = node.meta["val"]

@@ -1,0 +1,121 @@
+"""Sequences packed one behind the other that no mask parts: attention runs on a slice of the tokens for each.
+
+Each is a sample of its own: what changes in one moves nothing in the others, wherever tokens merge, and the tokens of
+each merge all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.laws import PLACEMENTS, UNMOVED, moved, no_internal_error, traced
+from tests.models import redraw
+from tests.palette import assert_lossless, palette_tokens
+
+D, HEADS, R = 128, 4, 12
+Attend = Callable[[Tensor], Tensor]
+
+
+def attention(qkv: Tensor) -> Tensor:
+    q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(-3, -2) for t in qkv.chunk(3, -1))
+    return F.scaled_dot_product_attention(q, k, v).transpose(-3, -2).flatten(-2)
+
+
+def sliced(x: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    ends = list(accumulate(lengths))
+    return [x[:, end - n : end] for n, end in zip(lengths, ends, strict=True)]
+
+
+def written(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    out, at = torch.zeros_like(x[..., :D]), 0
+    for n in lengths:
+        out[:, at : at + n] = attention(x[:, at : at + n])
+        at += n
+    return out
+
+
+def halved(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The first, and then the rest as slices of a slice."""
+    first, rest = x[:, : lengths[0]], x[:, lengths[0] :]
+    return torch.cat([attention(first), *map(attention, sliced(rest, lengths[1:]))], 1)
+
+
+WAYS: dict[str, Callable[[Tensor, Sequence[int]], Tensor]] = {
+    "split": lambda x, lengths: torch.cat([attention(part) for part in x.split(list(lengths), 1)], 1),
+    "slices": lambda x, lengths: torch.cat([attention(part) for part in sliced(x, lengths)], 1),
+    "narrow": lambda x, lengths: torch.cat(
+        [attention(x.narrow(1, sum(lengths[:i]), n)) for i, n in enumerate(lengths)], 1
+    ),
+    "tensor_split": lambda x, lengths: torch.cat(
+        [attention(part) for part in x.tensor_split(list(accumulate(lengths))[:-1], 1)], 1
+    ),
+    "slices of a slice": halved,
+    "written": written,
+    "padded and added": lambda x, lengths: sum(  # type: ignore[arg-type, return-value]
+        F.pad(attention(part), (0, 0, sum(lengths[:i]), sum(lengths[i + 1 :])))
+        for i, part in enumerate(sliced(x, lengths))
+    ),
+}
+
+
+class Block(nn.Module):
+    """x [B, N, D]; early: the tokens are cut before they are projected."""
+
+    def __init__(self, way: str, lengths: Sequence[int], early: bool) -> None:
+        super().__init__()
+        self.way, self.lengths, self.early = WAYS[way], lengths, early
+        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        if self.early:
+            y = torch.cat([attention(self.qkv(part)) for part in sliced(y, self.lengths)], 1)
+        else:
+            y = self.way(self.qkv(y), self.lengths)
+        x = x + self.out(y)
+        return x + self.mlp(self.norm2(x))
+
+
+def packed(way: str, lengths: Sequence[int], early: bool = False) -> nn.Module:
+    return redraw(nn.Sequential(*(Block(way, lengths, early) for _ in range(2))), 1).eval()
+
+
+@pytest.mark.parametrize("lengths", [(40, 56), (48, 48), (32, 24, 40)], ids=str)
+@pytest.mark.parametrize("way", [*WAYS, "early"])
+def test_a_part_of_a_pack_does_not_see_the_others(way: str, lengths: tuple[int, ...]) -> None:
+    model = packed("split" if way == "early" else way, lengths, way == "early")
+    x, made = torch.randn(2, sum(lengths), D), traced(model, R)
+    first = torch.arange(sum(lengths)) < lengths[0]
+    other = torch.where(first[:, None], x, torch.randn_like(x))
+    for name in PLACEMENTS:
+        gap = moved(made(name, x), made(name, other), first)
+        no_internal_error(made.reports[name])
+        assert gap < UNMOVED, f"{name}: moved by {gap:.0e}\n{made.reports[name]}"
+    assert made.reports["branch"].merged_sites >= 2 * len(lengths), str(made.reports["branch"])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_equal_tokens_of_a_pack_merge_without_loss(way: str) -> None:
+    assert_lossless(packed(way, (40, 56)), (palette_tokens(2, 96, D, k=3),), R, placement="branch")
+
+
+def test_pieces_that_one_attention_sees_leave_the_mlps_as_they_were() -> None:
+    """The control: cut, put together and attended as one, the MLPs merge."""
+
+    class Whole(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            qkv = self.qkv(self.norm1(x))
+            x = x + self.out(attention(torch.cat(qkv.split(list(self.lengths), 1), 1)))
+            return x + self.mlp(self.norm2(x))
+
+    model = redraw(nn.Sequential(*(Whole("split", (40, 56), False) for _ in range(2))), 1).eval()
+    report = assert_lossless(model, (palette_tokens(2, 96, D, k=3),), R, placement="branch")
+    assert [site.mlp for site in report.sites] == [(96, 84)] * 2, str(report)
