@@ -108,13 +108,16 @@ def _made(facts: Facts, axis: Dim) -> Iterator[int]:
 
 
 def _in_pieces(facts: Facts, axis: Dim, above: tuple[Dim, ...]) -> Iterator[int]:
-    """Tokens that are special in an axis that was cut, and whose pieces were joined anew."""
+    """Tokens that are special in an axis that was cut, and whose pieces were joined anew; one that was put before or
+    behind the others alone (of a time, of a mean)."""
     for parts, whole in facts.joins:
         at = 0
         for part in parts if leaves(whole) == axis else ():
             size = size_of(part)
             if not isinstance(size, int):
                 break
+            if size == 1 and not all(size_of(other) == 1 for other in parts):
+                yield at
             for new, source, start, stop in facts.origins:
                 if leaves(new) == leaves(part) and isinstance(start, int) and isinstance(stop, int):
                     flags = _flags(facts, leaves(source), _length(source, stop), above)[start:stop]
@@ -168,6 +171,10 @@ def _at_the_ends(facts: Facts, axis: Dim) -> Special:
             behind, inner = size_of(axis) - stop, _at_the_ends(facts, leaves(new))
             front = max(front, start + inner.prefix) if isinstance(start, int) and inner.prefix else front
             back = max(back, behind + inner.suffix) if isinstance(behind, int) and inner.suffix else back
+    for parts, whole in facts.joins:
+        if leaves(whole) == axis:
+            single = [size_of(part) == 1 for part in parts]
+            front, back = max(front, single.index(False)), max(back, single[::-1].index(False))
     parts = [axis[cut:] for cut in range(1, len(axis))]
     framed = any(special(facts, part).count for part in parts)
     return Special(front, back, lost=framed or any(found.inner for found in made))

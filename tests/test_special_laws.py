@@ -183,6 +183,40 @@ def test_registers_in_the_middle_are_counted(insert: str) -> None:
         assert {site.protected for site in report.sites if site.merged} == {1 + count}, str(report)
 
 
+BESIDE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a time, in front": lambda x, t: torch.cat([t[:, None], x], 1),
+    "a time, behind": lambda x, t: torch.cat([x, t.unsqueeze(1)], 1),
+    "a time and a mean": lambda x, t: torch.cat([t[:, None], x.mean(1, keepdim=True), x], 1),
+    "a mean, then a time": lambda x, t: torch.cat([t[:, None], torch.cat([x.mean(1, keepdim=True), x], 1)], 1),
+    "joined along rows": lambda x, t: torch.cat([t[None], x.transpose(0, 1)]).transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("beside", BESIDE)
+def test_a_token_that_stands_beside_all_others_stays_alone(beside: str, dynamic: bool) -> None:
+    """One of a diffusion's time, or of the mean of all: no patch, though it comes from inputs."""
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.time = Net(), nn.Linear(8, D)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.net(BESIDE[beside](x, self.time(t)))
+
+    model, (x, t) = drawn(Beside()), (palette_tokens(2, PATCHES, D, k=3), torch.randn(2, 8))
+    with torch.no_grad():
+        x[:, :8] = model.time(t)[:, None] + 0.05 * torch.randn(2, 8, D)
+    made = Traced(model, {"made": {"r": R, "placement": "stream"}}, dynamic=dynamic)
+    made("made", x, t)
+    count = PATCHES + 1 + ("mean" in beside)
+    places = [count - 1] if "behind" in beside else list(range(count - PATCHES))
+    groups = made.groups(count)
+    assert len(groups) == 2, str(made.reports["made"])
+    assert not shared_tokens(groups, places), str(made.reports["made"])
+
+
 class Frames(nn.Module):
     """Special tokens in front of the patches of every frame, one attention over all frames; the first one is read."""
 
