@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .axes import Dim, leaves, size_of
+from .axes import Dim, leaves, same, size_of
 from .provenance import WEIGHT
 from .rules import Facts
 
@@ -92,7 +92,8 @@ def _of_flags(flags: Sequence[bool]) -> Special:
 def _flags(facts: Facts, axis: Dim, length: int, above: tuple[Dim, ...] = ()) -> list[bool]:
     """Which tokens of an axis are special. above: axes that are asked about already: a stream that is joined to another
     and cut out again is a piece of itself."""
-    found = [_made(facts, axis), _read(facts, axis, length)]
+    before, behind = _single(facts, axis)
+    found = [range(before), range(length - behind, length), _made(facts, axis), _read(facts, axis, length)]
     found += [] if axis in above else [_in_pieces(facts, axis, (*above, axis)), _in_parts(facts, axis, length, above)]
     marked = {i for tokens in found for i in tokens}
     return [i in marked for i in range(length)]
@@ -108,21 +109,32 @@ def _made(facts: Facts, axis: Dim) -> Iterator[int]:
 
 
 def _in_pieces(facts: Facts, axis: Dim, above: tuple[Dim, ...]) -> Iterator[int]:
-    """Tokens that are special in an axis that was cut, and whose pieces were joined anew; one that was put before or
-    behind the others alone (of a time, of a mean)."""
+    """Tokens that are special in an axis that was cut, and whose pieces were joined anew."""
     for parts, whole in facts.joins:
         at = 0
         for part in parts if leaves(whole) == axis else ():
             size = size_of(part)
             if not isinstance(size, int):
                 break
-            if size == 1 and not all(size_of(other) == 1 for other in parts):
-                yield at
             for new, source, start, stop in facts.origins:
                 if leaves(new) == leaves(part) and isinstance(start, int) and isinstance(stop, int):
                     flags = _flags(facts, leaves(source), _length(source, stop), above)[start:stop]
                     yield from (at + i for i, flag in enumerate(flags) if flag)
             at += size
+
+
+def _single(facts: Facts, axis: Dim) -> tuple[int, int]:
+    """How many tokens were put before and behind all others one by one: of a time, of a mean."""
+    front = back = 0
+    for parts in facts.joined(axis):
+        sizes = [size_of(part) for part in parts]
+        if all(same(size, 1) for size in sizes):
+            continue
+        before = next(i for i, size in enumerate(sizes) if not same(size, 1))
+        behind = next(i for i, size in enumerate(reversed(sizes)) if not same(size, 1))
+        front = max(front, before + _single(facts, parts[before])[0])
+        back = max(back, behind + _single(facts, parts[-1 - behind])[1])
+    return front, back
 
 
 def _length(axis: Dim, least: int) -> int:
@@ -171,10 +183,8 @@ def _at_the_ends(facts: Facts, axis: Dim) -> Special:
             behind, inner = size_of(axis) - stop, _at_the_ends(facts, leaves(new))
             front = max(front, start + inner.prefix) if isinstance(start, int) and inner.prefix else front
             back = max(back, behind + inner.suffix) if isinstance(behind, int) and inner.suffix else back
-    for parts, whole in facts.joins:
-        if leaves(whole) == axis:
-            single = [size_of(part) == 1 for part in parts]
-            front, back = max(front, single.index(False)), max(back, single[::-1].index(False))
+    before, behind = _single(facts, axis)
+    front, back = max(front, before), max(back, behind)
     parts = [axis[cut:] for cut in range(1, len(axis))]
     framed = any(special(facts, part).count for part in parts)
     return Special(front, back, lost=framed or any(found.inner for found in made))

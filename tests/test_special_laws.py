@@ -205,9 +205,11 @@ def test_a_token_that_stands_beside_all_others_stays_alone(beside: str, dynamic:
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             return self.net(BESIDE[beside](x, self.time(t)))
 
-    model, (x, t) = drawn(Beside()), (palette_tokens(2, PATCHES, D, k=3), torch.randn(2, 8))
-    with torch.no_grad():
-        x[:, :8] = model.time(t)[:, None] + 0.05 * torch.randn(2, 8, D)
+    model, (x, t) = drawn(Beside()), (torch.randn(2, PATCHES, D), torch.randn(2, 8))
+    with torch.no_grad():  # patches like it at both ends: nothing but protection keeps these apart
+        time = model.time(t)[:, None]
+        x[:, :4], x[:, -4:] = time, time
+        x[:, 4:8] = x.mean(1, keepdim=True)
     made = Traced(model, {"made": {"r": R, "placement": "stream"}}, dynamic=dynamic)
     made("made", x, t)
     count = PATCHES + 1 + ("mean" in beside)
