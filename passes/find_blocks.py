@@ -126,6 +126,10 @@ def find_blocks(
         else:
             skipped.append(found)
             masked |= {site} if found.kind in MASKED else set()
+    # Once all sites are judged: one mask may part several.
+    facts.parted |= {
+        term for block in blocks if block.parts is not None for term in score_terms(block.site, facts, calls, reach)
+    }
     if placement != "stream":
         blocks += _mlps(facts, calls, sites, blocks, reach, masked)
     skipped += [why for block in blocks if (why := _unplaced(block, pairing))]
@@ -289,8 +293,6 @@ def _placed(
         pairs = site.causal
     if isinstance(pairs, str):
         return SkipReason("causal or windowed mask", site.name, pairs)
-    if pairs is not None:
-        facts.parted |= set(score_terms(site, facts, calls, reach))
     masks = () if crossed else _key_masks(site, facts, calls, reach, tokens, sample, node)
     if isinstance(masks, str):
         return SkipReason("unclear mask", site.name, masks)

@@ -311,8 +311,7 @@ class Judge:
         groups = self.made.groups(self.mix.n)
         if kind.part and (mixed := mixed_groups(groups, kind.part(torch.arange(self.mix.n), self.mix.n))):
             self.fail(f"mask: {mixed} groups hold tokens of two parts")
-        branch = any(site.merged and site.placement != "stream" for site in self.report.sites)
-        if got[0].dim() < 3 or self.mix.depth > 2 or (kind.part and branch):
+        if got[0].dim() < 3 or self.mix.depth > 2:
             return
         changed, kept = kind.places(self.mix.n)
         other = self.inputs(apart_from(self.random[self.mix.order.index("x")], changed))

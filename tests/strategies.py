@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 from hypothesis import strategies as st
 
 from tests import spellings
@@ -34,6 +36,16 @@ def legal(spec: Spec, **changes: Any) -> Spec | None:
         return spec.replace(**changes)
     except ValueError:
         return None
+
+
+def thinned(cases: Iterable[Any], step: int, ids: Any = str) -> list[Any]:
+    """pytest.params of all cases, of which all but each `step`-th are slow; tuples are several arguments."""
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else (case,)), id=ids(case), marks=[pytest.mark.slow] * (i % step > 0)
+        )
+        for i, case in enumerate(cases)
+    ]
 
 
 @st.composite

@@ -121,7 +121,7 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("spec", LAYOUTS, ids=str)
+@pytest.mark.parametrize("spec", strategies.thinned(LAYOUTS, 2))
 def test_attention_spelling_and_layout(spec: Spec) -> None:
     law(spec)
 
@@ -137,25 +137,24 @@ def test_norm(spec: Spec) -> None:
     law(spec)
 
 
-@pytest.mark.parametrize("spec", READOUTS, ids=str)
+@pytest.mark.parametrize("spec", strategies.thinned(READOUTS, 2))
 def test_prefix_and_readout(spec: Spec) -> None:
     """Every output in its original shape, whatever reads it; `tokens` and the like come back unmerged."""
     law(spec)
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
-        *each(attention="matmul", scale=SCALE),
-        *each(qkv=QKV),
-        *each(qkv=QKV, layout="nbd"),
-        *each(qkv=QKV, layout="rows"),
-        *each(mlp=MLP),
-        *each(stem=STEM),
-        *each(pos=POS),
-    ],
-    ids=str,
-)
+PARTS = [
+    *each(attention="matmul", scale=SCALE),
+    *each(qkv=QKV),
+    *each(qkv=QKV, layout="nbd"),
+    *each(qkv=QKV, layout="rows"),
+    *each(mlp=MLP),
+    *each(stem=STEM),
+    *each(pos=POS),
+]
+
+
+@pytest.mark.parametrize("spec", strategies.thinned(PARTS, 2))
 def test_scale_projection_mlp_stem_position(spec: Spec) -> None:
     law(spec)
 
@@ -172,7 +171,7 @@ def test_structure(spec: Spec) -> None:
     law(spec)
 
 
-@pytest.mark.parametrize("spec", MIXED, ids=str)
+@pytest.mark.parametrize("spec", strategies.thinned(MIXED, 2))
 def test_mixed(spec: Spec) -> None:
     law(spec)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import product
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import tome_fx
 from tests.palette import distance
+from tests.strategies import thinned
 from tests.test_explain import Block, D, N, Stack, tokens
 
 R = 6
@@ -57,8 +59,11 @@ def told(model: Any, *args: Tensor, strict: bool = False, **options: Any) -> tup
     )
 
 
-@pytest.mark.parametrize("r", [R, 0.1, [6, 5, 4, 3], [1, 2, 3, 4, 5, 6, 7], (6, -1)], ids=str)
-@pytest.mark.parametrize("how", ["middle", "middle print", "middle item"])
+SCHEDULES = [R, 0.1, [6, 5, 4, 3], [1, 2, 3, 4, 5, 6, 7], (6, -1)]
+BREAKS = ["middle", "middle print", "middle item"]
+
+
+@pytest.mark.parametrize(("how", "r"), thinned(product(BREAKS, SCHEDULES), 2))
 def test_a_graph_break_is_told_once(how: str, r: Any) -> None:
     """Cause, line and remedy; a list is never too long for a piece."""
     (message,), report = told(Cut(how), torch.randn(2, N, D), r=r)

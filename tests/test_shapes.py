@@ -13,6 +13,7 @@ import tome_fx
 from tests.library import CASES
 from tests.models import Spec, build
 from tests.palette import compiled, distance, equalize, palette_image, palette_input
+from tests.strategies import thinned
 
 R = 4
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -44,7 +45,7 @@ def compilations(since: int) -> int:
     return len(tome_fx.reports()) - since
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", thinned(SPECS, 2))
 def test_mark_dynamic_batch(spec: Spec) -> None:
     """One graph for every batch size (at least 2), and it merges."""
     model, start = model_of(spec), len(tome_fx.reports())
@@ -94,7 +95,7 @@ def test_no_samples(placement: str) -> None:
     assert tome_fx.reports()[-1].merged_sites == 3
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", thinned(SPECS, 2))
 def test_dynamic_true(spec: Spec) -> None:
     """torch.compile(dynamic=True): every size and Python float is symbolic from the start."""
     model = model_of(spec)

@@ -21,6 +21,7 @@ from tests import sequences as seq
 from tests.laws import LAW, Traced, no_internal_error, shared_tokens, traced
 from tests.models import redraw
 from tests.palette import assert_lossless, distance, palette_tokens, run, samples_apart
+from tests.strategies import thinned
 
 D, H, R = 64, 4, 6
 PLACED = ("stream", "branch")
@@ -63,8 +64,7 @@ def drawn(model: nn.Module) -> nn.Module:
 
 def grid(*choices: Iterable[Any], step: int) -> list[Any]:
     """Every combination; all but each `step`-th is slow. A step that divides no length lets all values take turns."""
-    return [pytest.param(*case, id="-".join(map(str, case)), marks=[pytest.mark.slow] * (i % step > 0))
-            for i, case in enumerate(product(*choices))]  # fmt: skip
+    return thinned(product(*choices), step, lambda case: "-".join(map(str, case)))
 
 
 # -- samples -----------------------------------------------------------------------------------------------------------
