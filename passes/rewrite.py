@@ -199,8 +199,12 @@ class Emitter:
 
     def log_weight(self, node: fx.Node, layout: Layout, d: int, run: Run) -> Traced:
         """The logarithm of `weight`: what proportional attention adds to the scores."""
+        size = self._size(run.step)
+        if node.meta["val"].dtype is torch.float64:  # sizes are whole numbers in float32, their logarithms are rounded
+            log = self.builder.call(aten.log.default, size.to(torch.float64))
+            return self._spread(log, self.facts.dims(node), layout, d, run)
         if run.step not in self._log_sizes:
-            self._log_sizes[run.step] = self.builder.call(tome.log_size.default, self._size(run.step))
+            self._log_sizes[run.step] = self.builder.call(tome.log_size.default, size)
         return self._spread(self._log_sizes[run.step], self.facts.dims(node), layout, d, run)
 
     def full_size(self, node: fx.Node, d: int) -> Any:

@@ -36,5 +36,5 @@ def fresh() -> Iterator[None]:
     before = levels()
     yield
     torch._dynamo.reset()
-    torch._C._autograd._saved_tensors_hooks_enable()  # as torch's own tests of Dynamo do after each: it may leave them off
+    torch._C._autograd._saved_tensors_hooks_enable()  # as torch's own tests of Dynamo do: it may leave them off
     assert levels() == before

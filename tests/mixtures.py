@@ -183,7 +183,7 @@ class Model(nn.Module):
         if self.mix.insert:
             own = torch.ones(len(keep), self.mix.insert[2] + 1, dtype=torch.bool)
             keep = torch.cat([keep, own] if self.mix.insert[1] == "behind" else [own, keep], 1)
-        return seq.PADDING[self.mix.padding](keep)
+        return seq.padding(self.mix.padding, keep, self.head.weight.dtype)
 
     def encode(self, x: Tensor, keep: Tensor | None, condition: Tensor | None) -> Tensor:
         if self.window is not None:
@@ -331,5 +331,7 @@ class Judge:
             return
         if lowest < 1 - 1e-4 and not self.mix.windows:  # zeros have no direction, and must merge all the same
             self.void = True
-        elif self.mix.padding or not is_rounding(error, want, self.model, self.palette, None, **self.configs["merged"]):
+            return
+        config: dict[str, Any] = {**self.configs["merged"], "seen": self.seen}
+        if not is_rounding(error, want, self.model, self.palette, None, **config):
             self.fail(f"law: equal tokens (cosine {lowest:.6f}) moved the output by {error:.0e}")

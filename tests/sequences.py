@@ -276,6 +276,13 @@ PADDING: dict[str, Callable[[Tensor], Tensor]] = {
 EXACT_WHEN_EMPTY = ("bool", "-inf by masked_fill", "-inf by where", "expanded", "and over pairs", "log")
 """Under SDPA a query that sees no key gives zero for these; the finite ones give a mean of all values."""
 
+
+def padding(form: str, keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask of keys that PADDING makes of keep [B, N], for scores of a dtype; SDPA takes no other."""
+    mask = PADDING[form](keep)
+    return mask.to(dtype) if mask.is_floating_point() and mask.dtype is not dtype else mask
+
+
 # -- relative keys: (q [B, H, n, c], table [n, n, c] by pair, line [2 n - 1, c] by distance) -> [B, H, n, n] -----------
 
 

@@ -263,10 +263,10 @@ class Padded(nn.Module):
     def __init__(self, padding: str, core: str) -> None:
         super().__init__()
         groups, attend = seq.CORES[core]
-        self.make, self.net = seq.PADDING[padding], Net(lambda: Block(attend, groups))
+        self.padding, self.net = padding, Net(lambda: Block(attend, groups))
 
     def forward(self, x: Tensor, keep: Tensor) -> Tensor:
-        return self.net(x, self.make(keep))
+        return self.net(x, seq.padding(self.padding, keep, x.dtype))
 
 
 EMPTY = [(padding, "sdpa") for padding in seq.EXACT_WHEN_EMPTY]
