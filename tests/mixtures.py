@@ -225,7 +225,7 @@ class Judge:
             self.configs["zero"] = {"r": 0}
         self.made = Traced(self.model, self.configs)
         self.palette, self.random = (self.inputs(x) for x in (
-            palette_tokens(mix.batch, mix.n, D, k=3, seed=mix.seed), torch.randn(mix.batch, mix.n, D)))  # fmt: skip
+            palette_tokens(mix.batch, mix.n, D, k=3, seed=mix.seed + 4321), torch.randn(mix.batch, mix.n, D)))  # fmt: skip
 
     @property
     def report(self) -> ToMeReport:

@@ -115,10 +115,10 @@ def frames_written(x: Tensor, s: Tensor) -> Tensor:
 def frames_put(x: Tensor, s: Tensor) -> Tensor:
     b, f, p, d = x.shape
     k = s.shape[2]
-    place = torch.arange(f * (k + p))
+    place = torch.arange(f * (k + p)).view(f, k + p)  # by a mask the graph would break
     y = x.new_zeros(b, f * (k + p), d)
-    y[:, place[place % (k + p) >= k]] = x.flatten(1, 2)
-    y[:, place[place % (k + p) < k]] = s[0].repeat(1, f, 1)
+    y[:, place[:, k:].flatten()] = x.flatten(1, 2)
+    y[:, place[:, :k].flatten()] = s[0].repeat(1, f, 1)
     return y
 
 
