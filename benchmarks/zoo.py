@@ -64,7 +64,7 @@ def one(name: str, r: int, sweep: bool = False) -> Row:
     import torch
 
     import zoo_models
-    from tests import palette
+    from tests import laws, palette
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -74,19 +74,23 @@ def one(name: str, r: int, sweep: bool = False) -> Row:
         want = zoo.model(*zoo.args, **zoo.kwargs)
         # Before anything is compiled: some libraries' models do not run eagerly any more once they have been.
         law = _references(zoo_models.build(name, sweep))
-        row = {"module": zoo_models.module_of(name), **_merged(zoo, r, want)}
+        # One trace of Dynamo for all: it takes longer than the rest.
+        configs = {"auto": {"r": r}, "branch": {"r": r, "placement": "branch"}, "zero": {"r": 0}}
+        made = laws.Traced(zoo.model, configs, dynamic=None)
+
+        def run(config: str) -> list[torch.Tensor]:
+            torch.manual_seed(1)
+            return palette.leaves(made(config, *zoo.args, **zoo.kwargs))
+
+        got = run("auto")
+        row = {"module": zoo_models.module_of(name), **_told(made.reports["auto"]), "shapes": _alike(got, want)}
         placement = "auto"
         if row["sites"] and not row["merged"]:
             placement = "branch"
-            forced = _merged(zoo, r, want, placement)
-            row |= {"forced": forced["merged"], "shapes": row["shapes"] and forced["shapes"]}
+            forced = run("branch")
+            row |= {"forced": made.reports["branch"].merged_sites, "shapes": row["shapes"] and _alike(forced, want)}
         if row["graphs"]:
-            torch.manual_seed(1)
-            plain = torch.compile(zoo.model, backend="eager")(*zoo.args, **zoo.kwargs)
-            torch.manual_seed(1)
-            zero = palette.compiled(zoo.model, 0)(*zoo.args, **zoo.kwargs)
-            pairs = list(zip(palette.leaves(zero), palette.leaves(plain), strict=True))
-            row["identity"] = all(torch.equal(a, b) for a, b in pairs)
+            row["identity"] = all(torch.equal(a, b) for a, b in zip(run("zero"), run(""), strict=True))
         if row["merged"] or row.get("forced"):
             convolved = [op for op in row["unmerges"] if "conv" in op]
             row.update(_lossless(law, r, bool(convolved), placement))
@@ -98,33 +102,28 @@ def one(name: str, r: int, sweep: bool = False) -> Row:
     return row
 
 
-def _merged(zoo: Any, r: int, want: Any, placement: str = "auto") -> Row:
-    import torch
-
-    import tome_fx
+def _alike(got: list[Any], want: Any) -> bool:
     from tests import palette
 
-    before = len(tome_fx.reports())
-    torch.manual_seed(1)
-    got = palette.compiled(zoo.model, r, placement=placement)(*zoo.args, **zoo.kwargs)
-    reports = tome_fx.reports()[before:]
-    unmerges: Counter[str] = Counter(u.op for report in reports for u in report.unmerges)
-    reasons: Counter[str] = Counter(f"{s.kind}: {s.detail}" for report in reports for s in report.skipped)
-    tokens = [t for report in reports for t in report.tokens]
-    flops = [sum(getattr(report, name) for report in reports) for name in ("flops_before", "flops_after")]
-    pairs = list(zip(palette.leaves(got), palette.leaves(want), strict=True))
+    return all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in zip(got, palette.leaves(want), strict=True))
+
+
+def _told(report: Any) -> Row:
+    """What the report of all graphs says."""
+    unmerges: Counter[str] = Counter(u.op for u in report.unmerges)
+    reasons: Counter[str] = Counter(f"{s.kind}: {s.detail}" for s in report.skipped)
+    tokens = report.tokens
     return {
-        "graphs": len(reports),
-        "sites": sum(report.attention_sites for report in reports),
-        "merged": sum(report.merged_sites for report in reports),
-        "placement": sorted({s.placement for report in reports for s in report.sites if s.merged}),
+        "graphs": report.graphs,
+        "sites": report.attention_sites,
+        "merged": report.merged_sites,
+        "placement": sorted({s.placement for s in report.sites if s.merged}),
         "tokens": [tokens[0][0], tokens[-1][1]] if tokens else None,
-        "flops": flops[1] / flops[0] if flops[0] else None,
-        "shapes": all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in pairs),
+        "flops": report.flops_after / report.flops_before if report.flops_before else None,
         "unmerges": dict(unmerges.most_common()),
         "reasons": dict(reasons.most_common(4)),
-        "unknown": dict(sum((Counter(report.unknown_ops) for report in reports), Counter())),
-        "seconds": sum(sum(report.seconds.values()) for report in reports),
+        "unknown": report.unknown_ops,
+        "seconds": sum(report.seconds.values()),
     }
 
 
@@ -276,7 +275,8 @@ def main() -> int:
     rows: dict[str, Row] = {}
     if path.exists():
         rows = {row["name"]: row for row in json.loads(path.read_text())["rows"] if row["name"] in names}
-    again = [n for n in wanted if args.fresh or args.filter or rows.get(n, {}).get("r") != args.r]
+    again = [n for n in wanted if args.fresh or args.filter or not _whole(rows.get(n, {}), args.r)]
+    again.sort(key=lambda n: n in rows)  # new ones first
     with Progress(console=console) as bar, ThreadPoolExecutor(args.jobs) as pool:
         task = bar.add_task("zoo", total=len(again))
         for row in pool.map(lambda n: run(n, args.r, args.sweep), again):
@@ -290,6 +290,11 @@ def main() -> int:
         if bad(row):
             console.print(f"[red]{row['name']}[/]: {row.get('failed', '')[-300:] or verdict(row)}", highlight=False)
     return int(any(map(bad, held)))
+
+
+def _whole(row: Row, r: int) -> bool:
+    """Whether a stored row says all that a new one would."""
+    return row.get("r") == r and ("tied" in row or not (row.get("merged") or row.get("forced")))
 
 
 def _child(name: str, r: int, sweep: bool) -> int:
