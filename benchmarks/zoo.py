@@ -26,8 +26,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
 import traceback
@@ -232,25 +232,28 @@ def _held(law: _Law, args: Any, want: Any, r: int, placement: str) -> Row:
 # -- all models --------------------------------------------------------------------------------------------------------
 
 
+PRELOADED = ["torch._dynamo", "torch._inductor.config", "transformers", "tome_fx", "tests.laws", "zoo_models"]
+"""What a process forks from, so that imports are paid once."""
+
+
 def run(name: str, r: int, sweep: bool = False) -> Row:
     """`one` in a process of its own."""
     start = time.perf_counter()
-    command = [sys.executable, __file__, "--one", name, "--r", str(r), *["--sweep"] * sweep]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": path, "TQDM_DISABLE": "1"}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    here, there = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(there, name, r, sweep))
+    child.start()
+    there.close()
     row: Row = {"name": name, "r": r}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=env, check=False)
-    except subprocess.TimeoutExpired:
-        row["failed"] = f"took more than {LIMIT} s"
-    else:
-        marked = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-        row.update(json.loads(marked[-1][len(MARK) :]) if marked else {"failed": done.stderr.strip()[-600:]})
+        row.update(here.recv() if here.poll(LIMIT) else {"failed": f"took more than {LIMIT} s"})
+    except EOFError:
+        child.join()
+        row["failed"] = f"its process ended with code {child.exitcode}"
+    child.kill()
     row["wall"] = time.perf_counter() - start
     return row
-
-
-MARK = "ZOO "
 
 
 def main() -> int:
@@ -261,10 +264,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes at once (default %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="forget the rows there are")
     parser.add_argument("--sweep", action="store_true", help="all variants of ViT, DeiT, EVA and BEiT in timm instead")
-    parser.add_argument("--one", metavar="NAME", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        return _child(args.one, args.r, args.sweep)
     sys.path[:0] = [str(ROOT)]
     import zoo_models
 
@@ -297,17 +297,20 @@ def _whole(row: Row, r: int) -> bool:
     return row.get("r") == r and ("tied" in row or not (row.get("merged") or row.get("forced")))
 
 
-def _child(name: str, r: int, sweep: bool) -> int:
+def _child(pipe: Any, name: str, r: int, sweep: bool) -> None:
     import zoo_models
 
+    os.environ["TQDM_DISABLE"] = "1"
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
     try:
         row = one(name, r, sweep)
     except zoo_models.NotOffered as error:
         row = {"absent": str(error)[:200]}
     except Exception:  # noqa: BLE001 - the row says what went wrong
         row = {"failed": traceback.format_exc()[-800:]}
-    print(MARK + json.dumps(row))
-    return 0
+    pipe.send(row)
 
 
 def _save(path: Path, rows: list[Row], r: int) -> None:
