@@ -43,7 +43,7 @@ from tome_fx.report import SkipReason
 from .axes import Dim, count_of, leaves, locate, size_of
 from .find_attention import TELLS_PAIRS, AttentionSite
 from .find_mlps import find_mlps
-from .masks import KeyMask, cut_to_triangles, key_masks, parted, same_mask, score_terms, token_dims
+from .masks import KeyMask, Room, cut_to_triangles, key_masks, parted, same_mask, score_terms, token_dims
 from .reach import Reach
 from .rules import Call, Facts, find
 from .rules.base import sources
@@ -71,7 +71,7 @@ class Block:
     but operands of it (an attention's queries, keys and values), (operand, dim) of each; `stream` is the one they are
     compared by. mlp: what merges is the MLP that reads the stream of the site.
     masks: the masks of keys, which give a token no weight. parts: the mask of pairs within whose parts tokens merge.
-    most: how many of them may. turn: the sites that merge before it along its chain, and all of the chain.
+    room: how many of them may. turn: the sites that merge before it along its chain, and all of the chain.
     alike: of an MLP, whether tokens that its attention saw as equal are still equal.
     """
 
@@ -88,7 +88,7 @@ class Block:
     mlp: bool = False
     masks: tuple[KeyMask, ...] = ()
     parts: fx.Node | None = None
-    most: int | None = None
+    room: Room = ()
     turn: tuple[int, int] = (0, 1)
     alike: bool = False
 
@@ -170,7 +170,12 @@ def _mlps(
             continue
         if _cut(sites, facts, tokens):
             continue
-        if not masks and any(_keeps_apart(s, held.get(s), facts, calls, reach, tokens) for s in (mlp.site, *same)):
+        parts, room = _same_parts([held.get(s) for s in (mlp.site, *same)], facts, tokens)
+        if (
+            not masks
+            and parts is None
+            and any(_keeps_apart(s, held.get(s), facts, calls, reach, tokens) for s in (mlp.site, *same))
+        ):
             continue
         kept, length = special(facts, tokens), size_of(tokens)
         if _unfit(mlp.site, length, kept.count):
@@ -181,8 +186,17 @@ def _mlps(
         operands = () if mlp.entry is None else ((mlp.entry, mlp.dim),)
         alike = block is not None and not _told_after(block, value, facts, calls, reach)
         found.append(Block(mlp.site, tokens, sample, mlp.merge, value, kept, size, True, False, operands, True, masks,
-                           alike=alike))  # fmt: skip
+                           parts, room, alike=alike))  # fmt: skip
     return found
+
+
+def _same_parts(blocks: list[Block | None], facts: Facts, tokens: Dim) -> tuple[fx.Node | None, Room]:
+    """The mask that parts these tokens in all of some blocks, and its room."""
+    masks = [block.parts if block is not None and block.tokens == tokens else None for block in blocks]
+    first, *others = masks
+    if first is None or not all(mask is not None and same_mask(first, mask, facts) for mask in others):
+        return None, ()
+    return first, next(block.room for block in blocks if block is not None)
 
 
 def _cut(sites: list[AttentionSite], facts: Facts, tokens: Dim) -> bool:
@@ -298,8 +312,8 @@ def _placed(
         return SkipReason("unclear mask", site.name, masks)
     value, at = (site.q, site.query_dim) if crossed else (site.k, site.key_dim)
     length = value.meta["val"].shape[at]
-    parts, most = pairs or (None, None)
-    return Block(site, tokens, sample, node, stream, kept, length, branch, crossed, operands, False, masks, parts, most)
+    parts, room = pairs or (None, ())
+    return Block(site, tokens, sample, node, stream, kept, length, branch, crossed, operands, False, masks, parts, room)
 
 
 def _without_heads(queries: Dim, keys: Dim, features: set[Any]) -> Dim:
@@ -517,13 +531,13 @@ def _pair_mask(
     tokens: Dim,
     sample: Dim,
     reach: Reach,
-) -> tuple[fx.Node, int] | str | None:
+) -> tuple[fx.Node, Room] | str | None:
     """A mask of pairs among the terms of the scores (see `pairs.py`): one group could hold tokens that it keeps apart.
 
-    Returns the mask and how many tokens of each sample may merge where only tokens of one part do (see `masks.parted`),
+    Returns the mask and how many tokens of each part may merge where only tokens of one part do (see `masks.parted`),
     or why nothing may.
     """
-    found: tuple[fx.Node, int] | None = None
+    found: tuple[fx.Node, Room] | None = None
     if cut_to_triangles(site, calls, reach):
         return TELLS_PAIRS
     keys = leaves(facts.dims(site.k)[site.key_dim])

@@ -329,6 +329,10 @@ def _summands(
     return list(found), list(others)
 
 
+Room = tuple[tuple[int, ...], ...]
+"""How many tokens may merge: of each part, for all windows that differ."""
+
+
 def token_dims(node: fx.Node, facts: Facts, tokens: Dim) -> list[int]:
     """The dims of a value that are the token axis and along which it varies."""
     return [d for d, dim in enumerate(facts.dims(node)) if leaves(dim) == tokens and facts.varies(node, d)]
@@ -340,8 +344,8 @@ def _varies_with(node: fx.Node, facts: Facts) -> set[Any]:
 
 def parted(
     term: fx.Node, facts: Facts, calls: dict[fx.Node, Call], tokens: Dim, sample: Dim
-) -> tuple[fx.Node, int] | None:
-    """The mask of pairs that a term of the scores is a sum with, and how many tokens of any window may merge.
+) -> tuple[fx.Node, Room] | None:
+    """The mask of pairs that a term of the scores is a sum with, and how many tokens of each part may merge.
 
     None where the value of the mask is not known, or does not cut each window into parts that see only themselves.
     """
@@ -374,8 +378,8 @@ def _value(node: fx.Node, facts: Facts) -> Tensor | None:
     return facts.pairs.value(node) if sized and facts.pairs is not None else None
 
 
-def _allowed(node: fx.Node, facts: Facts, tokens: Dim) -> int | None:
-    """How many tokens of every window have a partner in their own part; None where there are no such parts."""
+def _allowed(node: fx.Node, facts: Facts, tokens: Dim) -> Room | None:
+    """How many tokens of every part have a partner in it; None where there are no such parts."""
     value = _value(node, facts)
     if value is None:
         return None
@@ -392,7 +396,8 @@ def _allowed(node: fx.Node, facts: Facts, tokens: Dim) -> int | None:
     free = special(facts, tokens).free(n).to(same.device)
     same = same & free & free[:, None]
     # Sources stand at even places of the axis: see `tome_fx.ops.match`.
-    return int(same[:, ::2, 1::2].any(-1).sum(-1).min())
+    part, paired = row[:, ::2].argmax(-1), same[:, ::2, 1::2].any(-1)
+    return tuple({tuple(at[found].bincount(minlength=1).tolist()) for at, found in zip(part, paired, strict=True)})
 
 
-__all__ = ["KeyMask", "cut_to_triangles", "key_masks", "parted", "same_mask", "score_terms", "token_dims"]
+__all__ = ["KeyMask", "Room", "cut_to_triangles", "key_masks", "parted", "same_mask", "score_terms", "token_dims"]

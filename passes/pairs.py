@@ -53,7 +53,8 @@ class Pairs:
             value = self.values.of(node) if self._fits(node) else None
             if value is not None:
                 said = value.dim() > 0 and (value.is_floating_point() or value.dtype is torch.bool)
-                found = said and bool(self._out(node, value).any())
+                out = self._out(node, value)
+                found = said and bool(out.any()) and not (value.dtype is torch.bool and bool(out.all()))
             else:
                 found = any(self.marks(n) for n in self._inner(node))
             self._marks[node] = found

@@ -28,6 +28,7 @@ from .axes import Atom, Dim, count_of, leaves, locate
 from .find_attention import AttentionSite, place
 from .find_blocks import Block
 from .layout import SHORT_AXIS, Layout, Run, Step, plain
+from .masks import Room
 from .rules import Call, Decision, Facts, find, op_name, tensors_of
 from .rules.base import Fill, SignatureRule, fill_of, result_read
 from .rules.contraction import Attention
@@ -76,7 +77,8 @@ BY_FLOPS = Costs(match=0.0, merge=4.0, gather=4.0, bias=4.0, touch=0.0, masked=0
 class Merge:
     """A merge to carry out right after its node: the dim and run of leaves, the step, and how many tokens go.
 
-    groups: the step whose groups it takes, where it has no matching of its own.
+    groups: the step whose groups it takes, where it has no matching of its own. even: whether the parts of a window
+    give the same number each, else the same share.
     """
 
     block: Block
@@ -85,6 +87,7 @@ class Merge:
     step: Step
     r: int
     groups: Step | None = None
+    even: bool = True
 
 
 @dataclass
@@ -370,7 +373,7 @@ class _Walk:
         run = Run(*key, step)
         merged = (*(x for x in runs if x.key != key), run)
         self.plan.layouts[node] = ((*layout[:dim], merged, *layout[dim + 1 :]),)
-        self.plan.merges[node] = Merge(block, dim, key, step, r, self._groups(block, step, r))
+        self.plan.merges[node] = self._made(block, dim, key, step, r)
         self._cost(self.plan.merges[node])
 
     def _merge_operands(self, node: fx.Node, call: Call, ins: list[Layout], index: int) -> list[Layout]:
@@ -390,7 +393,7 @@ class _Walk:
         if step is None:
             return ins
         run = Run(*key, step)
-        self.plan.merges[node] = Merge(block, next(iter(dims.values())), key, step, r, self._groups(block, step, r))
+        self.plan.merges[node] = self._made(block, next(iter(dims.values())), key, step, r)
         self._cost(self.plan.merges[node])
         return [
             (*layout[: dims[i]], (run,), *layout[dims[i] + 1 :]) if i in dims else layout
@@ -432,9 +435,10 @@ class _Walk:
             return None, 0
         before: Any = held.step.after if held is not None else block.length
         prefix, suffix, kept = block.special.prefix, block.special.suffix, block.special.count
-        r = merged_away(self.wanted[index], before, kept)
+        r = self._in_parts(block.room, self.wanted[index]) if block.room else None
+        r = merged_away(self.wanted[index], before, kept) if r is None else r
         free = block.length - kept
-        most = [] if block.most is None else [block.most]
+        most = [min(map(sum, block.room))] if block.room else []
         if isinstance(free, int) and free < SHORT_AXIS:
             most.append(max(before - kept - free // 2, 0))
         if block.special.inner:  # all of them may stand where sources do
@@ -446,7 +450,7 @@ class _Walk:
         if r == 0:
             why = f"{before} tokens left of {block.length}, {kept} protected"
             why += f", counts in multiples of {self.multiple}" * (self.multiple > 1)
-            if block.most == 0:
+            if most and most[0] == 0:
                 why = "its mask leaves some token no partner"
             self._skip(block, "nothing to merge", why if self.wanted[index] else "its share of the schedule is 0")
             return None, 0
@@ -456,6 +460,17 @@ class _Walk:
             self.plan.asked[index] = asked
         prev = held.step if held is not None else None
         return Step(index, prev, block.sample, before, before - r, prefix, suffix, block.branch), r
+
+    @staticmethod
+    def _in_parts(room: Room, want: int | float) -> int | None:
+        """What the parts of every window can give, as each is a sample of its own; None where they share a fraction."""
+        if isinstance(want, float):
+            return None
+        return min(sum(min(want, most) for most in window) for window in room)
+
+    def _made(self, block: Block, dim: int, key: tuple[int, int], step: Step, r: int) -> Merge:
+        even = not isinstance(self.wanted[step.site], float)
+        return Merge(block, dim, key, step, r, self._groups(block, step, r), even)
 
     def _groups(self, block: Block, step: Step, r: int) -> Step | None:
         """The step of an MLP's attention, where it merges the same tokens in the same samples, and as many."""

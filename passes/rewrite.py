@@ -328,7 +328,8 @@ class Emitter:
             metric, heads = call(tome.apart.default, metric, kind, heads, True, *compared_by), False
         how = (merge.r, step.prefix, step.suffix, heads)
         if block.parts is not None:
-            found = call(tome.match_parts.default, metric, self._parts(block, block.parts), *how, *compared_by)
+            parts = self._parts(block, block.parts)
+            found = call(tome.match_parts.default, metric, parts, *how, merge.even, *compared_by)
         elif config.pairing == PAPERS:
             found = call(tome.match.default, metric, *how)
         else:

@@ -224,8 +224,9 @@ class Judge:
         if mix.seed % 5 == 0:
             self.configs["zero"] = {"r": 0}
         self.made = Traced(self.model, self.configs)
-        self.palette, self.random = (self.inputs(x) for x in (
-            palette_tokens(mix.batch, mix.n, D, k=3, seed=mix.seed + 4321), torch.randn(mix.batch, mix.n, D)))  # fmt: skip
+        # Another seed than the weights', which would be multiples of the palette.
+        self.palette = self.inputs(palette_tokens(mix.batch, mix.n, D, k=3, seed=mix.seed + 4321))
+        self.random = self.inputs(torch.randn(mix.batch, mix.n, D))
 
     @property
     def report(self) -> ToMeReport:

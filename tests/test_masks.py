@@ -414,7 +414,7 @@ def test_groups_stay_in_their_parts() -> None:
     mask = block.mask  # [4, 36, 36]
     x = torch.randn(2, 4, 36, 16)
     parts = ops.part_labels(mask).expand(2, -1, -1)
-    found = ops.match_parts(x, parts, 12, 0, 0, False)
+    found = ops.match_parts(x, parts, 12, 0, 0, False, True)
     assign = found[0]
     together = assign[..., :, None] == assign[..., None, :]
     assert bool((together & (mask < -50)).any()) is False
@@ -422,20 +422,23 @@ def test_groups_stay_in_their_parts() -> None:
     assert bool(((plain[..., :, None] == plain[..., None, :]) & (mask < -50)).any()), "the test cannot fail"
 
 
-def test_each_part_has_a_count_of_its_own() -> None:
+@pytest.mark.parametrize("even", [False, True])
+def test_each_part_has_a_count_of_its_own(even: bool) -> None:
     """How many of a part merge, and which, does not follow from what another part holds: it is a sample of its own."""
     parts = torch.tensor([0] * 7 + [1] * 20 + [2] * 2 + [3] * 11)
     x = torch.randn(2, 40, 8)
-    one = ops.match_parts(x, parts.expand(2, -1), 9, 0, 0, False)[0]
+    one = ops.match_parts(x, parts.expand(2, -1), 9, 0, 0, False, even)[0]
     other = torch.where((parts == 1)[:, None], x, torch.randn(2, 40, 8))
     other[0, 0:7] = 1.0  # all alike: without a count of its own this part would give all it has
-    two = ops.match_parts(other, parts.expand(2, -1), 9, 0, 0, False)[0]
+    two = ops.match_parts(other, parts.expand(2, -1), 9, 0, 0, False, even)[0]
     same = [(a[:, :, None] == a[:, None, :])[:, parts == 1][:, :, parts == 1] for a in (one, two)]
     assert torch.equal(*same)
     shared = same[0].float().sum((-1, -2)) - 20
     assert bool((shared > 0).all()), "the test cannot fail"
     gone = [len(parts[parts == p]) - len(one[0, parts == p].unique()) for p in range(4)]
     assert sum(gone) == 9 and gone[1] == max(gone), gone
+    if even:  # the third has one pair
+        assert gone[2] == 1 and max(gone) - min(gone[0], gone[1], gone[3]) <= 1, gone
 
 
 @pytest.mark.filterwarnings("ignore::tome_fx.ToMeWarning")

@@ -1,13 +1,14 @@
-"""Sequences packed one behind the other that no mask parts: attention runs on a slice of the tokens for each.
+"""Sequences packed one behind the other, parted by a mask or by slices of the tokens that attend each to itself.
 
 Each is a sample of its own: what changes in one moves nothing in the others, wherever tokens merge, and the tokens of
-each merge all the same.
+each merge all the same. Under a mask each gives what it gives alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from tests.laws import PLACEMENTS, UNMOVED, moved, no_internal_error, traced
 from tests.models import redraw
-from tests.palette import assert_lossless, palette_tokens
+from tests.palette import assert_lossless, distance, palette_tokens, run
 
 D, HEADS, R = 128, 4, 12
 Attend = Callable[[Tensor], Tensor]
@@ -84,6 +85,22 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class Parted(Block):
+    """Under a mask of a buffer that numbers the sequences."""
+
+    ids: Tensor
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        super().__init__("split", lengths, False)
+        self.register_buffer("ids", torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.ids[:, None] == self.ids)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
 def packed(way: str, lengths: Sequence[int], early: bool = False) -> nn.Module:
     return redraw(nn.Sequential(*(Block(way, lengths, early) for _ in range(2))), 1).eval()
 
@@ -105,6 +122,20 @@ def test_a_part_of_a_pack_does_not_see_the_others(way: str, lengths: tuple[int, 
 @pytest.mark.parametrize("way", WAYS)
 def test_equal_tokens_of_a_pack_merge_without_loss(way: str) -> None:
     assert_lossless(packed(way, (40, 56)), (palette_tokens(2, 96, D, k=3),), R, placement="branch")
+
+
+@pytest.mark.parametrize("r", [12, 3, [8, 4], 0.25], ids=str)
+def test_a_masked_part_of_a_pack_is_what_it_is_alone(r: Any) -> None:
+    """With MLPs and all: an int is for each part, a fraction of each part."""
+    lengths = (72, 88, 64)
+    blocks = nn.Sequential(*(Parted(lengths) for _ in range(2)))
+    model, x = redraw(blocks, 1).eval().double(), torch.randn(2, sum(lengths), D, dtype=torch.float64)
+    whole, report = run(model, (x,), None, r, placement="branch")
+    assert all(site.mlp for site in report.sites), str(report)
+    for part, own in zip(x.split(list(lengths), 1), whole.split(list(lengths), 1), strict=True):
+        alone = nn.Sequential(*(Parted((part.shape[1],)) for _ in range(2))).eval().double()
+        alone.load_state_dict({k: v for k, v in model.state_dict().items() if "ids" not in k}, strict=False)
+        assert distance(run(alone, (part,), None, r, placement="branch")[0], own) < 1e-12
 
 
 def test_pieces_that_one_attention_sees_leave_the_mlps_as_they_were() -> None:

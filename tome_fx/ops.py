@@ -172,26 +172,28 @@ def _alternating_form(moved_src: Tensor, partner: Tensor, n: int, prefix: int, s
 
 
 def _match_parts_fake(
-    metric: Tensor, parts: Tensor, r: int, prefix: int, suffix: int, heads: bool, similarity: str = "cosine"
+    metric: Tensor, parts: Tensor, r: int, prefix: int, suffix: int, heads: bool, even: bool, similarity: str = "cosine"
 ) -> tuple[Tensor, ...]:
     return _match_fake(metric, r, prefix, suffix, heads)
 
 
 @_opaque(
-    "match_parts(Tensor metric, Tensor parts, SymInt r, int prefix, int suffix, bool heads, str similarity='cosine')"
+    "match_parts(Tensor metric, Tensor parts, SymInt r, int prefix, int suffix, bool heads, bool even, "
+    "str similarity='cosine')"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _match_parts_fake,
 )
 def match_parts(
-    metric: Tensor, parts: Tensor, r: int, prefix: int, suffix: int, heads: bool, similarity: str = "cosine"
+    metric: Tensor, parts: Tensor, r: int, prefix: int, suffix: int, heads: bool, even: bool, similarity: str = "cosine"
 ) -> tuple[Tensor, ...]:
     """`match` where only tokens of one part merge, and each part has a count of its own.
 
-    How many of the r a part gives follows from how many of its sources have a partner in it, as evenly as whole numbers
-    allow, and never from what its tokens or another part's are: a part is a sample of its own.
+    How many of the r a part gives follows from how many of its sources have a partner in it, and never from what its
+    tokens or another part's are: a part is a sample of its own.
 
-    parts: int64 `[*sample, N]`, the same number for all tokens of a part. The others, and what it returns, as `match`;
-    r is at most the number of sources with a partner.
+    parts: int64 `[*sample, N]`, the same number for all tokens of a part. even: all parts give as many, as far as they
+    have them; else the same share. The others, and what it returns, as `match`; r is at most the number of sources with
+    a partner.
     """
     with torch.autocast(metric.device.type, enabled=False), torch.no_grad():
         sample, n = metric.shape[: -3 if heads else -2], parts.shape[-1]
@@ -203,12 +205,12 @@ def match_parts(
         alike = matching.SIMILARITIES[similarity](x[:, first::2], x[:, 1 - first :: 2])
         own = label[:, first::2]
         best, partner = alike.masked_fill(own[:, :, None] != label[:, None, 1 - first :: 2], -torch.inf).max(-1)
-        moved_src = _shared_out(best, own, r)
+        moved_src = _shared_out(best, own, r, even)
         found = (*_alternating_form(moved_src, partner, n, prefix, suffix), best.gather(1, moved_src))
         return tuple(t.reshape(*sample, t.shape[-1]) for t in found)
 
 
-def _shared_out(best: Tensor, own: Tensor, r: int) -> Tensor:
+def _shared_out(best: Tensor, own: Tensor, r: int, even: bool) -> Tensor:
     """`[batch, r]`: the sources that merge, most similar first: of each part the best, as many as its share. best, own:
     `[batch, S]`, -inf where a source has no partner, and its part."""
     place = torch.arange(best.shape[1], device=best.device)
@@ -217,7 +219,8 @@ def _shared_out(best: Tensor, own: Tensor, r: int) -> Tensor:
     before = (best[:, None] > best[:, :, None]) | ((best[:, None] == best[:, :, None]) & (place < place[:, None]))
     rank, count = (same & before).sum(-1), same.sum(-1).clamp_min(1)
     # Parts of one size meet at the same share: their numbers settle it, nothing that stands in them.
-    turn = (rank + 0.5) / count.double() + own.double() * (1e-12 / max(best.shape[1], 1))
+    share = rank.double() if even else (rank + 0.5) / count.double()
+    turn = share + own.double() * (1e-12 / max(best.shape[1], 1))
     chosen = turn.masked_fill(~paired, torch.inf).topk(r, largest=False).indices
     order = best.gather(1, chosen).sort(stable=True, dim=-1, descending=True).indices
     return chosen.gather(1, order)

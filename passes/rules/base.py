@@ -160,8 +160,9 @@ class Facts:
     def told(self, node: fx.Node) -> bool:
         """Whether a value says of single tokens what the caller, a comparison or a constant mask said: no model
         computed or learned it."""
-        said = node in self.given or node in self.decided or node.meta["val"].dtype is torch.bool
-        return said or (self.pairs is not None and self.pairs.marks(node))
+        if self.pairs is not None and (self.pairs.value(node) is not None or self.pairs.marks(node)):
+            return self.pairs.marks(node)
+        return node in self.given or node in self.decided or node.meta["val"].dtype is torch.bool
 
     def per_pair(self, node: fx.Node, query: int, key: int) -> bool:
         """Whether a term of the scores is a mask of pairs (see `pairs.py`), so that no merge can keep what it says."""
