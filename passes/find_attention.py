@@ -547,7 +547,8 @@ def _product_above(node: fx.Node, axis: Dim, facts: Facts, calls: dict[fx.Node, 
         if node in seen or node not in calls:
             continue
         seen.add(node)
-        if isinstance(find(calls[node]), Contraction) and not any(n in facts.constant for n in calls[node].nodes[-2:]):
+        factors = calls[node].nodes[-2:]  # an einsum of one operand is no product
+        if isinstance(find(calls[node]), Contraction) and len(factors) > 1 and not facts.constant & set(factors):
             return node
         # The axis may be spread over several dims on the way (keys as rows and columns of a grid).
         todo += [n for n in calls[node].nodes if set(axis) <= {x for dim in facts.axes[n][0] for x in leaves(dim)}]

@@ -42,8 +42,8 @@ from tome_fx.report import SkipReason
 
 from .axes import Dim, count_of, leaves, locate, size_of
 from .find_attention import TELLS_PAIRS, AttentionSite
-from .find_mlps import find_mlps
-from .masks import KeyMask, Room, cut_to_triangles, key_masks, parted, same_mask, score_terms, token_dims
+from .find_mlps import Mlp, find_mlps
+from .masks import KeyMask, Room, key_masks, masked_by_place, parted, same_mask, score_terms, token_dims
 from .reach import Reach
 from .rules import Call, Facts, find
 from .rules.base import sources
@@ -168,13 +168,16 @@ def _mlps(
         masks = block.masks if block is not None and block.tokens == tokens else ()
         if any(other.merge is mlp.merge for other in blocks) or masked & {mlp.site, *same}:
             continue
-        if _cut(sites, facts, tokens):
+        if _cut(mlp, sites, facts, reach):
             continue
         parts, room = _same_parts([held.get(s) for s in (mlp.site, *same)], facts, tokens)
         if (
             not masks
             and parts is None
-            and any(_keeps_apart(s, held.get(s), facts, calls, reach, tokens) for s in (mlp.site, *same))
+            and (
+                any(_keeps_apart(s, held.get(s), facts, calls, reach, tokens) for s in (mlp.site, *same))
+                or _told_before(value, facts, reach, tokens)
+            )
         ):
             continue
         kept, length = special(facts, tokens), size_of(tokens)
@@ -199,11 +202,25 @@ def _same_parts(blocks: list[Block | None], facts: Facts, tokens: Dim) -> tuple[
     return first, next(block.room for block in blocks if block is not None)
 
 
-def _cut(sites: list[AttentionSite], facts: Facts, tokens: Dim) -> bool:
-    """Whether several pieces of the axis attend each to itself: packed sequences, a slice for each."""
-    own = [leaves(facts.dims(site.q)[site.query_dim]) for site in sites]
-    keys = [leaves(facts.dims(site.k)[site.key_dim]) for site in sites]
-    return len({q for q, k in zip(own, keys, strict=True) if q == k and facts.piece_of(q, tokens)}) > 1
+def _cut(mlp: Mlp, sites: list[AttentionSite], facts: Facts, reach: Reach) -> bool:
+    """Whether several attentions before an MLP have the queries of some of its tokens each, and none since of all:
+    sequences packed one behind the other, or chunks that see only what was before."""
+
+    def count(node: fx.Node) -> float:
+        found = 1.0
+        for size, dim in zip(node.meta["val"].shape, facts.dims(node), strict=True):
+            features = [leaf for leaf in leaves(dim) if leaf in reach.features]
+            found *= size_hint(size) / prod(map(count_of, features)) if len(features) < len(leaves(dim)) else 1
+        return found
+
+    before = [site for site in sites if reach.leads(site.out, mlp.value)]
+    own = []
+    for site in reversed(before):
+        if not count(site.q) < count(mlp.value):
+            break
+        own.append(site)
+    queries = {leaves(facts.dims(site.q)[site.query_dim]) for site in own}
+    return len(queries) > 1 or any(not reach.leads(b.out, a.out) for i, a in enumerate(own) for b in own[i + 1 :])
 
 
 def _told_after(block: Block, value: fx.Node, facts: Facts, calls: dict[fx.Node, Call], reach: Reach) -> bool:
@@ -246,10 +263,24 @@ def _keeps_apart(
         return block.tokens == tokens
     if site.causal is not None:
         return True
+    stream = _stream_beside(site, facts, reach)
     own = leaves(facts.dims(site.q)[site.query_dim]) == leaves(facts.dims(site.k)[site.key_dim])
+    own |= stream is not None and reach.leads(stream, site.k)
     return own and any(
         facts.told(term) or (len(pair := token_dims(term, facts, tokens)) > 1 and facts.per_pair(term, *pair[-2:]))
         for term in score_terms(site, facts, calls, reach)
+    )
+
+
+def _told_before(value: fx.Node, facts: Facts, reach: Reach, tokens: Dim) -> bool:
+    """Whether a mask of single tokens went into a value, in whatever way."""
+    return any(
+        facts.told(node)
+        and (node.meta["val"].dtype is torch.bool or node.meta["val"].is_floating_point())
+        and token_dims(node, facts, tokens)
+        and not any(leaf in reach.features for dim in facts.dims(node) for leaf in leaves(dim))
+        for node in reach.nodes[: reach.index[value]]
+        if isinstance(node.meta.get("val"), torch.Tensor) and node in facts.axes and reach.leads(node, value)
     )
 
 
@@ -307,6 +338,12 @@ def _placed(
         pairs = site.causal
     if isinstance(pairs, str):
         return SkipReason("causal or windowed mask", site.name, pairs)
+    beside = _stream_beside(site, facts, reach) if crossed else None
+    if beside is not None and reach.leads(beside, site.k) and any(
+        facts.told(term) for term in score_terms(site, facts, calls, reach)
+    ):  # fmt: skip
+        why = "its keys are its tokens in another order, or some of them, and a mask leaves keys out"
+        return SkipReason("unclear mask", site.name, why)
     masks = () if crossed else _key_masks(site, facts, calls, reach, tokens, sample, node)
     if isinstance(masks, str):
         return SkipReason("unclear mask", site.name, masks)
@@ -506,7 +543,7 @@ def _branch_point(
             break
         if not isinstance(node.meta.get("val"), torch.Tensor):
             continue
-        if not _holds(facts, node, tokens):
+        if not _holds(facts, node, tokens) or _strangers(site, facts, node, reach):
             break
         best = node
     # Without a projection on the way there is nothing to save before the attention, and keys are the better metric.
@@ -524,6 +561,12 @@ def _branch_point(
     return best, best
 
 
+def _strangers(site: AttentionSite, facts: Facts, node: fx.Node, reach: Reach) -> bool:
+    """Whether a value has samples of which the attention sees one: they would all merge as that one."""
+    seen = {leaf for operand in (site.q, site.k) for dim in facts.dims(operand) for leaf in leaves(dim)}
+    return bool({leaf for dim in facts.dims(node) for leaf in leaves(dim)} - seen - reach.features)
+
+
 def _pair_mask(
     site: AttentionSite,
     facts: Facts,
@@ -538,7 +581,7 @@ def _pair_mask(
     or why nothing may.
     """
     found: tuple[fx.Node, Room] | None = None
-    if cut_to_triangles(site, calls, reach):
+    if masked_by_place(site, facts, calls, reach):
         return TELLS_PAIRS
     keys = leaves(facts.dims(site.k)[site.key_dim])
     for term in score_terms(site, facts, calls, reach):

@@ -22,7 +22,7 @@ from .axes import fresh_dims, leaves, same
 from .pairs import Pairs, elementwise
 from .provenance import origins
 from .rules import Call, Facts, find, tensors_of
-from .rules.base import UNKNOWN, Role, Rule, SignatureRule, result_read, sources
+from .rules.base import FILLED, UNKNOWN, Role, Rule, SignatureRule, result_read, sources
 from .rules.contraction import Attention, Contraction, Convolution
 from .rules.joins import CatRule, SliceRule, SplitRule
 from .rules.reduce import Softmax
@@ -48,8 +48,7 @@ def infer_axes(
         if node.op == "placeholder":
             (facts.given if next(varies) else facts.constant).add(node)
         elif node.op == "get_attr" or (
-            node.op == "call_function"
-            and (node.target in _FILLED or all(n in facts.constant for n in sources(node, node.all_input_nodes)))
+            node.op == "call_function" and all(n in facts.constant for n in sources(node, node.all_input_nodes))
         ):
             facts.constant.add(node)
         if node.op == "call_function" and node.target is operator.getitem:
@@ -224,7 +223,7 @@ def _note_cut_channels(call: Call, facts: Facts) -> None:
 def _note_uniform(call: Call, rule: Rule, facts: Facts) -> None:
     """Dims along which a value is the same everywhere: made by expand, kept by pointwise ops and views."""
     found: set[int] = set()
-    if call.target in _FILLED:
+    if call.target in FILLED:
         found = set(range(call.out.dim()))
     elif isinstance(rule, ExpandRule):
         lead = call.out.dim() - call.vals[0].dim()
@@ -237,10 +236,10 @@ def _note_uniform(call: Call, rule: Rule, facts: Facts) -> None:
     elif not any(n in facts.uniform for n in call.nodes):
         return
     elif isinstance(rule, PermuteRule):
-        held = facts.uniform[call.nodes[0]]
+        held = facts.uniform.get(call.nodes[0], frozenset())
         found = {k for k, d in enumerate(rule.order(call)) if d in held}
     elif isinstance(rule, ViewRule):
-        found = _same_place(call, facts.uniform[call.nodes[0]])
+        found = _same_place(call, facts.uniform.get(call.nodes[0], frozenset()))
     elif isinstance(rule, SignatureRule):
         sig = rule.signature(call, facts)
         moving = {
@@ -272,9 +271,6 @@ def _same_place(call: Call, dims: frozenset[int]) -> set[int]:
 
 _ANGULAR = {aten.sin.default, aten.cos.default, aten.polar.default}
 _EXP = {aten.exp.default, aten.exp2.default}
-_FILLED = {aten.full.default, aten.ones.default, aten.zeros.default, aten.new_full.default, aten.new_ones.default,
-           aten.new_zeros.default, aten.full_like.default, aten.ones_like.default, aten.zeros_like.default,
-           aten.zero.default}  # fmt: skip
 
 
 def _scores(calls: dict[fx.Node, Call]) -> set[fx.Node]:

@@ -85,10 +85,61 @@ def _said(node: fx.Node) -> str:
     return "an input of the model" if node.op == "placeholder" else f"the result of {op_name(node)}"
 
 
-def cut_to_triangles(site: AttentionSite, calls: dict[fx.Node, Call], reach: Reach) -> bool:
-    """Whether a triangle is cut out of the scores or probabilities of an open site: a causal mask with no operand."""
-    ways = _ways(site, calls, reach) if not site.fused else []
-    return any(getattr(n.target, "overloadpacket", None) in (aten.tril, aten.triu) for way, _ in ways for n in way)
+def masked_by_place(site: AttentionSite, facts: Facts, calls: dict[fx.Node, Call], reach: Reach) -> bool:
+    """Whether a part of an open site's scores or probabilities is replaced by what rules out: a mask of pairs that is
+    no operand. A triangle that is cut out; a corner that is filled, written, padded or joined with low numbers, or with
+    any once they are probabilities."""
+    for way, after in _ways(site, calls, reach) if not site.fused else ():
+        on_it = set(way)
+        for node in way:
+            if _packet_of(node) in (aten.tril, aten.triu):
+                return True
+            if node in calls and _packet_of(node) in _PLACED:
+                operands = calls[node].nodes
+                aside = any(_low(n, facts, after) for n in operands if n not in on_it)
+                if aside or _has_low(node, after) or any(_cut_low(n, on_it, facts, calls, after) for n in operands):
+                    return True
+    return False
+
+
+_PLACED = {aten.slice_scatter, aten.select_scatter, aten.diagonal_scatter, aten.as_strided_scatter, aten.index_put,
+           aten.index_fill, aten.index_copy, aten.index_add, aten.scatter, aten.scatter_add, aten.masked_scatter,
+           aten.constant_pad_nd, aten.pad, aten.cat}  # fmt: skip
+_CUTS = {aten.slice, aten.select, aten.narrow, aten.split, aten.split_with_sizes, aten.chunk, aten.unbind,
+         aten.as_strided}  # fmt: skip
+
+
+def _packet_of(node: fx.Node) -> Any:
+    return getattr(node.target, "overloadpacket", None)
+
+
+def _low(node: fx.Node, facts: Facts, after: bool) -> bool:
+    """Whether a value that takes the place of scores rules them out; of probabilities zeros do."""
+    value = facts.pairs.value(node) if facts.pairs is not None else None
+    if value is None or not value.is_floating_point():
+        return facts.told(node) and node.meta["val"].is_floating_point()
+    return bool((value == 0).any()) if after else bool((value <= LEFT_OUT).any())
+
+
+def _has_low(node: fx.Node, after: bool) -> bool:
+    """Whether an op has a number among its arguments that rules out."""
+    numbers = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, float)]
+    pads = _packet_of(node) in (aten.pad, aten.constant_pad_nd)
+    return (after and pads) or any(abs(a) >= -LEFT_OUT or (after and a == 0) for a in numbers)
+
+
+def _cut_low(node: fx.Node, on_it: set[fx.Node], facts: Facts, calls: dict[fx.Node, Call], after: bool) -> bool:
+    """Whether a value is a part of the scores that something low joined."""
+    low = False
+    while node in on_it and node in calls:
+        if _packet_of(node) in _CUTS:
+            return low
+        operands = calls[node].nodes
+        low |= _has_low(node, after) or any(_low(n, facts, after) for n in operands if n not in on_it)
+        if not operands:
+            break
+        node = next((n for n in operands if n in on_it), operands[0])
+    return False
 
 
 def _ways(site: AttentionSite, calls: dict[fx.Node, Call], reach: Reach) -> list[tuple[list[fx.Node], bool]]:
@@ -400,4 +451,4 @@ def _allowed(node: fx.Node, facts: Facts, tokens: Dim) -> Room | None:
     return tuple({tuple(at[found].bincount(minlength=1).tolist()) for at, found in zip(part, paired, strict=True)})
 
 
-__all__ = ["KeyMask", "Room", "cut_to_triangles", "key_masks", "parted", "same_mask", "score_terms", "token_dims"]
+__all__ = ["KeyMask", "Room", "key_masks", "masked_by_place", "parted", "same_mask", "score_terms", "token_dims"]

@@ -53,8 +53,9 @@ class Pairs:
             value = self.values.of(node) if self._fits(node) else None
             if value is not None:
                 said = value.dim() > 0 and (value.is_floating_point() or value.dtype is torch.bool)
-                out = self._out(node, value)
-                found = said and bool(out.any()) and not (value.dtype is torch.bool and bool(out.all()))
+                outs = self._outs(node, value)
+                whole = value.dtype is torch.bool and bool(outs[0].all())
+                found = said and not whole and any(bool(out.any()) for out in outs)
             else:
                 found = any(self.marks(n) for n in self._inner(node))
             self._marks[node] = found
@@ -117,14 +118,13 @@ class Pairs:
     def _by_value(self, node: fx.Node, value: Tensor, query: Dim, key: Dim) -> bool:
         spots = self._spots(node, query, key)
         assert spots is not None
-        out = self._out(node, value.movedim(spots, (-2, -1)))
-        free = [self._free(axis, n).to(out.device) for axis, n in zip((query, key), out.shape[-2:], strict=True)]
-        return tells_apart(out, (free[0], free[1]))
+        outs = self._outs(node, value.movedim(spots, (-2, -1)))
+        free = [self._free(axis, n).to(value.device) for axis, n in zip((query, key), outs[0].shape[-2:], strict=True)]
+        return any(tells_apart(out, (free[0], free[1])) for out in outs)
 
-    def _out(self, node: fx.Node, value: Tensor) -> Tensor:
-        """The entries of a value [..., keys] that rule out."""
-        out = ruled_out(value)
-        return out | (value == 0) if value.is_floating_point() and self._factor(node) else out
+    def _outs(self, node: fx.Node, value: Tensor) -> list[Tensor]:
+        """The entries of a value [..., keys] that rule out: those of a term, and those of a factor where it is one."""
+        return [ruled_out(value)] + [value == 0] * (value.is_floating_point() and self._factor(node))
 
     def _factor(self, node: fx.Node) -> bool:
         """Whether a value is multiplied by something that is computed: then zeros rule out."""

@@ -36,8 +36,17 @@ _PLACING = (ViewRule, PermuteRule, ExpandRule, RepeatRule, CatRule, StackRule, S
 _PLACES = {aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.index_put.default,
            aten.index_copy.default, aten.scatter.src, aten.constant_pad_nd.default, aten.pad.default, aten.flip.default,
            aten.roll.default, aten.where.self, aten.take_along_dim.default, aten.diagonal_scatter.default,
-           aten.as_strided_scatter.default}  # fmt: skip
+           aten.as_strided_scatter.default, aten.masked_scatter.default}  # fmt: skip
 _PADS = {aten.constant_pad_nd.default, aten.pad.default}
+
+def _added_at(x: Tensor, dim: int, index: Tensor, source: Tensor, **_: Any) -> Tensor:
+    """Entries have the largest origin of what is added."""
+    if index.dim() < source.dim():  # index_add: one index for each row
+        index = index.reshape([-1 if d == dim % source.dim() else 1 for d in range(source.dim())]).expand_as(source)
+    return x.scatter_reduce(dim, index, source, "amax")
+
+
+_ADDS_AT = {aten.index_add.default, aten.scatter_add.default}
 
 State = int | Tensor
 """One origin for all entries, or uint8 of the value's shape."""
@@ -75,7 +84,7 @@ class _Origins:
         rule = find(call)
         if isinstance(rule, (Attention, Softmax)) and node not in self.facts.constant:
             return INPUT
-        if isinstance(rule, _PLACING) or node.target in _PLACES:
+        if isinstance(rule, _PLACING) or node.target in _PLACES or node.target in _ADDS_AT:
             return self._placed(node, call)
         if all(isinstance(state, int) for state in held):
             return max(held)
@@ -112,7 +121,8 @@ class _Origins:
 
         args, kwargs = fx.map_arg((node.args, node.kwargs), operand)
         try:
-            found = node.target(*args[:2]) if fills else node.target(*args, **kwargs)  # type: ignore[operator]
+            place: Any = _added_at if node.target in _ADDS_AT else node.target
+            found = place(*args[:2]) if fills else place(*args, **kwargs)
         except RuntimeError:  # an op that has no kernel for bytes
             return INPUT
         if isinstance(found, (tuple, list)):

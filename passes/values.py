@@ -15,6 +15,8 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.value_ranges import bound_sympy
 
+from .rules.base import sources
+
 LARGEST = 2**26
 """Elements of a constant that is computed."""
 KEPT = 2**18
@@ -72,7 +74,7 @@ class Values:
             if node in self.unknown or not (node in self.known or _is_size(node) or self._pure(node)):
                 return None
             found.add(node)
-            todo += [] if node in self.known or _is_size(node) else node.all_input_nodes
+            todo += [] if node in self.known or _is_size(node) else sources(node, node.all_input_nodes)
         return sorted(found)
 
     def _pure(self, node: fx.Node) -> bool:
@@ -99,8 +101,16 @@ def _is_size(node: fx.Node) -> bool:
 def _run(node: fx.Node, held: Mapping[fx.Node, Any]) -> Any:
     if _is_size(node):
         return size_hint(node.meta["val"])
-    args, kwargs = fx.map_arg((node.args, node.kwargs), held.__getitem__)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: held[n] if n in held else _stand_in(n))
     return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _stand_in(node: fx.Node) -> Any:
+    """For an operand of which only shape and dtype are read."""
+    val = node.meta["val"]
+    if not isinstance(val, Tensor):
+        return size_hint(val)
+    return torch.empty((), dtype=val.dtype).expand([size_hint(size) for size in val.shape])
 
 
 def _elements(value: Tensor) -> int:

@@ -29,6 +29,7 @@ from tests.laws import (
     no_internal_error,
     traced,
 )
+from tests.models import redraw
 from tests.palette import assert_lossless, distance, is_rounding, palette_tokens, run
 from tests.spellings import (
     APPLY,
@@ -249,6 +250,115 @@ def test_masks_of_keys_merge(way: str, apply: str) -> None:
 def test_masks_that_leave_all_in_say_nothing(way: str, apply: str) -> None:
     model = masked(held(torch.ones(N, N, dtype=torch.bool), way), apply, D)
     assert_lossless(model, (palette_tokens(BATCH, N, D, k=3),), R, tokens=TOKENS, placement="stream")
+
+
+HALF = N // 2
+
+
+def halves(s: Tensor, low: float) -> Tensor:
+    """The first half does not see the second: added to a slice of a slice."""
+    first, second = s.split(HALF, -2)
+    seen, unseen = first.chunk(2, -1)
+    return torch.cat([torch.cat([seen, unseen + low], -1), second], -2)
+
+
+def filled(s: Tensor, low: float) -> Tensor:
+    s[..., :HALF, HALF:] = low
+    return s
+
+
+def subtracted(s: Tensor, low: float) -> Tensor:
+    s[..., :HALF, :].chunk(2, -1)[1].sub_(-low)
+    return s
+
+
+def indexed(s: Tensor, low: float) -> Tensor:
+    rows, columns = torch.triu_indices(N, N, 1)
+    s[..., rows, columns] = low
+    return s
+
+
+def strided(s: Tensor, low: float) -> Tensor:
+    corner = torch.full((HALF, HALF), low).expand(*s.shape[:2], -1, -1)
+    return torch.as_strided_scatter(s, corner, corner.shape, s.stride(), HALF)
+
+
+def copied(s: Tensor, low: float) -> Tensor:
+    out = torch.full_like(s, low)
+    for i in range(2):
+        out[..., i * HALF : (i + 1) * HALF, : (i + 1) * HALF] = s[..., i * HALF : (i + 1) * HALF, : (i + 1) * HALF]
+    return out
+
+
+WRITTEN: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "a slice set": filled,
+    "a piece of a slice lowered": subtracted,
+    "cat of halves": halves,
+    "cat with low ones": lambda s, low: torch.cat(
+        [torch.cat([s[..., :HALF, :HALF], torch.full_like(s[..., :HALF, HALF:], low)], -1), s[..., HALF:, :]], -2
+    ),
+    "padded": lambda s, low: torch.cat(
+        [nn.functional.pad(s[..., :HALF, :HALF], (0, HALF), value=low), s[..., HALF:, :]], -2
+    ),
+    "triu_indices": indexed,
+    "as_strided_scatter": strided,
+    "copied into low ones": copied,
+    "index_fill of a slice": lambda s, low: torch.cat(
+        [s[..., :HALF, :].index_fill(-1, torch.arange(HALF, N), low), s[..., HALF:, :]], -2
+    ),
+    "triu of a factor": lambda s, low: s + torch.full((N, N), low).triu(1) * (1 + s.mean().sigmoid()),
+}
+
+
+class Written(nn.Module):
+    """Blocks whose scores, or probabilities, are masked by what is written into them."""
+
+    def __init__(self, way: str, late: bool) -> None:
+        super().__init__()
+        self.way, self.late = WRITTEN[way], late
+        self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(2))
+        self.qkv = nn.ModuleList(nn.Linear(D, 3 * D) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, qkv in zip(self.norms, self.qkv, strict=True):
+            q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in qkv(norm(x)).chunk(3, -1))
+            s = q @ k.mT * q.shape[-1] ** -0.5
+            p = self.way(s.softmax(-1).clone(), 0.0) if self.late else self.way(s, -1e9).softmax(-1)
+            p = p / p.sum(-1, keepdim=True)
+            x = x + (p @ v).transpose(1, 2).flatten(2)
+        return x
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["scores", "probabilities"])
+@pytest.mark.parametrize("way", WRITTEN)
+def test_masks_that_are_written_into_the_scores(way: str, late: bool) -> None:
+    """No operand says them: a part of the scores is replaced."""
+    if late and way in ("a piece of a slice lowered", "cat of halves", "triu of a factor"):
+        pytest.skip("adds 0 to probabilities")
+    model = redraw(Written(way, late), 1).eval()
+    x, first = torch.randn(BATCH, N, D), torch.arange(N) < HALF
+    other, made = apart_from(x, ~first), traced(model, R)
+    with torch.no_grad():
+        assert moved(model(other), model(x), first) < UNMOVED, "the mask does not say what it should"
+    for name in PLACEMENTS:
+        leak = moved(made(name, other), made(name, x), first)
+        no_internal_error(made.reports[name])
+        assert leak < UNMOVED, f"{name}: moved by {leak:.0e}\n{made.reports[name]}"
+
+
+def test_scores_that_are_put_together_merge() -> None:
+    """The control: pieces in their places, and a row of the class token's own terms, are no mask."""
+
+    class Together(Written):
+        def forward(self, x: Tensor) -> Tensor:
+            self.way = lambda s, low: torch.cat(s.split(HALF, -2), -2).index_add(
+                -2, torch.tensor([0]), torch.ones(1, 1, 1, N).expand(*s.shape[:2], -1, -1)
+            )
+            return super().forward(x)
+
+    model = redraw(Together("padded", False), 1).eval()
+    report = run(model, (torch.randn(BATCH, N, D),), None, R, placement="branch")[1]
+    assert report.merged_sites == 2, str(report)
 
 
 DIAGONAL: dict[str, Callable[[], nn.Module]] = {

@@ -47,6 +47,24 @@ def halved(x: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.cat([attention(first), *map(attention, sliced(rest, lengths[1:]))], 1)
 
 
+def unbound(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Halves, whatever the lengths."""
+    return torch.cat([attention(part) for part in x.unflatten(1, (2, -1)).unbind(1)], 1)
+
+
+def gathered(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    places = torch.arange(sum(lengths)).split(list(lengths))
+    return torch.cat([attention(x.index_select(1, place)) for place in places], 1)
+
+
+def what_was_before(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Each sees itself and those before."""
+    ends, (q, k, v) = list(accumulate(lengths)), (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in x.chunk(3, -1))
+    out = [F.scaled_dot_product_attention(q[:, :, end - n : end], k[:, :, :end], v[:, :, :end])
+           for n, end in zip(lengths, ends, strict=True)]  # fmt: skip
+    return torch.cat(out, 2).transpose(1, 2).flatten(2)
+
+
 WAYS: dict[str, Callable[[Tensor, Sequence[int]], Tensor]] = {
     "split": lambda x, lengths: torch.cat([attention(part) for part in x.split(list(lengths), 1)], 1),
     "slices": lambda x, lengths: torch.cat([attention(part) for part in sliced(x, lengths)], 1),
@@ -57,6 +75,9 @@ WAYS: dict[str, Callable[[Tensor, Sequence[int]], Tensor]] = {
         [attention(part) for part in x.tensor_split(list(accumulate(lengths))[:-1], 1)], 1
     ),
     "slices of a slice": halved,
+    "index_select": gathered,
+    "what was before": what_was_before,
+    "unbind": unbound,
     "written": written,
     "padded and added": lambda x, lengths: sum(  # type: ignore[arg-type, return-value]
         F.pad(attention(part), (0, 0, sum(lengths[:i]), sum(lengths[i + 1 :])))
@@ -109,6 +130,7 @@ def packed(way: str, lengths: Sequence[int], early: bool = False) -> nn.Module:
 @pytest.mark.parametrize("way", [*WAYS, "early"])
 def test_a_part_of_a_pack_does_not_see_the_others(way: str, lengths: tuple[int, ...]) -> None:
     model = packed("split" if way == "early" else way, lengths, way == "early")
+    lengths = (sum(lengths) // 2,) * 2 if way == "unbind" else lengths
     x, made = torch.randn(2, sum(lengths), D), traced(model, R)
     first = torch.arange(sum(lengths)) < lengths[0]
     other = torch.where(first[:, None], x, torch.randn_like(x))

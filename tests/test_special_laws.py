@@ -312,6 +312,30 @@ def test_padding_under_shared_keys(core: str, placement: str) -> None:
     assert_samples(model, palette_tokens(3, 48, D, k=3), keys_of(48, 48, 30, 20), placement)
 
 
+def over_channels(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    """Efficient attention: keys are normalised over the tokens, and a mask leaves some out there."""
+    k = k.masked_fill(~keep[:, None, :, None], -1e9).softmax(-2)
+    return q.softmax(-1) @ (k.mT @ v)
+
+
+def sorted_keys(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    """Keys and values with those that count first."""
+    order = torch.argsort((~keep).int(), dim=1, stable=True)
+    k, v = (t.gather(2, order[:, None, :, None].expand_as(t)) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep.gather(1, order)[:, None, None])
+
+
+@pytest.mark.parametrize("placement", PLACED)
+@pytest.mark.parametrize("core", [over_channels, sorted_keys], ids=lambda f: f.__name__)
+def test_padding_that_masks_elsewhere(core: Attend, placement: str) -> None:
+    """What stands at padded places moves no valid token, though the mask joins no scores of the tokens themselves."""
+    model, keep = drawn(Net(lambda: Block(core))), keys_of(48, 48, 30, 20)
+    x = torch.randn(3, 48, D)
+    other = torch.where(keep[..., None], x, torch.randn(3, 48, D))
+    made = traced(model, R, (placement,), padding_first=True)
+    assert distance(made(placement, other, keep)[keep], made(placement, x, keep)[keep]) < 1e-5, str(made.reports)
+
+
 ZEROED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "kept": lambda y, keep: y,
     "where": lambda y, keep: torch.where(keep[..., None], y, 0.0),

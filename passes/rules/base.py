@@ -142,15 +142,6 @@ class Facts:
         """The axes, in order, that were concatenated to this one, for each place where they were."""
         return [[leaves(part) for part in parts] for parts, whole in self.joins if leaves(whole) == leaves(axis)]
 
-    def piece_of(self, axis: Dim, whole: Dim) -> bool:
-        """Whether an axis is a slice of another, or one of those that were concatenated to it."""
-        piece = axis
-        while (origin := self.slices.get(("origin", piece))) is not None:
-            piece = leaves(origin[0])
-            if piece == whole:
-                return True
-        return any(axis in parts for parts in self.joined(whole))
-
     def varies(self, node: fx.Node, d: int) -> bool:
         """Whether a value may differ along a dim."""
         val = node.meta["val"]
@@ -185,9 +176,17 @@ SHAPED = frozenset(getattr(torch.ops.aten, name).default for name in ("expand_as
 """Ops that read only shape and dtype of their second operand."""
 
 
+FILLED = frozenset(
+    getattr(torch.ops.aten, f"{new}{name}{like}").default
+    for name in ("full", "ones", "zeros")
+    for new, like in (("", ""), ("new_", ""), ("", "_like"))
+) | {torch.ops.aten.zero.default}
+"""Ops that fill in one number; of an operand they have only the shape, or dtype and device."""
+
+
 def sources(node: fx.Node, operands: Sequence[fx.Node]) -> Sequence[fx.Node]:
     """Those of a node's operands whose values it reads."""
-    return operands[:1] if node.target in SHAPED else operands
+    return operands[: 1 if node.target in SHAPED else 0 if node.target in FILLED else None]
 
 
 def result_read(getitem: fx.Node) -> int | None:
@@ -595,6 +594,7 @@ class GetItem(Rule):
 register(GetItem(), operator.getitem)
 
 __all__ = [
+    "FILLED",
     "SHAPED",
     "UNKNOWN",
     "Call",

@@ -79,7 +79,7 @@ class Norm2(SignatureRule):
         layout = decision.ins[0]
         for d in reduced_dims(call):
             for run in layout[d] if env.config.counts else ():
-                x = x * env.weight(call.nodes[0], layout, d, run).sqrt().to(x.dtype)
+                x = x * env.weight(call.nodes[0], layout, d, run).to(x.dtype).sqrt()
         return env.run(call, [x])
 
 
