@@ -99,6 +99,9 @@ def one(name: str, r: int, sweep: bool = False) -> Row:
             if row["lossless"] == "broken" and convolved:
                 # Tokens equal when they merged, and no longer after their neighbours were mixed in.
                 row["lossless"] = f"n/a ({convolved[0].removeprefix('aten.')} between merges)"
+            if row["lossless"] == "broken" and row["tied"]["holds"] and row["tied"]["approximations"]:
+                # Positions that could not be taken out of the model: tokens that are equal are not treated alike.
+                row["lossless"] = f"n/a ({next(iter(row['tied']['approximations']))} tells equal tokens apart)"
     return row
 
 

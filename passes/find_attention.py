@@ -16,6 +16,7 @@ Correctness does not depend on either: what is not fused follows the measure pri
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -49,6 +50,9 @@ _ABSORBS = -1e9
 
 
 TELLS_PAIRS = "its mask decides for each query which keys it sees"
+UNKNOWN_VALUE = (
+    "or may: it has a row for each of them, and the caller gives its value (a mask of keys has one row for all)"
+)
 
 
 @dataclass(frozen=True)
@@ -446,9 +450,16 @@ def place(node: fx.Node) -> str:
     return ""
 
 
+def tells_pairs(mask: fx.Node, facts: Facts) -> str:
+    """Why a mask of pairs leaves a site alone."""
+    known = facts.pairs is not None and facts.pairs.value(mask) is not None
+    return TELLS_PAIRS if known or mask not in facts.given else f"{TELLS_PAIRS}, {UNKNOWN_VALUE}"
+
+
 def _clean(path: str) -> str:
     """`L['self']._modules['blocks']._modules['0'].attn` -> `blocks.0.attn`."""
-    for junk in ("L['self']", "L['fn']", "L['mod']", ".__dict__", "._modules", "['", "']", "self."):
+    path = re.sub(r"^L\['\w+'\](\[\d+\])?", "", path)  # the local that the model is in
+    for junk in (".__dict__", "._modules", "['", "']", "self."):
         path = path.replace(junk, "." if junk in ("['",) else "")
     parts = [p for p in path.split(".") if p and p not in ("_orig_mod",)]
     return ".".join(parts)
@@ -459,7 +470,7 @@ def _fused_site(node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Ca
     rank = k.meta["val"].dim()
     causal = "the attention is causal" if call.args.get("is_causal") else None
     if causal is None and len(call.nodes) == 4 and facts.per_pair(call.nodes[3], -2, -1):
-        causal = TELLS_PAIRS
+        causal = tells_pairs(call.nodes[3], facts)
     queries = q.meta["val"].dim() - 2
     name = place(node) or f"attention {index}"
     values = v.meta["val"].dim() - 2

@@ -41,7 +41,7 @@ from tome_fx.config import ToMeConfig
 from tome_fx.report import SkipReason
 
 from .axes import Dim, count_of, leaves, locate, size_of
-from .find_attention import TELLS_PAIRS, AttentionSite
+from .find_attention import TELLS_PAIRS, AttentionSite, tells_pairs
 from .find_mlps import Mlp, find_mlps
 from .masks import KeyMask, Room, key_masks, masked_by_place, parted, same_mask, score_terms, token_dims
 from .reach import Reach
@@ -342,7 +342,7 @@ def _placed(
     if beside is not None and reach.leads(beside, site.k) and any(
         facts.told(term) for term in score_terms(site, facts, calls, reach)
     ):  # fmt: skip
-        why = "its keys are its tokens in another order, or some of them, and a mask leaves keys out"
+        why = "its keys are its tokens in another order, beside others, or some of them, and a mask leaves keys out"
         return SkipReason("unclear mask", site.name, why)
     masks = () if crossed else _key_masks(site, facts, calls, reach, tokens, sample, node)
     if isinstance(masks, str):
@@ -594,7 +594,7 @@ def _pair_mask(
             continue
         mask = parted(term, facts, calls, tokens, sample)
         if mask is None or (found is not None and not same_mask(mask[0], found[0], facts)):
-            return TELLS_PAIRS
+            return tells_pairs(term, facts)
         found = mask
     return found
 
@@ -602,7 +602,7 @@ def _pair_mask(
 def _unkept(mask: fx.Node, branch: bool, pairing: tuple[str, str, str]) -> str | None:
     """Why tokens do not stay in the parts that a mask cuts each window into, or None where they do."""
     if not branch:
-        return "its mask parts the stream, which merges for good"
+        return 'its mask parts the stream, which merges for good (placement="branch" merges within the parts)'
     if pairing[:2] != PAPERS[:2]:  # how many have a partner in their part is counted for the paper's sides
         return f"matcher={pairing[0]!r} with partition={pairing[1]!r} may pair tokens that its mask parts"
     return None

@@ -193,7 +193,10 @@ def _profitable(
         branches = [site for site in losing if blocks[site].branch]
         for site in branches or [min(losing, key=lambda s: plan.saved.get(s, 0.0) - plan.spent[s])]:
             kind = "MLP does not pay" if blocks[site].mlp else "does not pay"
-            why = f"matching would cost {plan.spent[site]:.2g} FLOPs and save {plan.saved.get(site, 0.0):.2g}"
+            spent, saved = plan.spent[site], plan.saved.get(site, 0.0)
+            anyway = "branch" if blocks[site].branch else "stream"
+            why = f"merging costs as much as {spent:.2g} FLOPs and saves {saved:.2g}"
+            why += f'; a larger r may pay, and placement="{anyway}" merges all the same'
             left = plan.site_flops.get(site, [0.0])[0]
             if not blocks[site].branch and left < NO_PRODUCT * _elements_of(blocks[site].merge):
                 kind, why = "nothing to save", "no product is computed on its tokens after it"

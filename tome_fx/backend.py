@@ -8,7 +8,7 @@ import logging
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,6 +58,8 @@ class ToMeBackend:
         options = dict(kwargs.pop("options", None) or {})
         own = {key.removeprefix("tome."): options.pop(key) for key in list(options) if key.startswith("tome.")}
         config = updated(self.config, own) if own else self.config
+        if wrong := [key for key in options if config.inner == "inductor" and _is_ours(key)]:
+            raise ValueError(f"options of tome_backend begin with tome.: say tome.{wrong[0]} instead of {wrong[0]}")
         rewritten, report = transform(gm, example_inputs, config)
         if rewritten is not None:
             on_cpu = _shares_kernels(example_inputs, config)
@@ -78,6 +80,11 @@ class ToMeBackend:
                 return compiled
         record(report)
         return compile_inner(gm, example_inputs, config.inner, options=options, **kwargs)
+
+
+def _is_ours(key: str) -> bool:
+    """Whether the name of an inner option is none of Inductor's but one of ours."""
+    return key in {one.name for one in fields(ToMeConfig)} and not hasattr(torch._inductor.config, key)
 
 
 def tome_backend(

@@ -25,7 +25,9 @@ from torch import Tensor, fx
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils._pytree import tree_map
 
+from tome_fx.backend import ToMeError
 from tome_fx.config import ToMeConfig, config_from
+from tome_fx.explain import check_call
 from tome_fx.passes import run_pipeline
 from tome_fx.passes.capture import capture
 from tome_fx.passes.find_attention import place
@@ -127,11 +129,14 @@ class Check:
 
     @property
     def tolerance(self) -> float:
+        """The largest error that counts as rounding: 1e-6 in float64, more in the dtypes of a model that does not run
+        in it."""
         return IN_OWN_DTYPE.get(self.dtype, TOLERANCE)
 
     @property
     def holds(self) -> bool:
-        """Whether what is left once approximations are taken into account is rounding."""
+        """Whether what is left once approximations are taken into account is at most `tolerance`. Where nothing merges
+        it is: see `merges`, or say strict=True."""
         return max(self.explained, self.spelling) <= self.tolerance
 
     def summary(self) -> str:
@@ -202,14 +207,18 @@ def check(
     the dtypes it has, and the result says so.
 
     effects: whether to run the tied graph once more for each approximation, to see what it alone does to the outputs.
-    config: the keywords of `tome_backend`. Raises NoLawError (a ValueError) for `merging="prune"` and
-    `prop_attn=False`, which keep no law, and what torch.compile raises where it cannot trace.
+    args, kwargs: the inputs, as for `model(*args, **kwargs)`.
+    config: the keywords of `tome_backend`; strict=True raises ToMeError where nothing merges.
+
+    Raises NoLawError (a ValueError) for `merging="prune"` and `prop_attn=False`, which keep no law, and what
+    torch.compile raises where it cannot trace.
     """
     settings = config_from({"r": r, "inner": "eager", **config})
     if settings.merging == "prune":
         raise NoLawError('merging="prune" computes the model on fewer tokens, not a tied one: there is no law to check')
     if not settings.prop_attn:
         raise NoLawError("prop_attn=False lets a group count as one token, so no law holds: there is nothing to check")
+    check_call(model, args)
     graphs: list[_Graph] = []
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
@@ -222,7 +231,10 @@ def check(
             torch.compile(model, backend=backend, dynamic=False)(*_copied(args), **_copied(dict(kwargs or {})))
         except BackendCompilerFailed as error:
             raise error.inner_exception from None  # the user asked us, not torch.compile
-    return _total(graphs, settings)
+    found = _total(graphs, settings)
+    if settings.strict and not found.merges:
+        raise ToMeError(found.summary())
+    return found
 
 
 def _copied(values: Any) -> Any:

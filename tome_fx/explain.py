@@ -38,6 +38,7 @@ def explain(
     torch.compile raises where it cannot trace, and what the model itself raises.
     """
     settings = config_from({"r": r, "inner": "eager", **config})
+    check_call(model, args)
     found: list[ToMeReport] = []
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
@@ -53,6 +54,14 @@ def explain(
     for report in found:
         total = total + report
     return total
+
+
+def check_call(model: Any, args: Any) -> None:
+    """Raise TypeError where a model is none, or its inputs are not given as a tuple or list."""
+    if not callable(model):
+        raise TypeError(f"model must be a module or a function, got {type(model).__name__}")
+    if not isinstance(args, (tuple, list)):
+        raise TypeError(f"args must be a tuple or list of the model's inputs, as (x,), got {type(args).__name__}")
 
 
 def _isolated() -> Any:
@@ -97,6 +106,9 @@ def _rewritten(
     model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, config: Mapping[str, Any]
 ) -> tuple[fx.GraphModule, ToMeReport]:
     settings = config_from({"inner": "eager", **config})
+    check_call(model, args)
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError("torch.export takes an nn.Module, got a function; `explain` and `check` take functions too")
     exported = torch.export.export(model, tuple(args), _in_order(model, kwargs or {}), strict=False)
     source = _module(exported)
     flat = [_flat_value(node) for node in source.graph.find_nodes(op="placeholder")]

@@ -137,9 +137,18 @@ class ToMeReport:
         graphs = f"{self.graphs} graph" + "s" * (self.graphs != 1)
         if not self.merged_sites:
             why = "; ".join(dict.fromkeys(str(s) for s in self.skipped)) or "no attention was found"
+            if not self.graphs:
+                why = (
+                    "torch.compile gave the backend no graph of it: it broke off before the attention, and the model "
+                    "ran as it is (TORCH_LOGS=graph_breaks says where; nn.TransformerEncoder with a mask does so "
+                    "unless is_causal=True or False is given)"
+                )
             return f"nothing merged in {graphs} with {self.attention_sites} attention sites: {why}"
         stream = [site.tokens for site in self.sites if site.merged and site.placement == "stream"]
-        tokens = f"{stream[0][0]} -> {stream[-1][1]} tokens, " if stream else ""
+        ends = [i for i in range(len(stream) - 1) if stream[i][1] != stream[i + 1][0]]
+        parts = [stream[i:j] for i, j in zip([0, *(i + 1 for i in ends)], [*(i + 1 for i in ends), None], strict=True)]
+        chains = dict.fromkeys(f"{part[0][0]} -> {part[-1][1]} tokens" for part in parts if part)
+        tokens = f"{', '.join(chains)}, " if chains else ""
         branches, mlps = (self.merged_by_placement[name] for name in ("branch", "mlp"))
         alone = f", {branches} of them around the attention alone" if branches else ""
         alone += f", {mlps} in the MLP alone" if mlps else ""
