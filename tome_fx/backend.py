@@ -110,7 +110,9 @@ def tome_backend(
 
     Args:
         r: tokens merged away per block (16 unless given): an int; a float below 1, a share of the block's mergeable
-            tokens; `(r, inflection)`, falling (-1) or rising (1) linearly over the blocks; or a list of ints.
+            tokens; `(r, inflection)`, falling (-1) or rising (1) linearly over the blocks; or a list of ints, one for
+            each block in order (none for blocks beyond its end; a longer list raises ScheduleError). In packed
+            sequences that a mask parts it is for each part.
         flops: instead of `r`, the share of the model's FLOPs to aim at.
         every: merge at every k-th block only, what the schedule gives to the k blocks up to it.
         multiple: keep token counts at multiples of this number; what is left over is merged by a later block.
@@ -120,8 +122,8 @@ def tome_backend(
         partition: the two sides of the matching, "alternating", "sequential" or "random".
         matcher: who picks the pairs, "bipartite", "random" or a name given to `register_matcher`.
         merging: what becomes of a pair, "mean", "plain", "keep" or "prune"; see `ToMeConfig`.
-        protect: tokens that never merge: a number of leading ones, `(count, period)`, or a list of positions; "auto"
-            finds class, distillation, camera and register tokens.
+        protect: tokens that never merge: a number of leading ones, `(count, period)`, or a list of positions (from the
+            end where negative); "auto" finds class, distillation, camera and register tokens.
         placement: "stream" merges for good, "branch" around each attention and MLP alone; "auto" takes the stream where
             there is one, a branch elsewhere, and either only where it pays.
         padding_first: merge the tokens that a mask of keys leaves out before all others. Their outputs are then those
@@ -130,7 +132,8 @@ def tome_backend(
         inner: "inductor", "aot_eager" or "eager".
         strict: raise ToMeError where the default is a ToMeWarning.
 
-    Raises: TypeError or ValueError on values that are not allowed.
+    Raises: TypeError or ValueError on values that are not allowed. The compiled call raises ScheduleError (a
+    ValueError) for a list `r` that is too long and, with `strict=True`, ToMeError.
     """
     return ToMeBackend(
         ToMeConfig(
