@@ -40,6 +40,18 @@ def copied(e: Tensor, s: Tensor, at: int) -> Tensor:
     return y.index_copy(1, torch.arange(at, at + k), s)
 
 
+def scattered(e: Tensor, s: Tensor, at: int, add: bool) -> Tensor:
+    """By index_add and scatter_add, or by masked_scatter."""
+    k, n = s.shape[1], e.shape[1]
+    places, own = torch.arange(n) + k * (torch.arange(n) >= at), torch.arange(at, at + k)
+    y = e.new_zeros(e.shape[0], n + k, e.shape[2])
+    if add:
+        y = y.index_add(1, places, e)
+        return y.scatter_add(1, own[None, :, None].expand(len(e), -1, e.shape[2]), s.expand(len(e), -1, -1))
+    free = ((torch.arange(n + k) < at) | (torch.arange(n + k) >= at + k))[None, :, None].expand_as(y)
+    return y.masked_scatter(free, e).masked_scatter(~free, s.expand(len(e), -1, -1).contiguous())
+
+
 def sliced_in(e: Tensor, s: Tensor, at: int) -> Tensor:
     """By slice_scatter."""
     k = s.shape[1]
@@ -94,6 +106,8 @@ INSERT: dict[str, Insert] = {
     "slices written": written,
     "index_put": put,
     "index_copy": copied,
+    "index_add, scatter_add": lambda e, s, at: scattered(e, s, at, True),
+    "masked_scatter": lambda e, s, at: scattered(e, s, at, False),
     "slice_scatter": sliced_in,
     "sum of padded": padded_sum,
     "reordered": reordered,

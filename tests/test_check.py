@@ -400,3 +400,27 @@ def test_command_line_says_where_it_is_broken(
     monkeypatch.setattr(rewriting.Emitter, "weight", _ones)
     assert cli.main(["check", f"{HERE}:tiny", "--r", "4", "--input", "2,3,24,24"]) == 1
     assert "BROKEN" in capsys.readouterr().out
+
+
+class Causal(nn.Module):
+    """Nothing of it may merge."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + nn.functional.scaled_dot_product_attention(*(x[:, None] for _ in range(3)), is_causal=True)[:, 0]
+
+
+def test_where_nothing_merges_strict_says_so() -> None:
+    """A gate that asks for `.holds` alone would pass a model that never merges."""
+    found = tome_fx.check(Causal(), (torch.randn(2, 36, 32),), r=4)
+    assert found.holds and not found.merges and "nothing merges" in found.summary()
+    with pytest.raises(tome_fx.ToMeError, match="nothing merges"):
+        tome_fx.check(Causal(), (torch.randn(2, 36, 32),), r=4, strict=True)
+
+
+@pytest.mark.parametrize("call", [tome_fx.check, tome_fx.explain, tome_fx.rewrite, tome_fx.trace_tokens])
+def test_what_is_no_call_is_named(call: Any) -> None:
+    """The usual slips: a tensor for the inputs, something else for the model."""
+    with pytest.raises(TypeError, match=r"args must be a tuple or list of the model's inputs, as \(x,\), got Tensor"):
+        call(Causal(), torch.randn(2, 36, 32))
+    with pytest.raises(TypeError, match="model must be a module or a function, got str"):
+        call("vit_tiny", (torch.randn(2, 36, 32),))

@@ -304,3 +304,45 @@ def test_a_mask_that_masks_stays() -> None:
         others = [i for i in range(N) if i != 5]
         moved = distance(got[0][:, others], got[1][:, others])
         assert (moved == 0) is (distance(want[0][:, others], want[1][:, others]) == 0)
+
+
+class TwoTowers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = (nn.Sequential(Block(), Block()) for _ in range(2))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.left(x).mean(1) + self.right(y).mean(1)
+
+
+def test_two_towers_are_told_one_by_one() -> None:
+    given = torch.randn(2, 96, D), torch.randn(2, 64, D)
+    report = tome_fx.explain(TwoTowers().eval(), given, r=8, placement="stream")
+    assert "96 -> 80 tokens, 64 -> 48 tokens" in report.summary()
+
+
+def test_names_without_the_locals_of_dynamo() -> None:
+    """Whatever the variable is called that a model stands in."""
+    stack = nn.Sequential(Block(), Block()).eval()
+
+    class Odd(nn.Module):
+        def __init__(this) -> None:
+            super().__init__()
+            this.layers = stack
+
+        def forward(this, *inputs: Tensor) -> Tensor:
+            return this.layers(inputs[0])
+
+    report = tome_fx.explain(Odd().eval(), (torch.randn(2, 96, D),), r=8, placement="stream")
+    assert [site.name for site in report.sites] == ["layers.0", "layers.1"]
+
+
+def test_a_model_of_which_no_graph_came_says_so() -> None:
+    """A break before the attention: the backend has seen nothing, and cannot say that there is none."""
+
+    @torch._dynamo.disable
+    def hidden(x: Tensor) -> Tensor:
+        return x + nn.functional.scaled_dot_product_attention(x, x, x)
+
+    summary = tome_fx.explain(hidden, (torch.randn(2, 36, D),), r=4).summary()
+    assert "in 0 graphs" in summary and "gave the backend no graph" in summary
