@@ -96,8 +96,10 @@ def masked_by_place(site: AttentionSite, facts: Facts, calls: dict[fx.Node, Call
                 return True
             if node in calls and _packet_of(node) in _PLACED:
                 operands = calls[node].nodes
-                aside = any(_low(n, facts, after) for n in operands if n not in on_it)
-                if aside or _has_low(node, after) or any(_cut_low(n, on_it, facts, calls, after) for n in operands):
+                low = any(_low(n, facts, after) for n in operands if n not in on_it) or _has_low(node, after)
+                if _packet_of(node) in _BESIDE:  # columns beside whole scores (a sink) leave no key out
+                    low &= any(_is_cut(n, on_it, calls) for n in operands)
+                if low or any(_cut_low(n, on_it, facts, calls, after) for n in operands):
                     return True
     return False
 
@@ -107,6 +109,9 @@ _PLACED = {aten.slice_scatter, aten.select_scatter, aten.diagonal_scatter, aten.
            aten.constant_pad_nd, aten.pad, aten.cat}  # fmt: skip
 _CUTS = {aten.slice, aten.select, aten.narrow, aten.split, aten.split_with_sizes, aten.chunk, aten.unbind,
          aten.as_strided}  # fmt: skip
+
+
+_BESIDE = {aten.constant_pad_nd, aten.pad, aten.cat}
 
 
 def _packet_of(node: fx.Node) -> Any:
@@ -126,6 +131,19 @@ def _has_low(node: fx.Node, after: bool) -> bool:
     numbers = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, float)]
     pads = _packet_of(node) in (aten.pad, aten.constant_pad_nd)
     return (after and pads) or any(abs(a) >= -LEFT_OUT or (after and a == 0) for a in numbers)
+
+
+def _is_cut(node: fx.Node, on_it: set[fx.Node], calls: dict[fx.Node, Call]) -> bool:
+    """Whether a value is a part of the scores."""
+    todo, seen = [node], set[fx.Node]()
+    while todo:
+        node = todo.pop()
+        if _packet_of(node) in _CUTS and node in on_it:
+            return True
+        if node in on_it and node in calls and node not in seen:
+            todo += calls[node].nodes
+        seen.add(node)
+    return False
 
 
 def _cut_low(node: fx.Node, on_it: set[fx.Node], facts: Facts, calls: dict[fx.Node, Call], after: bool) -> bool:

@@ -254,6 +254,7 @@ def test_caches_in_training(site: Path, tmp_path: Path) -> None:
     assert (cold["aot_miss"], warm["aot_hit"], warm["aot_miss"]) == (1, 1, 0)
 
 
+@pytest.mark.slow
 def test_layers_share_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lengths that merges leave are inputs of the compiled graph: layers of one kind have one kernel. The same result
     comes out without that, a second call compiles nothing, and Dynamo gets no guard on them."""

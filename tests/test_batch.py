@@ -43,7 +43,7 @@ def test_plain_transformers(spec: Spec, placement: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::tome_fx.ToMeWarning")
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_any_transformer(data: st.DataObject) -> None:
     spec = data.draw(strategies.specs(), label="spec").replace(batch=BATCH)

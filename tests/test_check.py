@@ -72,7 +72,7 @@ def test_random_tokens_in_many_spellings(spec: Spec, placement: str) -> None:
     assert min(m.similarity for m in found.merges) < 0.999
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(strategies.specs(), st.integers(1, 12), st.sampled_from(["auto", "stream", "branch"]),
        st.sampled_from(["mean", "plain", "keep"]))  # fmt: skip
 def test_any_transformer(spec: Spec, r: int, placement: str, merging: str) -> None:

@@ -98,7 +98,7 @@ def test_gradients_are_those_of_every_row() -> None:
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_through_inductor(training: bool) -> None:
     model, args = models.build(models.Spec(depth=4))
     model = model.train(training)

@@ -153,6 +153,7 @@ def test_a_length_that_is_a_width(seen: Seen) -> None:
     assert seen.numbers == [{}]
 
 
+@pytest.mark.slow
 def test_other_symbols_leave_it_alone(seen: Seen) -> None:
     """With a symbolic batch the graph goes to the compiler as it is."""
     model, (x, *rest) = build(Spec(depth=4))

@@ -298,7 +298,7 @@ def test_an_output_without_digits_is_judged_in_float64() -> None:
         law(Spec(attention="matmul", norm="post", readout="var", talking=True, dim=32, heads=2), r=1, prop_attn=False)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_any_transformer(data: st.DataObject) -> None:
     """Random models from all spellings at once x layouts x prefix x schedule."""

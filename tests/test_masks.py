@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import tome_fx
 from tests.models import redraw
 from tests.palette import assert_lossless, equalize, palette_grid, palette_tokens, run
+from tests.strategies import thinned
 from tests.test_branch import Net, Shifted, Windowed, unwindow, windows
 from tome_fx import ops
 
@@ -285,7 +286,7 @@ def tokens_of(out: Any) -> Tensor:
 SOME = [("fill", kind) for kind in KINDS] + [(form, "before") for form in OPEN if form != "fill"]
 
 
-@pytest.mark.parametrize(("form", "kind"), SOME)
+@pytest.mark.parametrize(("form", "kind"), thinned(SOME, 2))
 def test_open_padding_first_hides_the_padding(form: str, kind: str) -> None:
     """As of fused attention: what stands in padded places changes nothing elsewhere."""
     torch.manual_seed(0)
@@ -508,7 +509,7 @@ def test_dynamic_shapes() -> None:
     assert len(tome_fx.reports()) == before + 1
 
 
-@pytest.mark.parametrize("kind", ["keys", "parts"])
+@pytest.mark.parametrize("kind", ["keys", pytest.param("parts", marks=pytest.mark.slow)])
 def test_the_whole_way(kind: str) -> None:
     """Through Inductor: as eager."""
     torch.manual_seed(6)

@@ -203,7 +203,7 @@ def test_timm_grad_checkpointing() -> None:
     assert_same(got, want, 5e-5)
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_two_runs_are_equal_to_the_bit(inner: str) -> None:
     """Deterministic mode refuses no op of ours, and outputs and gradients of two training steps are the same."""
     model, args = build(Spec(depth=4, mask="float", readout="mean"))
