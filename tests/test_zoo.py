@@ -37,6 +37,8 @@ NO_RULE = {
     "aten._upsample_bilinear2d_aa": "resizes a position table",
     "aten.grid_sampler": "resizes a position table",
     "aten.bucketize": "makes positions",
+    "aten.embedding_bag": "looks up positions",
+    "aten.repeat_interleave": "numbers the images of a pack",
     "aten.polar": "makes rotary angles",
     "aten.complex": "rotary angles and channels as complex numbers",
     "aten.pad_sequence": "packs samples of several lengths, before anything is merged",
