@@ -275,10 +275,10 @@ def _keeps_apart(
 def _told_before(value: fx.Node, facts: Facts, reach: Reach, tokens: Dim) -> bool:
     """Whether a mask of single tokens went into a value, in whatever way."""
     return any(
-        facts.told(node)
-        and (node.meta["val"].dtype is torch.bool or node.meta["val"].is_floating_point())
+        (node.meta["val"].dtype is torch.bool or node.meta["val"].is_floating_point())
         and token_dims(node, facts, tokens)
         and not any(leaf in reach.features for dim in facts.dims(node) for leaf in leaves(dim))
+        and facts.told(node)  # last: it may compute a constant
         for node in reach.nodes[: reach.index[value]]
         if isinstance(node.meta.get("val"), torch.Tensor) and node in facts.axes and reach.leads(node, value)
     )

@@ -92,12 +92,12 @@ def masked_by_place(site: AttentionSite, facts: Facts, calls: dict[fx.Node, Call
     for way, after in _ways(site, calls, reach) if not site.fused else ():
         on_it = set(way)
         for node in way:
-            if _packet_of(node) in (aten.tril, aten.triu):
+            if _packet(node) in (aten.tril, aten.triu):
                 return True
-            if node in calls and _packet_of(node) in _PLACED:
+            if node in calls and _packet(node) in _PLACED:
                 operands = calls[node].nodes
                 low = any(_low(n, facts, after) for n in operands if n not in on_it) or _has_low(node, after)
-                if _packet_of(node) in _BESIDE:  # columns beside whole scores (a sink) leave no key out
+                if _packet(node) in _BESIDE:  # columns beside whole scores (a sink) leave no key out
                     low &= any(_is_cut(n, on_it, calls) for n in operands)
                 if low or any(_cut_low(n, on_it, facts, calls, after) for n in operands):
                     return True
@@ -114,10 +114,6 @@ _CUTS = {aten.slice, aten.select, aten.narrow, aten.split, aten.split_with_sizes
 _BESIDE = {aten.constant_pad_nd, aten.pad, aten.cat}
 
 
-def _packet_of(node: fx.Node) -> Any:
-    return getattr(node.target, "overloadpacket", None)
-
-
 def _low(node: fx.Node, facts: Facts, after: bool) -> bool:
     """Whether a value that takes the place of scores rules them out; of probabilities zeros do."""
     value = facts.pairs.value(node) if facts.pairs is not None else None
@@ -129,7 +125,7 @@ def _low(node: fx.Node, facts: Facts, after: bool) -> bool:
 def _has_low(node: fx.Node, after: bool) -> bool:
     """Whether an op has a number among its arguments that rules out."""
     numbers = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, float)]
-    pads = _packet_of(node) in (aten.pad, aten.constant_pad_nd)
+    pads = _packet(node) in (aten.pad, aten.constant_pad_nd)
     return (after and pads) or any(abs(a) >= -LEFT_OUT or (after and a == 0) for a in numbers)
 
 
@@ -138,7 +134,7 @@ def _is_cut(node: fx.Node, on_it: set[fx.Node], calls: dict[fx.Node, Call]) -> b
     todo, seen = [node], set[fx.Node]()
     while todo:
         node = todo.pop()
-        if _packet_of(node) in _CUTS and node in on_it:
+        if _packet(node) in _CUTS and node in on_it:
             return True
         if node in on_it and node in calls and node not in seen:
             todo += calls[node].nodes
@@ -150,7 +146,7 @@ def _cut_low(node: fx.Node, on_it: set[fx.Node], facts: Facts, calls: dict[fx.No
     """Whether a value is a part of the scores that something low joined."""
     low = False
     while node in on_it and node in calls:
-        if _packet_of(node) in _CUTS:
+        if _packet(node) in _CUTS:
             return low
         operands = calls[node].nodes
         low |= _has_low(node, after) or any(_low(n, facts, after) for n in operands if n not in on_it)
@@ -335,7 +331,7 @@ class _Reader:
         return found
 
 
-def _packet(call: Call) -> Any:
+def _packet(call: Call | fx.Node) -> Any:
     return getattr(call.target, "overloadpacket", None)
 
 

@@ -453,7 +453,7 @@ class _Walk:
         if r == 0:
             why = f"{before} tokens left of {block.length}, {kept} protected"
             why += f", counts in multiples of {self.multiple}" * (self.multiple > 1)
-            if most and most[0] == 0:
+            if block.room and most[0] == 0:
                 why = "its mask leaves some token no partner"
             self._skip(block, "nothing to merge", why if self.wanted[index] else "its share of the schedule is 0")
             return None, 0

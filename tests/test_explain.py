@@ -346,3 +346,11 @@ def test_a_model_of_which_no_graph_came_says_so() -> None:
 
     summary = tome_fx.explain(lambda x: hidden(x), (torch.randn(2, 36, D),), r=4).summary()
     assert "in 0 graphs" in summary and "gave the backend no graph" in summary
+
+
+def test_a_short_axis_is_not_blamed_on_a_mask() -> None:
+    """There is none: half of its tokens are kept, and they are reached."""
+    model = nn.Sequential(*(Block() for _ in range(4))).eval()
+    report = tome_fx.explain(model, (torch.randn(2, 16, D),), r=6, placement="stream")
+    reasons = [reason.detail for reason in report.skipped if reason.kind == "nothing to merge"]
+    assert reasons and all("tokens left of 16" in why for why in reasons), reasons

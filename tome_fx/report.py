@@ -144,11 +144,12 @@ class ToMeReport:
                     "unless is_causal=True or False is given)"
                 )
             return f"nothing merged in {graphs} with {self.attention_sites} attention sites: {why}"
-        stream = [site.tokens for site in self.sites if site.merged and site.placement == "stream"]
-        ends = [i for i in range(len(stream) - 1) if stream[i][1] != stream[i + 1][0]]
-        parts = [stream[i:j] for i, j in zip([0, *(i + 1 for i in ends)], [*(i + 1 for i in ends), None], strict=True)]
-        chains = dict.fromkeys(f"{part[0][0]} -> {part[-1][1]} tokens" for part in parts if part)
-        tokens = f"{', '.join(chains)}, " if chains else ""
+        chains: list[tuple[int, int]] = []
+        for start, end in (site.tokens for site in self.sites if site.merged and site.placement == "stream"):
+            if chains and chains[-1][1] == start:
+                start = chains.pop()[0]
+            chains.append((start, end))
+        tokens = "".join(f"{start} -> {end} tokens, " for start, end in dict.fromkeys(chains))
         branches, mlps = (self.merged_by_placement[name] for name in ("branch", "mlp"))
         alone = f", {branches} of them around the attention alone" if branches else ""
         alone += f", {mlps} in the MLP alone" if mlps else ""
