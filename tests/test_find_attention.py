@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import tome_fx
 from tests.models import Spec, build
-from tests.palette import assert_lossless, palette_tokens
+from tests.palette import assert_lossless, palette_tokens, run
 from tests.recording import record
 from tests.strategies import thinned
 
@@ -86,3 +87,44 @@ def test_transposed_probabilities_are_fused() -> None:
     assert seen.ops()["aten.scaled_dot_product_attention"] == 2
     report = assert_lossless(model, (x,), 4, placement="stream", control=True)
     assert report.tokens[0] == (24, 20)
+
+
+class SequenceFirst(nn.Module):
+    """Tokens first, [N, B, D], and a mask of keys [N, N, B] that an einsum of one operand turns to the scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.content = nn.Parameter(torch.randn(2, 8))
+
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (2, 24)).chunk(3, -1)
+        scores = (torch.einsum("ibnd,jbnd->bnij", q, k) + torch.einsum("nd,jbnd->bnj", self.content, k)[:, :, None]) / 3
+        scores = scores - 1e30 * torch.einsum("ijbn->bnij", hidden[..., None])
+        return x + self.out(torch.einsum("bnij,jbnd->ibnd", scores.softmax(3), v).flatten(2))
+
+
+class SequenceFirstNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(SequenceFirst() for _ in range(3))
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        x, hidden = x.transpose(0, 1), padding.T[None].expand(x.shape[1], -1, -1)
+        for block in self.blocks:
+            x = block(x, hidden)
+        return x.transpose(0, 1)
+
+
+def test_a_mask_turned_by_an_einsum_of_one_operand() -> None:
+    """XLNet's spelling. The tied law holds, and what is padded moves nothing."""
+    torch.manual_seed(0)
+    model, x = SequenceFirstNet().eval(), torch.randn(2, 24, 16)
+    padding = (torch.arange(24) >= torch.tensor([[24], [17]])).float()
+    found = tome_fx.check(model, (x, padding), r=4, placement="branch")
+    assert found.merges and found.error < 1e-9, found
+    out, _ = run(model, (x, padding), None, 4, placement="branch")
+    other, _ = run(model, (torch.where(padding[..., None] > 0, 9 * torch.randn_like(x), x), padding), None, 4,
+                   placement="branch")  # fmt: skip
+    kept = padding == 0
+    torch.testing.assert_close(other[kept], out[kept])

@@ -27,6 +27,7 @@ LIKE_ANOTHER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "expand_as": lambda table, q: table.expand_as(q),
     "view_as": lambda table, q: table.reshape(2 * N, 4).view_as(q[0, 0]),
     "reshape_as": lambda table, q: table.flatten().reshape_as(q[0, 0]),
+    "reshape_as, the same everywhere": lambda table, q: table.flatten().reshape_as(q.new_ones(N, 1).expand(N, 8)),
 }
 
 

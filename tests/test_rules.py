@@ -470,3 +470,26 @@ def test_every_function_of_merged_tokens(family: str, part: int) -> None:
     wrong |= {f"{op} has no rule": "" for op in report.unknown_ops if op not in NO_RULE}
     if wrong:
         pytest.fail("\n".join(f"{name}: {problem}" for name, problem in wrong.items()), pytrace=False)
+
+
+IN_FLOAT64: dict[str, Fn] = {
+    "norm": lambda y, *_: y.norm(dim=1),
+    "vector_norm": lambda y, *_: torch.linalg.vector_norm(y, dim=1),
+    "softmax": lambda y, *_: y.softmax(1).square().sum(1),
+    "logsumexp": lambda y, *_: y.logsumexp(1),
+    "log_softmax": lambda y, *_: y.log_softmax(1),
+    "mean": lambda y, *_: y.mean(1),
+    "var": lambda y, *_: y.var(1),
+}
+
+
+def test_sizes_in_float64_where_the_model_is() -> None:
+    """sqrt(size) and log(size) rounded to float32 would show at 1e-8."""
+    torch.manual_seed(0)
+    model = redraw(After(IN_FLOAT64)).eval().double()
+    args = palette_tokens(B, N, D, k=3).double(), torch.ones(B, N, dtype=torch.bool)
+    with torch.no_grad():
+        want, got = model(*args), compiled(model, 6, placement="stream")(*args)
+    assert [tuple(t) for t in tome_fx.reports()[-1].tokens] == [(N, N - 6)]
+    for name in IN_FLOAT64:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-12, atol=1e-12, msg=name)
