@@ -205,7 +205,7 @@ def _positions(call: Call, values: Values) -> tuple[int, list[int]] | None:
     if value is None or not value.numel():
         return None
     found = value.nonzero() if value.dtype is torch.bool else value
-    return d, sorted({int(i) for i in found.flatten().unique()[:LISTED]})
+    return d, found.flatten().unique()[:LISTED].tolist()
 
 
 LISTED = 1024

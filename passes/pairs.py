@@ -21,7 +21,7 @@ from .rules.joins import CatRule, StackRule
 from .rules.pointwise import POINTWISE, MaskRule
 from .rules.views import ExpandRule, PermuteRule, RepeatRule, ViewRule
 from .special import special
-from .values import GAP, LEFT_OUT, Values, ruled_out, tells_apart
+from .values import GAP, LEFT_OUT, Values, ruled_out, rules_none_out, tells_apart
 
 aten = torch.ops.aten
 _PLACED = ViewRule, PermuteRule, ExpandRule, RepeatRule
@@ -53,9 +53,8 @@ class Pairs:
             value = self.values.of(node) if self._fits(node) else None
             if value is not None:
                 said = value.dim() > 0 and (value.is_floating_point() or value.dtype is torch.bool)
-                outs = self._outs(node, value)
-                whole = value.dtype is torch.bool and bool(outs[0].all())
-                found = said and not whole and any(bool(out.any()) for out in outs)
+                whole = value.dtype is torch.bool and bool(value.all())
+                found = said and not whole and any(bool(out.any()) for out in self._outs(node, value))
             else:
                 found = any(self.marks(n) for n in self._inner(node))
             self._marks[node] = found
@@ -118,13 +117,14 @@ class Pairs:
     def _by_value(self, node: fx.Node, value: Tensor, query: Dim, key: Dim) -> bool:
         spots = self._spots(node, query, key)
         assert spots is not None
-        outs = self._outs(node, value.movedim(spots, (-2, -1)))
-        free = [self._free(axis, n).to(value.device) for axis, n in zip((query, key), outs[0].shape[-2:], strict=True)]
-        return any(tells_apart(out, (free[0], free[1])) for out in outs)
+        value = value.movedim(spots, (-2, -1))
+        free = [self._free(axis, n).to(value.device) for axis, n in zip((query, key), value.shape[-2:], strict=True)]
+        return any(tells_apart(out, (free[0], free[1])) for out in self._outs(node, value))
 
     def _outs(self, node: fx.Node, value: Tensor) -> list[Tensor]:
         """The entries of a value [..., keys] that rule out: those of a term, and those of a factor where it is one."""
-        return [ruled_out(value)] + [value == 0] * (value.is_floating_point() and self._factor(node))
+        zeros = value.is_floating_point() and self._factor(node)
+        return ([] if rules_none_out(value) else [ruled_out(value)]) + [value == 0] * zeros
 
     def _factor(self, node: fx.Node) -> bool:
         """Whether a value is multiplied by something that is computed: then zeros rule out."""

@@ -25,6 +25,8 @@ LEFT_OUT = -1e4
 """A term of the scores this low leaves a key out."""
 GAP = 50.0
 """Two levels this far apart are seen and not seen: exp(-50) is nothing beside 1."""
+NEAR = 16.0
+"""No entry this near to its row's largest is left out: exp(-16) is a number in every dtype."""
 
 
 def size_hint(size: Any) -> int:
@@ -142,6 +144,14 @@ def ruled_out(value: Tensor) -> Tensor:
     return out
 
 
+def rules_none_out(value: Tensor) -> bool:
+    """Whether a term of the scores is seen at once to leave no key out: its numbers lie near each other."""
+    if not value.is_floating_point() or not value.numel():
+        return False
+    low, high = value.aminmax()
+    return bool(low > LEFT_OUT) and bool(high - low <= NEAR)
+
+
 def tells_apart(out: Tensor, free: tuple[Tensor, Tensor]) -> bool:
     """Whether what is ruled out, bool [..., queries, keys], says something else of each of the tokens that may merge.
 
@@ -161,4 +171,13 @@ def same_along(value: Tensor) -> frozenset[int]:
     return frozenset(d for d in range(value.dim()) if bool((value == value.narrow(d, 0, 1)).all()))
 
 
-__all__: Sequence[str] = ["LARGEST", "Values", "gives_one_value", "ruled_out", "same_along", "size_hint", "tells_apart"]
+__all__: Sequence[str] = [
+    "LARGEST",
+    "Values",
+    "gives_one_value",
+    "ruled_out",
+    "rules_none_out",
+    "same_along",
+    "size_hint",
+    "tells_apart",
+]

@@ -450,7 +450,7 @@ class Unfed(nn.Module):
             case "positions expanded first":
                 return self.net(x + self.off * self.own(self.learned.expand(len(x), -1, -1)))
             case "weights":
-                w = self.own(torch.cat([self.learned, self.bands], 1))[0, : D]
+                w = self.own(torch.cat([self.learned, self.bands], 1))[0, :D]
                 return self.net(F.linear(x, w) * 0.2)
             case "prompts for logits":
                 return self.net(x) @ self.own(self.learned).mT
