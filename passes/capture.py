@@ -33,10 +33,11 @@ from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 
 from .axes import expr
 from .flex import flex_attention
-from .idle import drop_idle
+from .idle import drop_idle, numbers
 from .join_writes import join_writes
 from .regions import CaptureError, cut_out, enters_vmap, retrace, vmap_stretch
 from .rules.base import tensors_of
+from .spread import narrow_spread
 from .trace import OF_THE_VALUE
 
 aten = torch.ops.aten
@@ -85,6 +86,8 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
     _fill_from_nothing(traced.graph)
     traced.graph.eliminate_dead_code(is_impure_node=is_impure)
     join_writes(traced.graph)
+    narrow_spread(traced.graph, mode, numbers(traced.graph).get)
+    traced.graph.eliminate_dead_code(is_impure_node=is_impure)
     drop_idle(traced.graph)
     traced.graph.eliminate_dead_code(is_impure_node=is_impure)
     traced.recompile()

@@ -24,19 +24,30 @@ LARGEST = 2**20
 """Elements of a tensor that is still computed, those along an expanded dim counted once."""
 
 
-def drop_idle(graph: fx.Graph) -> None:
-    """Rewrite in place. Dead code is left to the caller."""
+def numbers(graph: fx.Graph) -> dict[fx.Node, Tensor]:
+    """The values of what is made of numbers alone."""
     values: dict[fx.Node, Tensor] = {
         node: node.meta["constant"]
         for node in graph.find_nodes(op="placeholder")
         if "constant" in node.meta and not any(_writes(user) for user in node.users)
     }
-    for node in list(graph.nodes):
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-            continue
+    for node in _calls(graph):
         if (value := _computed(node, values)) is not None:
             values[node] = value
-        elif node.target is aten.scaled_dot_product_attention.default:
+    return values
+
+
+def _calls(graph: fx.Graph) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload)]
+
+
+def drop_idle(graph: fx.Graph) -> None:
+    """Rewrite in place. Dead code is left to the caller."""
+    values = numbers(graph)
+    for node in _calls(graph):
+        if node in values:
+            continue
+        if node.target is aten.scaled_dot_product_attention.default:
             _drop_mask(node, values)
         elif (kept := _kept(node, values)) is not None:
             node.replace_all_uses_with(kept)
@@ -122,4 +133,4 @@ def _bits(node: fx.Node) -> bool:
     return "bitwise" not in str(node.target) or node.meta["val"].dtype is torch.bool
 
 
-__all__ = ["drop_idle"]
+__all__ = ["drop_idle", "numbers"]
