@@ -33,11 +33,9 @@ from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 
 from .axes import expr
 from .flex import flex_attention
-from .idle import drop_idle, numbers
-from .join_writes import join_writes
+from .normalize import normalize
 from .regions import CaptureError, cut_out, enters_vmap, retrace, vmap_stretch
 from .rules.base import tensors_of
-from .spread import narrow_spread
 from .trace import OF_THE_VALUE
 
 aten = torch.ops.aten
@@ -83,13 +81,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
     inside = traced.graph.find_nodes(op="placeholder")[len(constants) :]
     learned = [n for n, fake in zip(inside, fakes, strict=True) if isinstance(fake, Tensor) and fake.requires_grad]
     functionalise(traced, mode, learned)
-    _fill_from_nothing(traced.graph)
-    traced.graph.eliminate_dead_code(is_impure_node=is_impure)
-    join_writes(traced.graph)
-    narrow_spread(traced.graph, mode, numbers(traced.graph).get)
-    traced.graph.eliminate_dead_code(is_impure_node=is_impure)
-    drop_idle(traced.graph)
-    traced.graph.eliminate_dead_code(is_impure_node=is_impure)
+    normalize(traced.graph, mode, is_impure)
     traced.recompile()
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     held = {**constants, **attributes}
@@ -310,24 +302,6 @@ AUTOCAST_SWITCHES: dict[Any, Callable[..., Any]] = {
     torch.amp.autocast_mode._enter_autocast: _enter_autocast,
     torch.amp.autocast_mode._exit_autocast: _exit_autocast,
 }
-
-
-_NEW: dict[Any, float] = {aten.new_zeros.default: 0.0, aten.new_ones.default: 1.0}
-
-
-def _fill_from_nothing(graph: fx.Graph) -> None:
-    """`x.new_zeros(size)` reads no value of x: without it, what is made from the result is seen to be constant."""
-    for node in list(graph.nodes):
-        if node.target not in _NEW or not all(isinstance(size, int) for size in node.args[1]):
-            continue
-        val = node.meta["val"]
-        with graph.inserting_before(node):
-            value = _NEW[node.target] if val.dtype.is_floating_point else int(_NEW[node.target])
-            options = {"dtype": val.dtype, "device": val.device}
-            filled = graph.call_function(aten.full.default, (node.args[1], value), options)
-        filled.meta = dict(node.meta)
-        node.replace_all_uses_with(filled)
-        graph.erase_node(node)
 
 
 # -- fused inference ops -----------------------------------------------------------------------------------------------

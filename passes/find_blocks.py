@@ -29,6 +29,7 @@ It only annotates.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -40,7 +41,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from tome_fx.config import ToMeConfig
 from tome_fx.report import SkipReason
 
-from .axes import Dim, count_of, leaves, locate, size_of
+from .axes import Atom, Dim, count_of, leaves, locate, size_of
 from .find_attention import TELLS_PAIRS, AttentionSite, tells_pairs
 from .find_mlps import Mlp, find_mlps
 from .masks import KeyMask, Room, key_masks, masked_by_place, parted, same_mask, score_terms, token_dims
@@ -49,11 +50,12 @@ from .rules import Call, Facts, find
 from .rules.base import sources
 from .rules.contraction import Contraction
 from .rules.pointwise import POINTWISE
+from .rules.views import PermuteRule, ViewRule
 from .special import Special, special
 from .values import size_hint
 
 aten = torch.ops.aten
-_ADDS = {aten.add.Tensor}
+_ADDS = {aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor}
 PAPERS = ToMeConfig().pairing
 """The matcher, partition and similarity of the paper."""
 # Shorter axes (a few frames) are not merged: pairing 8 tokens by halves is not what the similarity measure is for.
@@ -469,10 +471,18 @@ def _origin(node: fx.Node, goal: fx.Node, facts: Facts, reach: Reach) -> fx.Node
     """What a value is one by one the same as, or a multiple of, up to the first that `goal` is computed from."""
     while not reach.leads(node, goal) and node.op == "call_function":
         above = [n for n in sources(node, node.all_input_nodes) if n not in facts.constant]
-        if len(above) != 1 or facts.axes.get(above[0]) != facts.axes.get(node) or find(Call(node)) is not POINTWISE:
+        rule = find(Call(node))
+        if len(above) != 1 or not (rule is POINTWISE or isinstance(rule, (PermuteRule, ViewRule))):
+            break
+        if _content(above[0], facts) != _content(node, facts):
             break
         node = above[0]
     return node
+
+
+def _content(node: fx.Node, facts: Facts) -> Counter[Atom]:
+    """What axes a value has, in whatever order."""
+    return Counter(leaf for dims in facts.axes.get(node, ()) for dim in dims for leaf in leaves(dim))
 
 
 def _holds(facts: Facts, node: fx.Node, tokens: Dim) -> bool:

@@ -48,6 +48,14 @@ ADDS: dict[str, Any] = {
     "to(device)": lambda x, y: y + x.to(y.device), "to(like)": lambda x, y: x.to(y) + y,
     "float": lambda x, y: x.float() + y, "clone": lambda x, y: y + x.clone(), "twice": lambda x, y: 2.0 * x + y,
     "contiguous": lambda x, y: x.contiguous() + y, "eval dropout": lambda x, y: F.dropout(x, 0.5, False) + y,
+    "stack": lambda x, y: torch.stack([x, y]).sum(0), "stack last": lambda x, y: torch.stack([y, x], -1).sum(-1),
+    "cat": lambda x, y: torch.cat([x[None], y[None]]).sum(0), "list": lambda x, y: sum([x, y]),
+    "mean": lambda x, y: torch.stack([x, y]).mean(0) * 2, "minus": lambda x, y: x - (-y),
+    "from": lambda x, y: torch.rsub(-y, x), "alpha": lambda x, y: torch.add(x, y, alpha=0.5),
+    "addcmul": lambda x, y: torch.addcmul(x, y, torch.full((D,), 0.3)), "in place": lambda x, y: x.clone().add_(y),
+    "addcdiv": lambda x, y: torch.addcdiv(x, y, torch.full((D,), 3.0)), "halved": lambda x, y: (x + y) / 2**0.5,
+    "channels first": lambda x, y: (x.mT + y.mT).mT,
+    "rows": lambda x, y: (x.flatten(0, 1) + y.flatten(0, 1)).view_as(x),
 }  # fmt: skip
 
 

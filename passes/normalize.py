@@ -1,0 +1,152 @@
+"""normalize: one meaning, one form. What a model can spell in many ways is put into the one way that later passes read.
+
+| spelling                                                | form                                                     |
+|---------------------------------------------------------|----------------------------------------------------------|
+| slices written until nothing is left of what was there  | one cat (`join_writes.py`)                               |
+| `x.new_zeros(size)`                                     | `full(size, 0)`, which reads nothing of x                |
+| `addcmul(x, a, b, value=c)`, `addcdiv`                  | `add(x, mul(a, b), alpha=c)`, `add(x, div(a, b), ...)`   |
+| `stack([x, y]).sum(0)`, `cat([x[None], y[None]]).sum(0)`| `add(x, y)`                                              |
+| `stack([x, y]).mean(0)`                                 | `div(add(x, y), 2)`                                      |
+| what is the same along a dim, spread out                | its row (`spread.py`)                                    |
+| numbers that change nothing                             | left out (`idle.py`)                                     |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .axes import expr
+from .idle import drop_idle, numbers
+from .join_writes import join_writes
+from .rules import Call
+from .spread import narrow_spread
+from .trace import OF_THE_VALUE
+
+aten = torch.ops.aten
+
+MOST = 8
+"""Values whose sum is still written as adds."""
+
+
+def normalize(graph: fx.Graph, mode: FakeTensorMode, impure: Callable[[fx.Node], bool]) -> None:
+    """Rewrite in place. impure: the nodes that stay though nobody reads them."""
+    _by_table(graph, mode)
+    graph.eliminate_dead_code(is_impure_node=impure)
+    join_writes(graph)
+    narrow_spread(graph, mode, numbers(graph).get)
+    graph.eliminate_dead_code(is_impure_node=impure)
+    drop_idle(graph)
+    graph.eliminate_dead_code(is_impure_node=impure)
+
+
+class _Place:
+    """Where the new form of a node is written."""
+
+    def __init__(self, graph: fx.Graph, mode: FakeTensorMode, node: fx.Node) -> None:
+        self.graph, self.mode, self.node = graph, mode, node
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        with self.graph.inserting_before(self.node):
+            new = self.graph.call_function(target, args, kwargs)
+        held = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        new.meta = {k: v for k, v in self.node.meta.items() if k not in OF_THE_VALUE}
+        with self.mode, torch.no_grad():
+            new.meta["val"] = target(*held[0], **held[1])
+        return new
+
+
+def _by_table(graph: fx.Graph, mode: FakeTensorMode) -> None:
+    for node in list(graph.nodes):
+        form = FORMS.get(node.target) if node.op == "call_function" else None
+        new = form(Call(node), _Place(graph, mode, node)) if form is not None else None
+        if new is not None:
+            new.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(new)
+
+
+Form = Callable[[Call, _Place], fx.Node | None]
+
+
+def _filled(number: float) -> Form:
+    def form(call: Call, emit: _Place) -> fx.Node | None:
+        own, size = call.out, call.args["size"]
+        if not all(isinstance(n, int) for n in size):
+            return None
+        value = number if own.dtype.is_floating_point else int(number)
+        return emit(aten.full.default, size, value, dtype=own.dtype, device=own.device)
+
+    return form
+
+
+def _added(product: Any) -> Form:
+    """A sum with a product or a quotient."""
+
+    def form(call: Call, emit: _Place) -> fx.Node | None:
+        if not _one_kind(call):
+            return None
+        a = call.args
+        other, value = emit(product, a["tensor1"], a["tensor2"]), a["value"]
+        return emit(aten.add.Tensor, a["self"], other, **({} if value == 1 else {"alpha": value}))
+
+    return form
+
+
+def _summed(call: Call, emit: _Place) -> fx.Node | None:
+    found = _terms(call, emit)
+    if found is None:
+        return None
+    return _total(found, emit)
+
+
+def _averaged(call: Call, emit: _Place) -> fx.Node | None:
+    found = _terms(call, emit)
+    return None if found is None else emit(aten.div.Tensor, _total(found, emit), len(found))
+
+
+def _total(terms: list[fx.Node], emit: _Place) -> fx.Node:
+    total = terms[0]
+    for term in terms[1:]:
+        total = emit(aten.add.Tensor, total, term)
+    return total
+
+
+def _terms(call: Call, emit: _Place) -> list[fx.Node] | None:
+    """The values that stand one beside the other in the dim that a reduction sums over, and in no other."""
+    source, dims = call.nodes[0], call.args["dim"]
+    if source.target not in (aten.stack.default, aten.cat.default) or not _one_kind(call) or not dims or len(dims) != 1:
+        return None
+    pieces, d = Call(source), call.axis(dims[0])
+    if not _one_kind(pieces) or not 1 < len(pieces.nodes) <= MOST:
+        return None
+    if source.target is aten.stack.default:
+        if pieces.axis(pieces.args["dim"], call.vals[0].dim()) != d:
+            return None
+        terms = pieces.nodes
+    else:
+        if pieces.axis(pieces.args["dim"]) != d or any(expr(val.shape[d]) != 1 for val in pieces.vals):
+            return None
+        terms = [emit(aten.squeeze.dim, n, d) for n in pieces.nodes]
+    return [emit(aten.unsqueeze.default, n, d) for n in terms] if call.args["keepdim"] else terms
+
+
+def _one_kind(call: Call) -> bool:
+    """Whether operands and result are floats of one dtype, so that no other form rounds elsewhere."""
+    held = [*call.vals, *call.results]
+    return all(isinstance(v, Tensor) and v.is_floating_point() and v.dtype == held[0].dtype for v in held)
+
+
+FORMS: dict[Any, Form] = {
+    aten.new_zeros.default: _filled(0.0),
+    aten.new_ones.default: _filled(1.0),
+    aten.addcmul.default: _added(aten.mul.Tensor),
+    aten.addcdiv.default: _added(aten.div.Tensor),
+    aten.sum.dim_IntList: _summed,
+    aten.mean.dim: _averaged,
+}
+
+__all__ = ["normalize"]
