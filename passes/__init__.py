@@ -119,7 +119,8 @@ def run_pipeline(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig) 
     if not plan.merges:
         if not sites:
             other = any(isinstance(find(call), Softmax) for call in calls.values())
-            why = "its softmax is not over products of queries and keys" if other else "it has no softmax attention"
+            why = "its softmax is not over products of queries and keys"
+            why = why if other else "no queries and keys make the weights of a sum over tokens"
             report.skipped.append(SkipReason("no attention", "", why))
         return Result(None, report, captured)
     with _timed(seconds, "rewrite"):

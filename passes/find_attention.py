@@ -9,7 +9,8 @@ intermediate values somebody else reads.
     s = baddbmm(bias, q, kT, alpha=c) ; m = masked_fill(s, mask, -inf) ; p = softmax(m, -1) ; o = bmm(dropout(p), v)
     ->  o = scaled_dot_product_attention(q, k, v, attn_mask=bias + where(mask, -inf, 0), dropout_p, scale=c)
 
-`find_attention` lists the sites, also those whose softmax has columns beside the products (attention sinks).
+`find_attention` lists the sites, also those whose softmax has columns beside the products (attention sinks) and those
+without a softmax (`find_sums.py`).
 Correctness does not depend on either: what is not fused follows the measure principle op by op.
 """
 
@@ -29,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .axes import Dim, leaves
 from .axes import expr as size_expr
 from .capture import is_impure
+from .find_sums import Summed, find_sums
 from .rules import Call, Facts, find
 from .rules.base import Role, Signature
 from .rules.contraction import Contraction
@@ -58,8 +60,9 @@ UNKNOWN_VALUE = (
 @dataclass(frozen=True)
 class AttentionSite:
     """q, k, out: nodes. query_dim, key_dim: where their tokens stand. inner_dims: the dims of k that the scores
-    contract. causal: why the site must not merge, or None. fused: `out` is an SDPA. masked: it has a mask. v: the
-    values, if they are known. others: where the tokens and the features of q and of v stand."""
+    contract. causal: why the site must not merge, or None. fused: `out` is an SDPA. masked: it has a mask. softmax: its
+    weights are a softmax (see `find_sums.py`). v: the values, if they are known. others: where the tokens and the
+    features of q and of v stand."""
 
     name: str
     q: fx.Node
@@ -71,6 +74,7 @@ class AttentionSite:
     causal: str | None = None
     fused: bool = False
     masked: bool = False
+    softmax: bool = True
     v: fx.Node | None = None
     others: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
@@ -436,7 +440,10 @@ def find_attention(gm: fx.GraphModule, facts: Facts, calls: dict[fx.Node, Call])
             site = _open_site(node, call, facts, calls, len(sites))
             if site is not None:
                 sites.append(site)
-    return sites
+    summed = [
+        _summed_site(found, i) for i, found in enumerate(find_sums(facts, calls, {s.out for s in sites}), len(sites))
+    ]
+    return sorted([*sites, *summed], key=lambda site: site.out) if summed else sites
 
 
 def place(node: fx.Node) -> str:
@@ -476,8 +483,9 @@ def _fused_site(node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Ca
     values = v.meta["val"].dim() - 2
     others = (queries, (queries + 1,)), (values, (values + 1,))
     return AttentionSite(
-        name, q, k, node, queries, rank - 2, (rank - 1,), causal, True, len(call.nodes) == 4, v, others
-    )
+        name, q, k, node, queries, rank - 2, (rank - 1,), causal, fused=True, masked=len(call.nodes) == 4, v=v,
+        others=others,
+    )  # fmt: skip
 
 
 def _open_site(node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Call], index: int) -> AttentionSite | None:
@@ -520,6 +528,22 @@ def _open_site(node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Cal
         inner,
         v=v,
         others=((queries, query_inner), (values, value_inner)),
+    )
+
+
+def _summed_site(found: Summed, index: int) -> AttentionSite:
+    q, k, v = found.q, found.k, found.v
+    return AttentionSite(
+        place(found.out) or f"attention {index}",
+        q.node,
+        k.node,
+        found.out,
+        q.tokens,
+        k.tokens,
+        k.features,
+        softmax=False,
+        v=v.node,
+        others=((q.tokens, q.features), (v.tokens, v.features)),
     )
 
 

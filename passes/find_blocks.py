@@ -346,6 +346,9 @@ def _placed(
     ):  # fmt: skip
         why = "its keys are its tokens in another order, beside others, or some of them, and a mask leaves keys out"
         return SkipReason("unclear mask", site.name, why)
+    if not site.softmax and _told_before(site.out, facts, reach, tokens):
+        why = "a mask tells its tokens apart, and it has no softmax that the mask could leave them out of"
+        return SkipReason("unclear mask", site.name, why)
     masks = () if crossed else _key_masks(site, facts, calls, reach, tokens, sample, node)
     if isinstance(masks, str):
         return SkipReason("unclear mask", site.name, masks)

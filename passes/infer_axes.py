@@ -66,8 +66,8 @@ def infer_axes(
         facts.axes[node] = rule.axes(call, facts)
         if isinstance(rule, (Contraction, Convolution)) and any(n in facts.constant for n in call.nodes):
             _note_channels(call, rule, facts)
-        elif isinstance(rule, (SliceRule, SplitRule)):
-            _note_cut_channels(call, facts)
+        elif isinstance(rule, (SliceRule, SplitRule, CatRule)) or call.target in _PADS:
+            _note_made_channels(call, facts)
         _note_uniform(call, rule, facts)
         _note_reads(call, facts, values)
         known.note(node, facts)
@@ -212,12 +212,18 @@ LISTED = 1024
 """Positions of an index that are looked at."""
 
 
-def _note_cut_channels(call: Call, facts: Facts) -> None:
-    """A piece of a feature axis is one too."""
+_PADS = {aten.pad.default, aten.constant_pad_nd.default}
+
+
+def _note_made_channels(call: Call, facts: Facts) -> None:
+    """A piece of a feature axis is one too, and so is one that was padded or joined with others."""
     features = {leaf for dim in facts.channels for leaf in leaves(dim)}
-    d = call.axis(call.args.get("dim", 0))
-    if features & set(leaves(facts.dims(call.nodes[0])[d])):
-        facts.channels += [dims[d] for dims in facts.axes[call.node] if len(dims) == call.vals[0].dim()]
+    before = facts.dims(call.nodes[0])
+    for after in facts.axes[call.node]:
+        if len(after) == len(before):
+            facts.channels += [
+                new for old, new in zip(before, after, strict=True) if new is not old and features & set(leaves(old))
+            ]
 
 
 def _note_uniform(call: Call, rule: Rule, facts: Facts) -> None:

@@ -160,6 +160,10 @@ def _ways(site: AttentionSite, calls: dict[fx.Node, Call], reach: Reach) -> list
     """Of an open site: the nodes from its product to each softmax, and those from there to its output (True), without
     what only has the shape of one of them."""
     ways = []
+    if not site.softmax:
+        products = (n for n in reach.between(site.k, site.out) if n in calls and site.q in calls[n].nodes)
+        product = next((n for n in products if site.k in calls[n].nodes), None)
+        return [] if product is None else [(_by_value(reach.between(product, site.out), calls), True)]
     for softmax in reach.between(site.k, site.out):
         if softmax not in calls or not isinstance(find(calls[softmax]), Softmax):
             continue

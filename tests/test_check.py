@@ -364,7 +364,7 @@ def test_options_without_a_law_are_refused(options: dict[str, Any]) -> None:
 
 def test_nothing_merges_is_said() -> None:
     found = law(nn.Linear(4, 4), (torch.randn(2, 4),))
-    assert not found.merges and "nothing merges" in str(found) and "no softmax attention" in str(found)
+    assert not found.merges and "nothing merges" in str(found) and "no queries and keys" in str(found)
 
 
 def test_another_matcher_is_checked_by_its_groups() -> None:

@@ -1,0 +1,192 @@
+"""find_sums: attention without a softmax, as sites of their own.
+
+What sums values over the tokens, weighted by what queries and keys make of each other, is attention whatever the
+weights are (sigmoid, relu / n, exp over its sum). The sum may also come first (linear attention):
+
+    w = f(q k^T) ; o = w v                     scores of every pair
+    s = f(k)^T v ; o = f(q) s                  no scores: keys and values are summed over the tokens, then read
+
+No more is needed to merge: every sum over tokens becomes one weighted by size, op by op. Both sums are contractions of
+two activations over an axis of tokens; what tells scores from keys is whether the axis that is kept holds tokens or
+features. Attention over channels has a softmax between the two products and is none of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from .axes import Dim, leaves
+from .rules import Call, Facts, find
+from .rules.base import Role, Signature, sources
+from .rules.contraction import Contraction
+from .rules.pointwise import POINTWISE, MaskRule
+from .rules.reduce import Softmax
+from .rules.views import ExpandRule, PermuteRule, ViewRule
+
+_PASSES = (type(POINTWISE), MaskRule, ViewRule, PermuteRule, ExpandRule)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One operand of a product: its node, the dim of its tokens, those of its features."""
+
+    node: fx.Node
+    tokens: int
+    features: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Summed:
+    """Queries, keys and values of an attention without a softmax, and its result."""
+
+    q: Operand
+    k: Operand
+    v: Operand
+    out: fx.Node
+
+
+def find_sums(facts: Facts, calls: dict[fx.Node, Call], taken: set[fx.Node]) -> Iterator[Summed]:
+    """Every such attention in graph order, but those that end in `taken`."""
+    finder = _Finder(facts, calls)
+    for node, call in calls.items():
+        product = finder.product(call)
+        if product is not None and node not in taken:
+            found = finder.of_pairs(product) or finder.linear(product)
+            if found is not None and found.out not in taken:
+                yield found
+
+
+@dataclass
+class _Product:
+    """A product of two activations that sums over one axis. own: of each operand, the dims that the other has not."""
+
+    call: Call
+    sig: Signature
+    axis: Dim
+    at: tuple[int, int]
+    own: tuple[list[int], list[int]]
+
+    def node(self, i: int) -> fx.Node:
+        return self.call.nodes[-2:][i]
+
+
+class _Finder:
+    def __init__(self, facts: Facts, calls: dict[fx.Node, Call]) -> None:
+        self.facts, self.calls = facts, calls
+        self.features = {leaf for dim in facts.channels for leaf in leaves(dim)}
+
+    def product(self, call: Call) -> _Product | None:
+        rule = find(call)
+        if not isinstance(rule, Contraction) or len(call.nodes) < 2 or self.facts.constant & set(call.nodes[-2:]):
+            return None
+        sig = rule.signature(call, self.facts)
+        ins = sig.ins[-2:]
+        summed = [x for x in ins[0] if x is not None and x in ins[1] and sig.role(x) is Role.SUM]
+        if len(summed) != 1:
+            return None
+        at = (ins[0].index(summed[0]), ins[1].index(summed[0]))
+        own = tuple(
+            [d for d, x in enumerate(letters) if x in sig.outs[0] and x not in other and self._axis(node, d)]
+            for letters, other, node in zip(ins, reversed(ins), call.nodes[-2:], strict=True)
+        )
+        return _Product(call, sig, self._axis(call.nodes[-2], at[0]), at, own)  # type: ignore[arg-type]
+
+    def _axis(self, node: fx.Node, d: int) -> Dim:
+        return leaves(self.facts.dims(node)[d])
+
+    def _of_tokens(self, axis: Dim) -> bool:
+        return bool(axis) and not self.features & set(axis)
+
+    def of_pairs(self, product: _Product) -> Summed | None:
+        """Where one operand has a weight for every query and key."""
+        if not self._of_tokens(product.axis):
+            return None
+        for i in (0, 1):
+            queries = [d for d in product.own[i] if self._of_tokens(self._axis(product.node(i), d))]
+            values = product.own[1 - i]
+            if len(queries) != 1 or not values:
+                continue
+            query = self._axis(product.node(i), queries[0])
+            above = self._scores(product.node(i), query, product.axis)
+            if above is None or any(self._of_tokens(self._axis(product.node(1 - i), d)) for d in values):
+                continue
+            for j in (0, 1):
+                q, k = self._operand(above, j, query), self._operand(above, 1 - j, product.axis)
+                if q is not None and k is not None:
+                    v = Operand(product.node(1 - i), product.at[1 - i], tuple(values))
+                    return Summed(q, k, v, product.call.node)
+        return None
+
+    def _operand(self, product: _Product, i: int, axis: Dim) -> Operand | None:
+        """An operand of the scores whose tokens are an axis."""
+        node = product.node(i)
+        spots = [d for d in product.own[i] if self._axis(node, d) == axis]
+        return Operand(node, spots[0], (product.at[i],)) if len(spots) == 1 else None
+
+    def _scores(self, node: fx.Node, query: Dim, key: Dim) -> _Product | None:
+        """The product of queries and keys that weights are made of, value by value."""
+        todo, seen = [node], set[fx.Node]()
+        while todo:
+            node = todo.pop(0)
+            if node in seen or node not in self.calls:
+                continue
+            seen.add(node)
+            call = self.calls[node]
+            product = self.product(call)
+            if product is not None and not self._of_tokens(product.axis):
+                return product
+            if isinstance(find(call), _PASSES):
+                held = {*query, *key}
+                todo += [n for n in sources(node, call.nodes) if held <= self._leaves(n)]
+        return None
+
+    def _leaves(self, node: fx.Node) -> set[Any]:
+        return {leaf for dim in self.facts.dims(node) for leaf in leaves(dim)}
+
+    def linear(self, product: _Product) -> Summed | None:
+        """Where keys and values are summed over the tokens first."""
+        own = [[self._axis(product.node(i), d) for d in product.own[i]] for i in (0, 1)]
+        if not self._of_tokens(product.axis) or any(self._of_tokens(x) for axes in own for x in axes):
+            return None
+        todo, seen = list(product.call.node.users), set[fx.Node]()
+        while todo:
+            node = todo.pop(0)
+            if node in seen or node not in self.calls:
+                continue
+            seen.add(node)
+            call = self.calls[node]
+            reader = self.product(call)
+            if reader is None:
+                todo += node.users if isinstance(find(call), _PASSES) else ()
+                continue
+            for i in (0, 1):
+                # The queries are the operand that has tokens of its own and shares the features of the keys.
+                spots = [d for d in reader.own[i] if self._of_tokens(self._axis(reader.node(i), d))]
+                keys = [j for j in (0, 1) if reader.axis in own[j]]
+                if len(spots) == 1 and keys and reader.node(1 - i) in {*seen, product.call.node}:
+                    (j, *_) = keys
+                    key, value = (Operand(product.node(n), product.at[n], tuple(product.own[n])) for n in (j, 1 - j))
+                    return Summed(Operand(reader.node(i), spots[0], (reader.at[i],)), self._raw(key), value, node)
+        return None
+
+    def _raw(self, operand: Operand) -> Operand:
+        """Keys before their feature map."""
+        node, tokens, features = operand.node, operand.tokens, operand.features
+        while (call := self.calls.get(node)) is not None:
+            rule, above = find(call), [n for n in call.nodes if n not in self.facts.constant]
+            if isinstance(rule, PermuteRule):
+                order = rule.order(call)
+                tokens, features = order[tokens], tuple(order[d] for d in features)
+            elif not isinstance(rule, (type(POINTWISE), Softmax)) or len(above) != 1:
+                break
+            elif self.facts.axes[above[0]] != self.facts.axes[node]:
+                break
+            node = above[0]
+        return Operand(node, tokens, features)
+
+
+__all__ = ["Operand", "Summed", "find_sums"]
