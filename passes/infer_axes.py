@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from .axes import expr as size_expr
-from .axes import fresh_dims, leaves, same
+from .axes import fresh_dims, leaves, same, size_of, unify
 from .pairs import Pairs, elementwise
 from .provenance import origins
 from .rules import Call, Facts, find, tensors_of
@@ -80,10 +80,22 @@ def infer_axes(
         angles.note(call, rule)
         if rule is UNKNOWN and call.operands:
             facts.unknown[call.op] = facts.unknown.get(call.op, 0) + 1
+    _match_pieces(facts)
     facts.scores = _scores(calls)
     facts.pairs = Pairs(facts, calls, values)
     facts.mixed = origins(gm.graph, facts, calls, values)
     return facts, calls
+
+
+def _match_pieces(facts: Facts) -> None:
+    """Pieces at the same places of two axes that are indexed alike are so, too: keys and their mask, each joined."""
+    for i, (parts, whole) in enumerate(facts.joins):
+        for others, axis in facts.joins[:i]:
+            if len(parts) == len(others) and leaves(axis) == leaves(whole):
+                pairs = list(zip(parts, others, strict=True))
+                if all(same(size_of(a), size_of(b)) for a, b in pairs):
+                    for a, b in pairs:
+                        unify(a, b)
 
 
 class _Numbers:

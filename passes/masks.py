@@ -227,6 +227,9 @@ class _Reader:
 
     def __init__(self, facts: Facts, calls: dict[fx.Node, Call], tokens: Dim, sample: Dim) -> None:
         self.facts, self.calls, self.tokens, self.sample = facts, calls, tokens, sample
+        # What the keys are beside others holds them, too.
+        joined = [leaves(whole) for parts, whole in facts.joins if any(leaves(part) == tokens for part in parts)]
+        self.around = {*tokens, *(leaf for axis in joined for leaf in axis)}
         self.masks: dict[fx.Node, float] = {}
         self._factors: dict[fx.Node, None] = {}
         self._others: dict[fx.Node, None] = {}
@@ -252,7 +255,7 @@ class _Reader:
             call = self.calls[node]
             # What is scaled after it has joined would have to be merged as it is scaled.
             scale = scale if scale == 1 else None
-            shares = [scale] * len(call.nodes) if isinstance(find(call), CatRule) else _shares(call, scale)
+            shares = _shares(call, scale)
             for i, term in aside.get(node, ()):
                 self._joins(call, i, term, scale)
             todo += zip(call.nodes, shares, strict=True)
@@ -292,7 +295,7 @@ class _Reader:
         todo = [(root, scale)]
         while todo:
             node, scale = todo.pop()
-            if not _varies_with(node, self.facts) & set(self.tokens):
+            if not _varies_with(node, self.facts) & self.around:
                 continue
             if scale is not None and self._is_mask(node):
                 if node.meta["val"].dtype is not torch.bool or abs(scale) >= -LEFT_OUT:
@@ -311,10 +314,14 @@ class _Reader:
         if node.target is aten.where.Scalar:
             seen = (float(call.args["self"]) - float(call.args["other"])) * scale
             return [(call.nodes[0], -LEFT_OUT if seen > 0 else LEFT_OUT)] if abs(seen) >= -LEFT_OUT else []
-        if _mask_parts(call) is not None:  # what it fills in is a mask, too
-            return []
+        parts = _mask_parts(call)
+        if parts is not None:  # what it fills in is a mask, too
+            low = parts[2] is not None and parts[2] * scale <= LEFT_OUT
+            if not low or _varies_with(node, self.facts) & set(self.tokens):
+                return []
+            return [(call.nodes[parts[0]], scale), (call.nodes[parts[1]], LEFT_OUT if parts[3] else -LEFT_OUT)]
         found = list(zip(call.nodes, _shares(call, scale), strict=True))
-        lost = [n for n, share in found if share is None and _varies_with(n, self.facts) & set(self.tokens)]
+        lost = [n for n, share in found if share is None and _varies_with(n, self.facts) & self.around]
         return [] if lost else [(n, share) for n, share in found if share is not None]
 
     def _is_mask(self, node: fx.Node) -> bool:
@@ -353,6 +360,8 @@ def _shares(call: Call, scale: float | None) -> list[float | None]:
         shares[parts[0]] = scale
     elif _packet(call) in _PASS or isinstance(find(call), _VIEWS):
         shares[0] = scale
+    elif isinstance(find(call), CatRule):
+        shares = [scale] * len(shares)
     else:
         for name, factor in _named_factors(call).items():
             at = call.index(name)

@@ -5,6 +5,7 @@
 | slices written until nothing is left of what was there  | one cat (`join_writes.py`)                               |
 | `x.new_zeros(size)`                                     | `full(size, 0)`, which reads nothing of x                |
 | `addcmul(x, a, b, value=c)`, `addcdiv`                  | `add(x, mul(a, b), alpha=c)`, `add(x, div(a, b), ...)`   |
+| `pad(x, (m, 0))`                                        | `cat([full(m), x], -1)`                                  |
 | `stack([x, y]).sum(0)`, `cat([x[None], y[None]]).sum(0)`| `add(x, y)`                                              |
 | `stack([x, y]).mean(0)`                                 | `div(add(x, y), 2)`                                      |
 | what is the same along a dim, spread out                | its row (`spread.py`)                                    |
@@ -96,6 +97,25 @@ def _added(product: Any) -> Form:
     return form
 
 
+def _padded(call: Call, emit: _Place) -> fx.Node | None:
+    """What is padded along one dim stands beside what it is padded with."""
+    pads, own = call.args["pad"], call.out
+    value = call.args.get("value")
+    if call.args.get("mode", "constant") != "constant" or not all(isinstance(n, int) and n >= 0 for n in pads):
+        return None
+    places = [k for k, amount in enumerate(pads) if amount]
+    dims = {own.dim() - 1 - k // 2 for k in places}
+    if len(dims) != 1 or not all(isinstance(size, int) for size in own.shape) or isinstance(value, fx.Node):
+        return None
+    (d,) = dims
+    pieces: list[Any] = [call.nodes[0]]
+    for k in places:
+        size = [pads[k] if i == d else n for i, n in enumerate(own.shape)]
+        beside = emit(aten.full.default, size, value or 0, dtype=own.dtype, device=own.device)
+        pieces.insert(len(pieces) if k % 2 else 0, beside)
+    return emit(aten.cat.default, pieces, d)
+
+
 def _summed(call: Call, emit: _Place) -> fx.Node | None:
     found = _terms(call, emit)
     if found is None:
@@ -145,6 +165,8 @@ FORMS: dict[Any, Form] = {
     aten.new_ones.default: _filled(1.0),
     aten.addcmul.default: _added(aten.mul.Tensor),
     aten.addcdiv.default: _added(aten.div.Tensor),
+    aten.pad.default: _padded,
+    aten.constant_pad_nd.default: _padded,
     aten.sum.dim_IntList: _summed,
     aten.mean.dim: _averaged,
 }

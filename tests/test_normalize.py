@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -33,6 +34,13 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
         ["aten.stack.default", "aten.sum.dim_IntList"],
     ),
     "a cat of longer pieces": (lambda x, y: torch.cat([x, y]).sum(0), ["aten.cat.default", "aten.sum.dim_IntList"]),
+    "pad": (lambda x, y: F.pad(x, (2, 0), value=3.0), ["aten.full.default", "aten.cat.default"]),
+    "pad, both sides": (
+        lambda x, y: F.pad(x > 0, (0, 0, 1, 2), value=True),
+        ["aten.gt.Scalar", "aten.full.default", "aten.full.default", "aten.cat.default"],
+    ),
+    "pad, two dims": (lambda x, y: F.pad(x, (0, 1, 0, 1)), ["aten.pad.default"]),
+    "pad, cut": (lambda x, y: F.pad(x, (-1, 0)), ["aten.pad.default"]),
     "new_zeros": (lambda x, y: x.new_zeros(2, 3, 1), ["aten.full.default"]),
     "plus zeros": (lambda x, y: x + torch.zeros(2, 3, 4) + y, [ADD]),
     "times ones": (lambda x, y: x * y.new_ones(4), []),
