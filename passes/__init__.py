@@ -145,7 +145,7 @@ def _unread_merges(rewritten: fx.GraphModule, plan: Plan) -> list[Merge]:
     left = {node.meta.get("tome_step") for node in rewritten.graph.nodes}
     gone = {node: m for node, m in plan.merges.items() if (m.groups or m.step).site not in left}
     for node in gone:
-        del plan.merges[node]
+        plan.unread[node] = plan.merges.pop(node)
     return list(gone.values())
 
 

@@ -231,7 +231,7 @@ class _Tracer(fx.Interpreter):
             return AUTOCAST_SWITCHES[target](*args)
         if getattr(target, "__name__", "").endswith("_increment_nesting"):  # vmap is a stretch of its own
             raise CaptureError("it takes derivatives inside (torch.func.grad, vjp, jvp, ...)")
-        if (expansion := _EXPANSIONS.get(target)) is not None:
+        if (expansion := EXPANSIONS.get(target)) is not None:
             return expansion(*args, **kwargs)
         if isinstance(target, torch._ops.HigherOrderOperator):
             return self._region(target, args, kwargs)
@@ -417,7 +417,7 @@ def _stacked(dim: int, least: Callable[..., Any]) -> Callable[[Sequence[Tensor]]
 _ROWS, _DEEP = _stacked(0, torch.atleast_2d), _stacked(2, torch.atleast_3d)
 _COLUMNS = _stacked(1, lambda t: t.reshape(t.numel(), 1) if t.dim() < 2 else t)
 
-_EXPANSIONS: dict[Any, Callable[..., Any]] = {
+EXPANSIONS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.hstack, aten.hstack.default), _stacked(1, torch.atleast_1d)),
     **dict.fromkeys((torch.vstack, torch.row_stack, aten.vstack.default, aten.row_stack.default), _ROWS),
     **dict.fromkeys((torch.dstack, aten.dstack.default), _DEEP),
@@ -799,4 +799,4 @@ _FUNCTIONAL = {"zero_": "zero", "fill_": "fill", "normal_": "normal_functional",
 _FUNCTIONAL_OVERLOAD: dict[Any, Any] = {aten.bernoulli_.float: aten.bernoulli.p}
 
 
-__all__ = ["CaptureError", "Captured", "capture", "functionalise", "is_impure"]
+__all__ = ["EXPANSIONS", "CaptureError", "Captured", "capture", "functionalise", "is_impure"]

@@ -300,7 +300,8 @@ def _block(
     crossed = keys != queries
     tokens = queries if crossed else keys
     joined = None if placement == "branch" else _joined(site, facts, calls, reach, keys, queries)
-    if not tokens or (crossed and joined is None and placement == "stream"):
+    # Without a softmax nothing shows whether chunk after chunk is read in causal order.
+    if not tokens or (crossed and joined is None and (placement == "stream" or not site.softmax)):
         return SkipReason("cross attention", site.name, "queries and keys are different tokens")
     if reach.features & {*keys, *queries}:
         return SkipReason("attention over channels", site.name, "its keys are features, which a weight made")

@@ -95,6 +95,8 @@ class Plan:
     decisions: dict[fx.Node, Decision] = field(default_factory=dict)
     layouts: dict[fx.Node, tuple[Layout, ...]] = field(default_factory=dict)
     merges: dict[fx.Node, Merge] = field(default_factory=dict)
+    unread: dict[fx.Node, Merge] = field(default_factory=dict)
+    """Merges that were taken out again, as the model reads none of their tokens; decisions still have them."""
     unmerges: list[Unmerge] = field(default_factory=list)
     skipped: list[SkipReason] = field(default_factory=list)
     saved: dict[int, float] = field(default_factory=dict)

@@ -274,7 +274,11 @@ def samples_apart(
     worst: float | None = None
     for i in range(batch):
         alone = tree_map(lambda x, i=i: x[i : i + 1] if isinstance(x, Tensor) and x.shape[:1] == (batch,) else x, given)
-        for whole, own, whole_merged, own_merged in zip(want, eager(alone), got, merged(alone)[0], strict=True):
+        try:
+            single = eager(alone)
+        except AssertionError:  # torch._check: it has a mask as long as the longest sample of its batch
+            continue
+        for whole, own, whole_merged, own_merged in zip(want, single, got, merged(alone)[0], strict=True):
             dims = [d for d, (n, m) in enumerate(zip(whole.shape, own.shape, strict=True)) if n != m]
             if len(dims) != 1 or whole.shape[dims[0]] != batch * own.shape[dims[0]]:
                 continue

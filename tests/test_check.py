@@ -315,6 +315,14 @@ def test_nothing_of_the_users_is_changed() -> None:
     assert len(found.outputs) == 3, "what is written to the input and to the counter of batches is compared too"
 
 
+def test_a_sparse_buffer_stays() -> None:
+    """Whisper holds one."""
+    model, (x, *_) = build(TOKENS)
+    model.register_buffer("heads", torch.eye(4).to_sparse(), persistent=False)
+    assert holds(model, (x,)).merges
+    assert torch.equal(model.heads.to_dense(), torch.eye(4))
+
+
 @torch.library.custom_op("tome_test_check::narrow", mutates_args=())
 def narrow(x: Tensor) -> Tensor:
     """An op that refuses float64."""

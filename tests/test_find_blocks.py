@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from tests.models import redraw
 from tests.palette import assert_lossless, compiled, distance
+from tests.strategies import thinned
 
 N, D, H = 64, 32, 4
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -59,8 +61,7 @@ ADDS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("placement", ["stream", "branch"])
-@pytest.mark.parametrize("name", ADDS)
+@pytest.mark.parametrize(("name", "placement"), thinned(product(ADDS, ("stream", "branch")), 3))
 def test_residual_adds_through_ops_that_keep_each_entry(name: str, placement: str) -> None:
     """The stream stays the stream: it merged inside a branch where a copy of it was added."""
     report = assert_lossless(net(add=ADDS[name]), (tokens(),), 6, sites=2, placement=placement)

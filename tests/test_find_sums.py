@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 import tome_fx
 from tests.models import redraw
 from tests.palette import assert_lossless, palette_tokens, run
+from tests.strategies import thinned
 
 N, D, H = 40, 32, 2
 Attend = Callable[..., Tensor]
@@ -100,11 +102,12 @@ def net(attend: Attend) -> nn.Module:
     return redraw(Net(attend)).eval()
 
 
-@pytest.mark.parametrize("placement", ["stream", "branch"])
-@pytest.mark.parametrize("name", [*PAIRS, *(f"linear: {name}" for name in LINEAR)])
+ALL = {**PAIRS, **{f"linear: {name}": f for name, f in LINEAR.items()}}
+
+
+@pytest.mark.parametrize(("name", "placement"), thinned(product(ALL, ("stream", "branch")), 3))
 def test_every_block_is_a_site(name: str, placement: str) -> None:
-    attend = {**PAIRS, **{f"linear: {name}": f for name, f in LINEAR.items()}}[name]
-    report = assert_lossless(net(attend), (palette_tokens(2, N, D, k=3),), 6, sites=3, placement=placement)
+    report = assert_lossless(net(ALL[name]), (palette_tokens(2, N, D, k=3),), 6, sites=3, placement=placement)
     assert {s.placement for s in report.sites} == {placement}
     if placement == "stream":
         assert report.tokens == [(40, 34), (34, 28), (28, 22)]
@@ -147,8 +150,7 @@ PADDED: dict[str, Attend] = {
 
 
 @pytest.mark.filterwarnings("ignore:tome_backend. nothing merged")
-@pytest.mark.parametrize("placement", ["stream", "branch", "auto"])
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize(("name", "placement"), thinned(product(MASKED, ("stream", "branch", "auto")), 2))
 def test_the_past_does_not_see_the_future(name: str, placement: str) -> None:
     torch.manual_seed(0)
     model, x, keep = net(MASKED[name]), torch.randn(2, N, D), torch.ones(2, N)
@@ -157,9 +159,35 @@ def test_the_past_does_not_see_the_future(name: str, placement: str) -> None:
     torch.testing.assert_close(a[:, :20], b[:, :20])
 
 
+class InChunks(nn.Module):
+    """Chunks of 16 tokens, projected one by one; each reads what is summed before it, and itself in causal order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(D), nn.Linear(D, 3 * D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, outs = torch.zeros(()), []
+        for chunk in self.norm(x).split(16, 1):
+            q, k, v = self.qkv(chunk).chunk(3, -1)
+            own = (q @ k.mT).tril() @ v / 40
+            outs.append(own + q @ state / 40 if state.dim() else own)
+            state = state + k.mT @ v
+        return x + self.out(torch.cat(outs, 1))
+
+
 @pytest.mark.filterwarnings("ignore:tome_backend. nothing merged")
 @pytest.mark.parametrize("placement", ["stream", "branch", "auto"])
-@pytest.mark.parametrize("name", PADDED)
+def test_chunks_that_read_what_was_before(placement: str) -> None:
+    torch.manual_seed(0)
+    model, x = redraw(nn.Sequential(InChunks(), InChunks())).eval(), torch.randn(2, 48, D)
+    other = torch.cat([x[:, :20], torch.randn(2, 28, D)], 1)
+    a, b = (run(model, (t,), None, 4, placement=placement)[0] for t in (x, other))
+    torch.testing.assert_close(a[:, :20], b[:, :20])
+
+
+@pytest.mark.filterwarnings("ignore:tome_backend. nothing merged")
+@pytest.mark.parametrize(("name", "placement"), thinned(product(PADDED, ("stream", "branch", "auto")), 2))
 def test_padding_is_not_read(name: str, placement: str) -> None:
     torch.manual_seed(0)
     model, x = net(PADDED[name]), torch.randn(2, N, D)

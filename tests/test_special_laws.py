@@ -347,7 +347,7 @@ ZEROED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-BESIDE: dict[str, Callable[[Tensor, int], Tensor]] = {
+MASK_BESIDE: dict[str, Callable[[Tensor, int], Tensor]] = {
     # of keep, bool [B, N], and a number of learned keys before the tokens: the mask of all keys
     "pad": lambda keep, m: F.pad(keep, (m, 0), value=True),
     "cat": lambda keep, m: torch.cat([keep.new_ones(len(keep), m), keep], 1),
@@ -364,7 +364,7 @@ class Beside(Block):
 
     def __init__(self, zeroed: str, learned: int, mask: str = "pad") -> None:
         super().__init__()
-        self.zeroed, self.mask = ZEROED[zeroed], BESIDE[mask]
+        self.zeroed, self.mask = ZEROED[zeroed], MASK_BESIDE[mask]
         self.learned = nn.Parameter(torch.randn(2, 1, H, learned, D // H)) if learned else None
 
     def forward(self, x: Tensor, keep: Tensor) -> Tensor:  # type: ignore[override]
@@ -395,7 +395,7 @@ def test_groups_of_padding_and_valid_tokens(zeroed: str, learned: int) -> None:
 
 
 @pytest.mark.parametrize("placement", ["stream", "branch"])
-@pytest.mark.parametrize("mask", BESIDE)
+@pytest.mark.parametrize("mask", MASK_BESIDE)
 def test_padding_beside_learned_keys(mask: str, placement: str) -> None:
     """What is padded is in no group of a valid token: its content moves none."""
     model, keep = drawn(Net(lambda: Beside("kept", 5, mask))), keys_of(64, 64, 44)

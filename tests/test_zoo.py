@@ -46,6 +46,7 @@ NO_RULE = {
     "aten.conv_transpose3d": "neighbours on a grid",
     "aten.histc": "counts the tokens of each expert",
     "aten.uniform": "draws noise",
+    "aten.multinomial": "draws which patches are kept",
     "transformers.grouped_mm_fallback": "the products of experts: values choose which weight a token meets",
 }
 """Ops of the zoo that have no rule: merged values are unmerged before them. Why that is all there is to say."""

@@ -261,7 +261,7 @@ def _same_buffers(model: Any) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for buffer, before in zip(buffers, held, strict=True):
-                if not torch.equal(buffer, before):
+                if buffer.layout is not torch.strided or not torch.equal(buffer, before):
                     buffer.copy_(before)
 
 

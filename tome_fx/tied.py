@@ -14,7 +14,7 @@ so only at those joins that it is told to.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -124,7 +124,9 @@ class Marked:
     def __init__(self, result: Result, config: ToMeConfig) -> None:
         captured = result.captured
         assert captured is not None
-        emitter = _Noting(captured, result.facts, result.calls, result.plan, config)
+        # Decisions are of all merges; those that nobody reads fall out again.
+        plan = replace(result.plan, merges={**result.plan.merges, **result.plan.unread})
+        emitter = _Noting(captured, result.facts, result.calls, plan, config)
         graph = emitter.run_graph()
         for step, held in emitter.steps.items():
             if step.base is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..trace import Traced
-from .base import Call, Decision, Emitter, Facts, Letter, Role, Rule, Signature, SignatureRule, register
+from .base import Call, Decision, Emitter, Facts, Fill, Letter, Role, Rule, Signature, SignatureRule, register
 
 aten = torch.ops.aten
 
@@ -155,6 +155,12 @@ def _batch_norm(call: Call, facts: Facts) -> Signature:
     return Signature((letters, *rest), tuple(letters for _ in call.results), mixed)
 
 
+def _prelu(call: Call, facts: Facts) -> Signature:
+    """A slope for each index of dim 1, or one for all."""
+    letters: tuple[Letter, ...] = tuple(range(call.vals[0].dim()))
+    return Signature((letters, (1,) * call.vals[1].dim()), (letters,), fills={1: Fill.NONE})
+
+
 def _mixing(names: Sequence[str]) -> Any:
     """Ops that need a whole dim but keep the others apart: sort, cumsum, roll, flip, ..."""
 
@@ -192,6 +198,7 @@ register(Softmax("logsumexp"), aten.logsumexp.default)
 register(NormRule(_normalise_last), aten.layer_norm, aten.rms_norm)
 register(NormRule(_group_norm), aten.group_norm, aten.instance_norm)
 register(NormRule(_batch_norm), aten.batch_norm)
+register(SignatureRule(_prelu), aten.prelu)
 register(SignatureRule(_mixing(["dim", "dims"])), aten.cumsum, aten.cumprod, aten.sort, aten.argsort, aten.topk,
          aten.roll, aten.flip, aten.glu, aten.tril, aten.triu)  # fmt: skip
 
