@@ -32,11 +32,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 
 from .axes import expr
+from .emit import Emit
 from .flex import flex_attention
 from .normalize import normalize
 from .regions import CaptureError, cut_out, enters_vmap, retrace, vmap_stretch
 from .rules.base import tensors_of
-from .trace import OF_THE_VALUE
 
 aten = torch.ops.aten
 
@@ -466,7 +466,7 @@ def functionalise(gm: fx.GraphModule, mode: FakeTensorMode, learned: Collection[
 
     learned: the placeholders that gradients flow to.
     """
-    emit = _Emit(gm.graph, mode)
+    emit = Emit(gm.graph, mode)
     _root_strided_views(emit)
     if not any(_mutated(node) for node in gm.graph.nodes):
         return
@@ -480,28 +480,6 @@ def _mutated(node: fx.Node) -> list[str]:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return []
     return [a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-
-
-@dataclass
-class _Emit:
-    """Appends nodes to a graph, each with its fake value and the place in the model of `origin`."""
-
-    graph: fx.Graph
-    mode: FakeTensorMode
-    origin: fx.Node | None = None
-
-    def before(self, node: fx.Node) -> Any:
-        self.origin = node
-        return self.graph.inserting_before(node)
-
-    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        node = self.graph.call_function(target, args, kwargs)
-        concrete = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        if self.origin is not None and self.origin.op == "call_function":
-            node.meta = {k: v for k, v in self.origin.meta.items() if k not in OF_THE_VALUE}
-        with self.mode, torch.no_grad():
-            node.meta["val"] = target(*concrete[0], **concrete[1])
-        return node
 
 
 def _storage(value: Tensor) -> int:
@@ -523,7 +501,7 @@ def _viewed(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _root_strided_views(emit: _Emit) -> None:
+def _root_strided_views(emit: Emit) -> None:
     """`as_strided` reads memory as it lies: let it read a row of all elements in the order in which they lie now,
     whatever strides its operand will have.
 
@@ -566,7 +544,7 @@ def _dense(value: Tensor, order: Sequence[int]) -> bool:
     return True
 
 
-def _name_views(emit: _Emit) -> None:
+def _name_views(emit: Emit) -> None:
     """Views in one spelling: one of several results is a slice or a select, an op that changes its operand's shape
     in place gives a view of it.
 
@@ -586,7 +564,7 @@ def _name_views(emit: _Emit) -> None:
             node.target = _as_view(node.target)
 
 
-def _one_of_several(emit: _Emit, node: fx.Node, base: fx.Node) -> fx.Node | None:
+def _one_of_several(emit: Emit, node: fx.Node, base: fx.Node) -> fx.Node | None:
     """The view that a result of chunk, split, unbind, ... is; None where it is none that has a name."""
     several, at = node.args
     assert isinstance(several, fx.Node) and isinstance(at, int)
@@ -624,7 +602,7 @@ class _Functionaliser:
     `parent[n]` the node that n is a view of, `last[n]` the last place at which n, or a view of it, is read, `learned`
     holds the nodes that gradients flow to, `unclear` the views whose first operand is not what they are a view of."""
 
-    def __init__(self, emit: _Emit, learned: Collection[fx.Node]) -> None:
+    def __init__(self, emit: Emit, learned: Collection[fx.Node]) -> None:
         self.graph, self.emit = emit.graph, emit
         self.learned, self.grad = set(learned), torch.is_grad_enabled()
         self.unclear: set[fx.Node] = set()

@@ -22,11 +22,11 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .axes import expr
+from .emit import Emit
 from .idle import drop_idle, numbers
 from .join_writes import join_writes
 from .rules import Call
 from .spread import narrow_spread
-from .trace import OF_THE_VALUE
 
 aten = torch.ops.aten
 
@@ -45,36 +45,24 @@ def normalize(graph: fx.Graph, mode: FakeTensorMode, impure: Callable[[fx.Node],
     graph.eliminate_dead_code(is_impure_node=impure)
 
 
-class _Place:
-    """Where the new form of a node is written."""
-
-    def __init__(self, graph: fx.Graph, mode: FakeTensorMode, node: fx.Node) -> None:
-        self.graph, self.mode, self.node = graph, mode, node
-
-    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        with self.graph.inserting_before(self.node):
-            new = self.graph.call_function(target, args, kwargs)
-        held = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        new.meta = {k: v for k, v in self.node.meta.items() if k not in OF_THE_VALUE}
-        with self.mode, torch.no_grad():
-            new.meta["val"] = target(*held[0], **held[1])
-        return new
-
-
 def _by_table(graph: fx.Graph, mode: FakeTensorMode) -> None:
+    emit = Emit(graph, mode)
     for node in list(graph.nodes):
         form = FORMS.get(node.target) if node.op == "call_function" else None
-        new = form(Call(node), _Place(graph, mode, node)) if form is not None else None
+        if form is None:
+            continue
+        with emit.before(node):
+            new = form(Call(node), emit)
         if new is not None:
             new.meta["val"] = node.meta["val"]
             node.replace_all_uses_with(new)
 
 
-Form = Callable[[Call, _Place], fx.Node | None]
+Form = Callable[[Call, Emit], fx.Node | None]
 
 
 def _filled(number: float) -> Form:
-    def form(call: Call, emit: _Place) -> fx.Node | None:
+    def form(call: Call, emit: Emit) -> fx.Node | None:
         own, size = call.out, call.args["size"]
         if not all(isinstance(n, int) for n in size):
             return None
@@ -87,7 +75,7 @@ def _filled(number: float) -> Form:
 def _added(product: Any) -> Form:
     """A sum with a product or a quotient."""
 
-    def form(call: Call, emit: _Place) -> fx.Node | None:
+    def form(call: Call, emit: Emit) -> fx.Node | None:
         if not _one_kind(call):
             return None
         a = call.args
@@ -97,7 +85,7 @@ def _added(product: Any) -> Form:
     return form
 
 
-def _padded(call: Call, emit: _Place) -> fx.Node | None:
+def _padded(call: Call, emit: Emit) -> fx.Node | None:
     """What is padded along one dim stands beside what it is padded with."""
     pads, own = call.args["pad"], call.out
     value = call.args.get("value")
@@ -116,26 +104,26 @@ def _padded(call: Call, emit: _Place) -> fx.Node | None:
     return emit(aten.cat.default, pieces, d)
 
 
-def _summed(call: Call, emit: _Place) -> fx.Node | None:
+def _summed(call: Call, emit: Emit) -> fx.Node | None:
     found = _terms(call, emit)
     if found is None:
         return None
     return _total(found, emit)
 
 
-def _averaged(call: Call, emit: _Place) -> fx.Node | None:
+def _averaged(call: Call, emit: Emit) -> fx.Node | None:
     found = _terms(call, emit)
     return None if found is None else emit(aten.div.Tensor, _total(found, emit), len(found))
 
 
-def _total(terms: list[fx.Node], emit: _Place) -> fx.Node:
+def _total(terms: list[fx.Node], emit: Emit) -> fx.Node:
     total = terms[0]
     for term in terms[1:]:
         total = emit(aten.add.Tensor, total, term)
     return total
 
 
-def _terms(call: Call, emit: _Place) -> list[fx.Node] | None:
+def _terms(call: Call, emit: Emit) -> list[fx.Node] | None:
     """The values that stand one beside the other in the dim that a reduction sums over, and in no other."""
     source, dims = call.nodes[0], call.args["dim"]
     if source.target not in (aten.stack.default, aten.cat.default) or not _one_kind(call) or not dims or len(dims) != 1:

@@ -20,11 +20,11 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .axes import expr
+from .emit import Emit
 from .rules import Call, find
 from .rules.base import sources
 from .rules.pointwise import POINTWISE, MaskRule
 from .rules.views import PermuteRule, ViewRule
-from .trace import OF_THE_VALUE
 from .values import gives_one_value, same_along
 
 aten = torch.ops.aten
@@ -58,7 +58,7 @@ def narrow_spread(graph: fx.Graph, mode: FakeTensorMode, known: Callable[[fx.Nod
 
 class _Narrower:
     def __init__(self, graph: fx.Graph, mode: FakeTensorMode, known: Callable[[fx.Node], Tensor | None]) -> None:
-        self.graph, self.mode, self.known = graph, mode, known
+        self.graph, self.emit, self.known = graph, Emit(graph, mode), known
         self.spread: dict[fx.Node, _Spread] = {}
 
     def run(self) -> None:
@@ -115,8 +115,8 @@ class _Narrower:
                 return self._emit(node, aten.full.default, sizes, value.item(), dtype=own.dtype, device=own.device)
             found = node
             for d in sorted(same):
-                with self.graph.inserting_after(found):
-                    found = self._made(node, aten.slice.Tensor, found, d, 0, 1)
+                with self.emit.after(found):
+                    found = self.emit(aten.slice.Tensor, found, d, 0, 1)
             return found
 
         return _Spread(_once(row), shape, same)
@@ -294,21 +294,13 @@ class _Narrower:
         return _once(build)
 
     def _emit(self, origin: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        with self.graph.inserting_before(origin):
-            return self._made(origin, target, *args, **kwargs)
+        with self.emit.before(origin):
+            return self.emit(target, *args, **kwargs)
 
     def _reshaped(self, origin: fx.Node, source: fx.Node, sizes: Sequence[Any]) -> fx.Node:
         if _shape(source) == tuple(sizes):
             return source
         return self._emit(origin, aten.reshape.default, source, list(sizes))
-
-    def _made(self, origin: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        node = self.graph.call_function(target, args, kwargs)
-        held = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        node.meta = {k: v for k, v in origin.meta.items() if k not in OF_THE_VALUE}
-        with self.mode, torch.no_grad():
-            node.meta["val"] = target(*held[0], **held[1])
-        return node
 
 
 _REPEATS: dict[Any, Callable[[_Narrower, Call], _Spread | None]] = {
