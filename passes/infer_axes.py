@@ -27,7 +27,7 @@ from .rules.contraction import Attention, Contraction, Convolution
 from .rules.joins import CatRule, SliceRule, SplitRule
 from .rules.reduce import Softmax
 from .rules.views import ExpandRule, PermuteRule, ViewRule
-from .values import Values, same_along
+from .values import Values
 
 aten = torch.ops.aten
 
@@ -43,7 +43,6 @@ def infer_axes(
     angles = _Angles(facts)
     varies = iter(model_input)
     values = Values(held, facts.constant)
-    known = _Numbers(values)
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             (facts.given if next(varies) else facts.constant).add(node)
@@ -70,7 +69,6 @@ def infer_axes(
             _note_made_channels(call, facts)
         _note_uniform(call, rule, facts)
         _note_reads(call, facts, values)
-        known.note(node, facts)
         if any(v.dtype is torch.bool for v in results) or (
             elementwise(rule) and any(n in facts.decided for n in sources(node, call.nodes))
         ):
@@ -96,35 +94,6 @@ def _match_pieces(facts: Facts) -> None:
                 if all(same(size_of(a), size_of(b)) for a, b in pairs):
                     for a, b in pairs:
                         unify(a, b)
-
-
-class _Numbers:
-    """What the graph makes from nothing but numbers: positions, and masks that turn out to be all True.
-
-    A mask spelled as a comparison of positions (`q >= 0`) says nothing of a dim along which its value is the same.
-    """
-
-    LARGEST = 2**18
-    """Elements of a tensor that is looked at."""
-
-    def __init__(self, values: Values) -> None:
-        self.values = values
-        self.made: set[fx.Node] = set()
-
-    def note(self, node: fx.Node, facts: Facts) -> None:
-        """Note the dims along which a node that is made of numbers does not vary."""
-        val = node.meta.get("val")
-        if node.op != "call_function" or any(n not in self.made for n in node.all_input_nodes):
-            return
-        if not isinstance(val, Tensor):
-            return
-        if not all(isinstance(s, int) for s in val.shape) or val.numel() > self.LARGEST:
-            return
-        value = self.values.of(node)
-        if value is not None:
-            self.made.add(node)
-            if same := same_along(value):
-                facts.uniform[node] = facts.uniform.get(node, frozenset()) | same
 
 
 def _given(call: Call, rule: Rule, facts: Facts) -> bool:
