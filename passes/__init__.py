@@ -2,7 +2,7 @@
 
 | pass             | reads -> gives                                                    |
 |------------------|-------------------------------------------------------------------|
-| `capture`        | Dynamo or export graph -> pre-dispatch ATen, functional           |
+| `capture`        | Dynamo or export graph -> pre-dispatch ATen, functional, normal   |
 | `find_attention` | every spelling of softmax attention -> one canonical site         |
 | `flatten_grids`  | an MLP on a grid [B, H, W, C] -> on [B, H * W, C]                 |
 | `infer_axes`     | names the axes of every value                                     |
