@@ -345,16 +345,15 @@ def _placed(
     if beside is not None and reach.leads(beside, site.k) and any(
         facts.told(term) for term in score_terms(site, facts, calls, reach)
     ):  # fmt: skip
-        own = key_masks(site, facts, calls, reach, tokens, sample)
-        if isinstance(own, str) or not own:
+        masks = key_masks(site, facts, calls, reach, tokens, sample)
+        if isinstance(masks, str) or not masks:
             why = "its keys are its tokens in another order, beside others, or some of them, and a mask leaves keys out"
             return SkipReason("unclear mask", site.name, why)
-        length = site.q.meta["val"].shape[site.query_dim]
-        return Block(site, tokens, sample, node, stream, kept, length, branch, crossed, operands, masks=own)
+    else:
+        masks = () if crossed else _key_masks(site, facts, calls, reach, tokens, sample, node)
     if not site.softmax and _told_before(site.out, facts, reach, tokens):
         why = "a mask tells its tokens apart, and it has no softmax that the mask could leave them out of"
         return SkipReason("unclear mask", site.name, why)
-    masks = () if crossed else _key_masks(site, facts, calls, reach, tokens, sample, node)
     if isinstance(masks, str):
         return SkipReason("unclear mask", site.name, masks)
     value, at = (site.q, site.query_dim) if crossed else (site.k, site.key_dim)

@@ -20,14 +20,13 @@ from typing import Any
 from torch import fx
 
 from .axes import Dim, leaves
+from .pairs import elementwise
 from .rules import Call, Facts, find
 from .rules.base import Role, Signature, sources
 from .rules.contraction import Contraction
-from .rules.pointwise import POINTWISE, MaskRule
+from .rules.pointwise import POINTWISE
 from .rules.reduce import Softmax
-from .rules.views import ExpandRule, PermuteRule, ViewRule
-
-_PASSES = (type(POINTWISE), MaskRule, ViewRule, PermuteRule, ExpandRule)
+from .rules.views import PermuteRule
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ class _Finder:
             product = self.product(call)
             if product is not None and not self._of_tokens(product.axis):
                 return product
-            if isinstance(find(call), _PASSES):
+            if elementwise(find(call)):
                 held = {*query, *key}
                 todo += [n for n in sources(node, call.nodes) if held <= self._leaves(n)]
         return None
@@ -161,7 +160,7 @@ class _Finder:
             call = self.calls[node]
             reader = self.product(call)
             if reader is None:
-                todo += node.users if isinstance(find(call), _PASSES) else ()
+                todo += node.users if elementwise(find(call)) else ()
                 continue
             for i in (0, 1):
                 # The queries are the operand that has tokens of its own and shares the features of the keys.
@@ -181,7 +180,7 @@ class _Finder:
             if isinstance(rule, PermuteRule):
                 order = rule.order(call)
                 tokens, features = order[tokens], tuple(order[d] for d in features)
-            elif not isinstance(rule, (type(POINTWISE), Softmax)) or len(above) != 1:
+            elif not (rule is POINTWISE or isinstance(rule, Softmax)) or len(above) != 1:
                 break
             elif self.facts.axes[above[0]] != self.facts.axes[node]:
                 break

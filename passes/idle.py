@@ -10,6 +10,7 @@ traced. Without it all are one spelling.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,15 +25,16 @@ LARGEST = 2**20
 """Elements of a tensor that is still computed, those along an expanded dim counted once."""
 
 
-def numbers(graph: fx.Graph) -> dict[fx.Node, Tensor]:
-    """The values of what is made of numbers alone."""
+def numbers(graph: fx.Graph, known: Mapping[fx.Node, Tensor]) -> dict[fx.Node, Tensor]:
+    """The values of what is made of numbers alone. known: those that have been computed."""
     values: dict[fx.Node, Tensor] = {
         node: node.meta["constant"]
         for node in graph.find_nodes(op="placeholder")
         if "constant" in node.meta and not any(_writes(user) for user in node.users)
     }
     for node in _calls(graph):
-        if (value := _computed(node, values)) is not None:
+        value = known[node] if node in known else _computed(node, values)
+        if value is not None:
             values[node] = value
     return values
 
@@ -41,9 +43,9 @@ def _calls(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.nodes if n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload)]
 
 
-def drop_idle(graph: fx.Graph) -> None:
-    """Rewrite in place. Dead code is left to the caller."""
-    values = numbers(graph)
+def drop_idle(graph: fx.Graph, known: Mapping[fx.Node, Tensor]) -> None:
+    """Rewrite in place. known: what `numbers` gave of the graph. Dead code is left to the caller."""
+    values = numbers(graph, known)
     for node in _calls(graph):
         if node in values:
             continue

@@ -39,9 +39,10 @@ def normalize(graph: fx.Graph, mode: FakeTensorMode, impure: Callable[[fx.Node],
     _by_table(graph, mode)
     graph.eliminate_dead_code(is_impure_node=impure)
     join_writes(graph)
-    narrow_spread(graph, mode, numbers(graph).get)
+    known = numbers(graph, {})
+    narrow_spread(graph, mode, known.get)
     graph.eliminate_dead_code(is_impure_node=impure)
-    drop_idle(graph)
+    drop_idle(graph, known)
     graph.eliminate_dead_code(is_impure_node=impure)
 
 
@@ -106,9 +107,7 @@ def _padded(call: Call, emit: Emit) -> fx.Node | None:
 
 def _summed(call: Call, emit: Emit) -> fx.Node | None:
     found = _terms(call, emit)
-    if found is None:
-        return None
-    return _total(found, emit)
+    return None if found is None else _total(found, emit)
 
 
 def _averaged(call: Call, emit: Emit) -> fx.Node | None:
@@ -143,7 +142,7 @@ def _terms(call: Call, emit: Emit) -> list[fx.Node] | None:
 
 
 def _one_kind(call: Call) -> bool:
-    """Whether operands and result are floats of one dtype, so that no other form rounds elsewhere."""
+    """Whether operands and result are floats of one dtype. (In half precision a form may round once more.)"""
     held = [*call.vals, *call.results]
     return all(isinstance(v, Tensor) and v.is_floating_point() and v.dtype == held[0].dtype for v in held)
 

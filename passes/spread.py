@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -119,7 +120,7 @@ class _Narrower:
                     found = self.emit(aten.slice.Tensor, found, d, 0, 1)
             return found
 
-        return _Spread(_once(row), shape, same)
+        return _Spread(cache(row), shape, same)
 
     def _expanded(self, node: fx.Node) -> _Spread:
         source: fx.Node = node.args[0]  # type: ignore[assignment]
@@ -138,7 +139,7 @@ class _Narrower:
                 found = self._emit(node, aten.unsqueeze.default, found, 0)
             return found
 
-        return _Spread(_once(row), shape, same)
+        return _Spread(cache(row), shape, same)
 
     def _pointwise(self, call: Call) -> _Spread | None:
         """Of an op whose operands broadcast: the op on what was spread. Where the other operands have the size, the
@@ -204,11 +205,11 @@ class _Narrower:
                 found = self._emit(node, aten.expand.default, found, whole)
             return self._reshaped(node, found, sizes)
 
-        return _Spread(_once(row), shape, frozenset(same))
+        return _Spread(cache(row), shape, frozenset(same))
 
     def _permuted(self, call: Call, order: Sequence[int], held: _Spread) -> _Spread:
         same = frozenset(k for k, d in enumerate(order) if d in held.same)
-        row = _once(lambda: self._emit(call.node, aten.permute.default, held.row(), list(order)))
+        row = cache(lambda: self._emit(call.node, aten.permute.default, held.row(), list(order)))
         return _Spread(row, _shape(call.node), same)
 
     def _sliced(self, call: Call, held: _Spread) -> _Spread:
@@ -256,7 +257,7 @@ class _Narrower:
         pairs = [[(k, 1), pair] if first else [pair, (k, 1)] for k, pair in zip(times, sizes, strict=True)]
         kept = [[p for p in pair if p[0] != 1] or [(1, 1)] for pair in pairs]
         shape, narrow = zip(*(p for pair in kept for p in pair), strict=True)
-        row = _once(lambda: self._reshaped(call.node, held.row(), narrow))
+        row = cache(lambda: self._reshaped(call.node, held.row(), narrow))
         return _Spread(row, shape, frozenset(d for d, n in enumerate(shape) if n != narrow[d]))
 
     # The new graph.
@@ -291,7 +292,7 @@ class _Narrower:
             again.meta["val"] = again.meta["val"].to(node.meta["val"].dtype)  # under autocast it may be another
             return again
 
-        return _once(build)
+        return cache(build)
 
     def _emit(self, origin: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         with self.emit.before(origin):
@@ -347,17 +348,6 @@ def _mixed(groups: list[tuple[list[int], list[int]]], held: _Spread) -> set[int]
     """The dims of what is spread that share a dim of its node with one that is, or is not."""
     own = [{d for d in before if held.shape[d] != 1} for before, _ in groups]
     return {d for dims in own if dims & held.same and not dims <= held.same for d in dims}
-
-
-def _once(build: Callable[[], fx.Node]) -> Callable[[], fx.Node]:
-    held: list[fx.Node] = []
-
-    def get() -> fx.Node:
-        if not held:
-            held.append(build())
-        return held[0]
-
-    return get
 
 
 __all__ = ["narrow_spread"]

@@ -106,7 +106,7 @@ def register_attention(
         if unknown and equal is None:
             raise ValueError(f"register_attention: {target} has no argument {unknown[0]!r}, but {', '.join(known)}")
         EXPANSIONS[target] = equal or _sdpa(target, (q, k, v), layout, mask, causal, scale, dropout)
-        EXPANSIONS[target.overloadpacket] = EXPANSIONS[target]
+    EXPANSIONS[targets[0].overloadpacket] = EXPANSIONS[targets[0]]
 
 
 def _sdpa(
