@@ -1,8 +1,8 @@
-"""Measures `tome_fx.passes.plan.COSTS`: what each kind of work costs for an element, in FLOPs of a large product.
+"""Measures `COSTS` of `passes/analysis/costs.py`: what each kind of work costs for an element, in FLOPs of a large product.
 
 Prints the table for this device and writes benchmarks/results/costs-{cpu,gpu}.json: the median over a few shapes. Every
 round runs all kinds of work in turn, so an operand is seldom still in a cache; inside a model it often is, and there
-the same work costs less. `passes/plan.py` says how its constants stand to these figures.
+the same work costs less. `passes/analysis/costs.py` says how its constants stand to these figures.
 
     python benchmarks/costs.py [--device cpu] [--rounds 20]
 """

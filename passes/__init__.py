@@ -1,19 +1,32 @@
-"""The passes, one file each, in pipeline order. `run_pipeline` is the whole compiler short of Inductor.
+"""The compiler short of Inductor: `run_pipeline`.
 
-| pass             | reads -> gives                                                    |
-|------------------|-------------------------------------------------------------------|
-| `capture`        | Dynamo or export graph -> pre-dispatch ATen, functional, normal   |
-| `find_attention` | every spelling of softmax attention -> one canonical site         |
-| `flatten_grids`  | an MLP on a grid [B, H, W, C] -> on [B, H * W, C]                 |
-| `infer_axes`     | names the axes of every value                                     |
-| `find_blocks`    | site -> token axis, residual stream, merge point, protected ends  |
-| `plan`           | schedule -> merges, and how far each of them travels              |
+The files of this folder are the passes, one each:
+
+| pass             | reads -> gives                                                        |
+|------------------|-----------------------------------------------------------------------|
+| `capture`        | Dynamo or export graph -> pre-dispatch ATen, functional               |
+| `normalize`      | at the end of `capture`: every spelling of a meaning -> one form      |
+| `fuse_attention` | every spelling of softmax attention -> one op                         |
+| `flatten_grids`  | an MLP on a grid [B, H, W, C] -> on [B, H * W, C]                     |
+| `infer_axes`     | names the axes of every value: `Facts`                                |
+| `find_attention` | -> sites: queries, keys, values, with a softmax or without            |
+| `find_blocks`    | site -> token axis, merge point, protected ends, masks                |
+| `plan`           | schedule -> merges, and how far each of them travels                  |
 | `rewrite`        | emits match, merge, unmerge, sizes: the only pass that changes values |
-| `drop_unread`    | ops whose rows nobody reads -> on the rows that are read |
-| `lower`          | tome ops -> the form that is fastest on the device                |
-| `verify`         | what must hold of the result                                      |
+| `drop_unread`    | ops whose rows nobody reads -> on the rows that are read              |
+| `lower`          | tome ops -> the form that is fastest on the device                    |
+| `verify`         | what must hold of the result                                          |
 
-After AOTAutograd, on a CPU, `lengths` makes token counts symbols, so that layers share Inductor's kernels.
+Its folders are what they are made of. Each imports only from those before it:
+
+| folder      | holds                                                                                      |
+|-------------|--------------------------------------------------------------------------------------------|
+| `algebra/`  | axes (dims as products of atoms) and layouts (what is merged)                              |
+| `building/` | new graphs and new nodes: traced values, merge steps at run time, groups                   |
+| `rules/`    | how merging moves through each op; `facts.py`: what is known of a graph                    |
+| `analysis/` | answers about a graph: what masks say, where tokens come from, where streams meet, costs   |
+| `normal/`   | the parts of `capture` and `normalize`                                                     |
+| `inner/`    | what runs between AOTAutograd and Inductor: token counts as symbols, so layers share kernels |
 """
 
 from __future__ import annotations
@@ -29,24 +42,26 @@ from torch import fx
 from tome_fx.config import ToMeConfig
 from tome_fx.report import SkipReason, ToMeReport
 
-from .axes import leaves
+from .algebra.axes import leaves
 from .capture import Captured, CaptureError, capture
 from .drop_unread import drop_unread
-from .find_attention import find_attention, fuse_attention
+from .find_attention import find_attention
 from .find_blocks import find_blocks
 from .flatten_grids import flatten_grids
+from .fuse_attention import fuse_attention
 from .infer_axes import infer_axes
-from .lengths import lengths_to_share
+from .inner.lengths import lengths_to_share
 from .lower import lower
 from .plan import Merge, Plan, make_plan, site_reports
 from .rewrite import rewrite
-from .rules import Call, Facts, find
+from .rules import find
 from .rules.base import tensors_of
+from .rules.facts import Facts
 from .rules.reduce import Softmax
 from .verify import VerifyError, verify
 
 PIPELINE = (
-    "capture", "find_attention", "flatten_grids", "infer_axes", "find_blocks", "plan", "rewrite",
+    "capture", "fuse_attention", "flatten_grids", "infer_axes", "find_attention", "find_blocks", "plan", "rewrite",
     "drop_unread", "lower", "verify"
 )  # fmt: skip
 
@@ -54,15 +69,14 @@ PIPELINE = (
 @dataclass
 class Result:
     """gm: the rewritten graph, or None where the original is to be used. captured: the IR it came from. lengths: the
-    lengths that merges leave, each once; none where layers would gain nothing by sharing kernels. facts, calls, plan:
-    what the passes found in the IR, where something merges."""
+    lengths that merges leave, each once; none where layers would gain nothing by sharing kernels. facts, plan: what the
+    passes found in the IR, where something merges."""
 
     gm: fx.GraphModule | None
     report: ToMeReport
     captured: Captured | None = None
     lengths: list[int] = field(default_factory=list)
     facts: Facts = field(default_factory=Facts)
-    calls: dict[fx.Node, Call] = field(default_factory=dict)
     plan: Plan = field(default_factory=Plan)
 
     @property
@@ -97,34 +111,34 @@ def run_pipeline(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig) 
     except CaptureError as error:
         report.skipped.append(SkipReason("graph left as it is", "", str(error).partition("\n\nWhile executing")[0]))
         return Result(None, report)
-    with _timed(seconds, "find_attention"):
+    with _timed(seconds, "fuse_attention"):
         fuse_attention(captured.gm, captured.fake_mode)
     with _timed(seconds, "flatten_grids"):
         flatten_grids(captured.gm)
     with _timed(seconds, "infer_axes"):
-        facts, calls = infer_axes(captured.gm, captured.model_input, captured.values)
-    facts.protect = config.protect
+        facts = infer_axes(captured.gm.graph, captured.model_input, captured.values)
+    facts.config = config
     report.unknown_ops = facts.unknown
     with _timed(seconds, "find_attention"):
-        sites = find_attention(captured.gm, facts, calls)
+        facts.sites = find_attention(facts)
     with _timed(seconds, "find_blocks"):
-        blocks, skipped = find_blocks(captured.gm, facts, calls, sites, config.placement, config.pairing)
+        blocks, skipped = find_blocks(facts)
     with _timed(seconds, "plan"):
-        plan = make_plan(captured.gm, facts, calls, blocks, config)
+        plan = make_plan(facts, blocks)
     report.r = plan.r
     report.skipped = skipped + plan.skipped
     report.unmerges = plan.unmerges
-    report.flops_before, report.flops_after = plan.flops_before, plan.flops_after
-    report.sites = site_reports(plan, blocks, sites, skipped)
+    report.flops_before, report.flops_after = plan.bill.before, plan.bill.after
+    report.sites = site_reports(facts, plan, skipped)
     if not plan.merges:
-        if not sites:
-            other = any(isinstance(find(call), Softmax) for call in calls.values())
+        if not facts.sites:
+            other = any(isinstance(find(call), Softmax) for call in facts.calls.values())
             why = "its softmax is not over products of queries and keys"
             why = why if other else "no queries and keys make the weights of a sum over tokens"
             report.skipped.append(SkipReason("no attention", "", why))
         return Result(None, report, captured)
     with _timed(seconds, "rewrite"):
-        rewritten = rewrite(captured, facts, calls, plan, config)
+        rewritten = rewrite(captured, facts, plan)
     if config.drop_unread:
         with _timed(seconds, "drop_unread"):
             report.unread_ops = drop_unread(rewritten)
@@ -132,12 +146,12 @@ def run_pipeline(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig) 
             reason = SkipReason("not read", merge.block.name, "of its tokens the model reads none that merge")
             plan.skipped.append(reason)
             report.skipped.append(reason)
-        report.sites = site_reports(plan, blocks, sites, skipped)
+        report.sites = site_reports(facts, plan, skipped)
     with _timed(seconds, "lower"):
         lower(rewritten)
     with _timed(seconds, "verify"):
         verify(captured.gm, rewritten)
-    return Result(rewritten, report, captured, lengths_to_share(captured.gm, plan), facts, calls, plan)
+    return Result(rewritten, report, captured, lengths_to_share(captured.gm, plan), facts, plan)
 
 
 def _unread_merges(rewritten: fx.GraphModule, plan: Plan) -> list[Merge]:

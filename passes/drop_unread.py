@@ -24,14 +24,17 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from .axes import expr, same
-from .capture import is_impure
-from .rules import Call, Facts, find
-from .rules.base import Role, SignatureRule, tensors_of
-from .rules.joins import CatRule, SelectRule, SliceRule, SplitRule
+from .algebra.axes import expr, same
+from .analysis.values import size_hint
+from .building.trace import fake_like
+from .normal.functional import is_impure
+from .rules import Call, find
+from .rules.base import Role, tensors_of
+from .rules.facts import Facts
+from .rules.joins import CatRule
+from .rules.signature import SignatureRule
+from .rules.slices import SelectRule, SliceRule, SplitRule
 from .rules.views import ExpandRule, PermuteRule
-from .trace import fake_like
-from .values import size_hint
 
 aten = torch.ops.aten
 tome = torch.ops.tome

@@ -1,509 +1,85 @@
-"""find_attention: every spelling of softmax attention, as one canonical site.
+"""find_attention: the attention sites of a graph.
 
-`fuse_attention` follows the dataflow back from each softmax to the product q k^T and forward to the product with v,
-and puts one `scaled_dot_product_attention` in their place. Handled on the way: matmul, bmm, baddbmm, einsum; scale
-on q, k or the scores, as a number or a tensor that is constant over both token axes; additive terms; bool masks by
-masked_fill or where; a softmax in wider precision; dropout; heads folded into the batch. Nothing is fused whose
-intermediate values somebody else reads.
-
-    s = baddbmm(bias, q, kT, alpha=c) ; m = masked_fill(s, mask, -inf) ; p = softmax(m, -1) ; o = bmm(dropout(p), v)
-    ->  o = scaled_dot_product_attention(q, k, v, attn_mask=bias + where(mask, -inf, 0), dropout_p, scale=c)
-
-`find_attention` lists the sites, also those whose softmax has columns beside the products (attention sinks) and those
-without a softmax (`find_sums.py`).
-Correctness does not depend on either: what is not fused follows the measure principle op by op.
+A site is an SDPA, a softmax over the product of two activations that could not be fused (its probabilities are read, it
+has columns beside the products: attention sinks), or a sum over tokens without a softmax (`analysis/sums.py`).
+It only annotates.
 """
 
 from __future__ import annotations
 
 import operator
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, cast
+from collections.abc import Iterator
+from dataclasses import replace
 
-import torch
-from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import fx
 
-from .axes import Dim, leaves
-from .axes import expr as size_expr
-from .capture import is_impure
-from .find_sums import Summed, find_sums
-from .rules import Call, Facts, find
-from .rules.base import Role, Signature
+from .algebra.axes import Dim, leaves
+from .analysis.sites import AttentionSite, Operand, place, tells_pairs
+from .analysis.sums import find_sums
+from .fuse_attention import sdpa
+from .rules import Call, find
+from .rules.base import Role
 from .rules.contraction import Contraction
-from .rules.pointwise import MaskRule, scalar
-from .rules.views import PermuteRule
-from .trace import single
-
-aten = torch.ops.aten
-sdpa = aten.scaled_dot_product_attention.default
-
-_SOFTMAX = {aten.softmax.int, aten._softmax.default}
-_PASS = {aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.alias.default,
-         aten.type_as.default, aten.to.dtype_layout}  # fmt: skip
-_VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
-          aten.unflatten.int, aten.unsqueeze.default, aten.squeeze.dim}  # fmt: skip
-# A mask value this low leaves a key out; a milder one is an ordinary score and stays as it is written.
-_MASKED_OUT = -1e4
-_ABSORBS = -1e9
+from .rules.facts import Facts
+from .rules.reduce import SOFTMAX
 
 
-TELLS_PAIRS = "its mask decides for each query which keys it sees"
-UNKNOWN_VALUE = (
-    "or may: it has a row for each of them, and the caller gives its value (a mask of keys has one row for all)"
-)
-
-
-@dataclass(frozen=True)
-class AttentionSite:
-    """q, k, out: nodes. query_dim, key_dim: where their tokens stand. inner_dims: the dims of k that the scores
-    contract. causal: why the site must not merge, or None. fused: `out` is an SDPA. masked: it has a mask. softmax: its
-    weights are a softmax (see `find_sums.py`). v: the values, if they are known. others: where the tokens and the
-    features of q and of v stand."""
-
-    name: str
-    q: fx.Node
-    k: fx.Node
-    out: fx.Node
-    query_dim: int
-    key_dim: int
-    inner_dims: tuple[int, ...]
-    causal: str | None = None
-    fused: bool = False
-    masked: bool = False
-    softmax: bool = True
-    v: fx.Node | None = None
-    others: tuple[tuple[int, tuple[int, ...]], ...] = ()
-
-    def compared(self, metric: str) -> tuple[fx.Node | None, int, tuple[int, ...]]:
-        """Of "key", "query" or "value": the node (None where it is not known), where tokens and features stand."""
-        if metric == "key":
-            return self.k, self.key_dim, self.inner_dims
-        return (self.q, *self.others[0]) if metric == "query" else (self.v, *self.others[1])
-
-
-# -- fusing ------------------------------------------------------------------------------------------------------------
-
-
-Order = list[int | None]
-
-
-@dataclass
-class _Match:
-    """What was found between a softmax and its two products, in the order from the scores to the softmax."""
-
-    product: fx.Node
-    scale: float = 1.0
-    query_factors: list[tuple[Any, fx.Node]] = field(default_factory=list)
-    terms: list[Callable[[], fx.Node]] = field(default_factory=list)
-    shape: tuple | None = None
-
-
-class _NoMatch(Exception):
-    pass
-
-
-def fuse_attention(gm: fx.GraphModule, mode: FakeTensorMode) -> int:
-    """Replace unfused softmax attention in place; returns how many sites were fused."""
-    count = 0
-    autocast = any(n.target is torch.amp.autocast_mode._enter_autocast for n in gm.graph.nodes)
-    for node in list(gm.graph.nodes):
-        if node.op == "call_function" and node.target in _SOFTMAX:
-            try:
-                _Fuser(gm.graph, mode, node, autocast).run()
-            except _NoMatch:
-                continue
-            count += 1
-    if count:
-        gm.graph.eliminate_dead_code(is_impure_node=is_impure)
-        gm.graph.lint()
-    return count
-
-
-def emit(graph: fx.Graph, mode: FakeTensorMode, target: Any, args: Any, kwargs: Any, meta: dict[str, Any]) -> fx.Node:
-    """A new node with the meta of another, and the fake value that its op gives."""
-    node = graph.call_function(target, args, kwargs)
-    held_args, held_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-    with mode:
-        node.meta = {**meta, "val": target(*held_args, **held_kwargs)}
-    return node
-
-
-def _shape(node: fx.Node) -> tuple:
-    return tuple(size_expr(s) for s in node.meta["val"].shape)
-
-
-def _only_user(node: fx.Node) -> fx.Node:
-    if len(node.users) != 1:
-        raise _NoMatch
-    return next(iter(node.users))
-
-
-def _same(node: fx.Node) -> fx.Node:
-    return node
-
-
-def _swaps_last(node: fx.Node) -> bool:
-    call = Call(node)
-    rule, rank = find(call), call.out.dim() if call.results else 0
-    return isinstance(rule, PermuteRule) and rule.order(call) == [*range(rank - 2), rank - 1, rank - 2]
-
-
-class _Fuser:
-    def __init__(self, graph: fx.Graph, mode: FakeTensorMode, softmax: fx.Node, autocast: bool) -> None:
-        self.graph, self.mode, self.softmax, self.autocast = graph, mode, softmax, autocast
-        self.swapped = False  # v @ p^T: the probabilities are transposed on their way
-
-    def run(self) -> None:
-        scores = self.softmax.args[0]
-        assert isinstance(scores, fx.Node)
-        rank = scores.meta["val"].dim()
-        if rank < 2 or self.softmax.args[1] not in (-1, rank - 1):
-            raise _NoMatch
-        match = self._back(scores)
-        product, dropout = self._forward()
-        q, k = self._queries_and_keys(match.product)
-        with self.graph.inserting_before(product):
-            self._replace(match, q, k, product, dropout)
-
-    # Back from the softmax to the product of queries and keys.
-
-    def _back(self, node: fx.Node) -> _Match:
-        if len(node.users) != 1 or node.op != "call_function":
-            raise _NoMatch
-        target = node.target
-        if target in _PASS:
-            return self._back(self._first(node))
-        if target in _VIEWS:
-            return self._through_view(node)
-        if target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.multiply.Tensor):
-            return self._through_factor(node, divide=target in (aten.div.Tensor, aten.div.Scalar))
-        if target is aten.add.Tensor and not node.kwargs:
-            return self._through_term(node)
-        if isinstance(find(Call(node)), MaskRule):
-            return self._through_mask(node)
-        if isinstance(find(Call(node)), Contraction) and target is not aten.linear.default:
-            return self._at_product(node)
-        raise _NoMatch
-
-    @staticmethod
-    def _first(node: fx.Node) -> fx.Node:
-        if not isinstance(node.args[0], fx.Node):
-            raise _NoMatch
-        return node.args[0]
-
-    def _through_view(self, node: fx.Node) -> _Match:
-        source = self._first(node)
-        if _shape(source)[-2:] != _shape(node)[-2:]:
-            raise _NoMatch
-        match = self._back(source)
-        # Terms met on either side of a view have different batch shapes; one shape must do for all of them.
-        if match.terms and match.shape != _shape(node)[:-2]:
-            raise _NoMatch
-        return match
-
-    def _through_factor(self, node: fx.Node, *, divide: bool) -> _Match:
-        a, b = cast(Any, node.args[:2])
-        for scores, factor in ((a, b), (b, a)) if not divide else ((a, b),):
-            if not isinstance(scores, fx.Node) or _shape(scores) != _shape(node):
-                continue
-            number = scalar(factor)
-            if number is None and not (isinstance(factor, fx.Node) and self._constant_over_tokens(factor)):
-                continue
-            match = self._back(scores)
-            if match.terms:  # the factor would scale the terms as well
-                raise _NoMatch
-            if number is not None:
-                match.scale = match.scale / number if divide else match.scale * number
-            else:
-                match.query_factors.append((aten.div.Tensor if divide else aten.mul.Tensor, factor))
-            return match
-        raise _NoMatch
-
-    @staticmethod
-    def _constant_over_tokens(node: fx.Node) -> bool:
-        value = node.meta.get("val")
-        return isinstance(value, Tensor) and all(s == 1 for s in _shape(node)[-2:])
-
-    def _through_term(self, node: fx.Node) -> _Match:
-        a, b = node.args[:2]
-        for scores, term in ((a, b), (b, a)):
-            if not isinstance(scores, fx.Node) or not isinstance(term, fx.Node) or _shape(scores) != _shape(node):
-                continue
-            try:
-                match = self._back(scores)
-            except _NoMatch:
-                continue
-            self._add_term(match, node, partial(_same, term))
-            return match
-        raise _NoMatch
-
-    def _through_mask(self, node: fx.Node) -> _Match:
-        call = Call(node)
-        parts = MaskRule.parts(call)
-        if parts is None:
-            raise _NoMatch
-        x, mask, value, fills = parts
-        if (not isinstance(value, float) and not isinstance(value, int)) or not value <= _MASKED_OUT:
-            raise _NoMatch
-        match = self._back(call.nodes[x])
-        picked = call.nodes[mask]
-        # Where all keys are filled their scores are gone: a number that absorbs them does the same in a sum.
-        low = max(min(value, _ABSORBS), torch.finfo(call.out.dtype).min) if value > -torch.inf else value
-
-        def term() -> fx.Node:
-            pair = (single(low), 0.0) if fills else (0.0, single(low))
-            return self._emit(aten.where.Scalar, picked, *pair)
-
-        self._add_term(match, node, term)
-        return match
-
-    @staticmethod
-    def _add_term(match: _Match, node: fx.Node, term: Callable[[], fx.Node]) -> None:
-        shape = _shape(node)[:-2]
-        if match.shape not in (None, shape):
-            raise _NoMatch
-        match.shape = shape
-        match.terms.append(term)
-
-    def _at_product(self, node: fx.Node) -> _Match:
-        match = _Match(node)
-        if node.target in (aten.baddbmm.default, aten.addmm.default):
-            beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
-            if not isinstance(alpha, (int, float)) or not isinstance(beta, (int, float)):
-                raise _NoMatch
-            match.scale = float(alpha)
-            term = self._first(node)
-            if beta != 0:
-                self._add_term(match, node, lambda: term if beta == 1 else self._emit(aten.mul.Tensor, term, beta))
-        return match
-
-    # Forward from the softmax to the product with the values.
-
-    def _forward(self) -> tuple[fx.Node, float]:
-        node, dropout = self.softmax, 0.0
-        while True:
-            user = _only_user(node)
-            if user.target in _PASS:
-                pass
-            elif user.target is aten.dropout.default:
-                dropout = float(user.args[1]) if user.args[2] else 0.0  # type: ignore[arg-type]
-            elif user.target in _VIEWS and _shape(user)[-2:] == _shape(node)[-2:]:
-                pass
-            elif not self.swapped and user.op == "call_function" and _swaps_last(user):
-                self.swapped = True
-            elif user.op == "call_function" and isinstance(find(Call(user)), Contraction):
-                self.probabilities = node
-                return user, dropout
-            else:
-                raise _NoMatch
-            node = user
-
-    # The letters of the two products.
-
-    @staticmethod
-    def _letters(node: fx.Node) -> tuple[Call, Signature]:
-        call = Call(node)
-        rule = find(call)
-        assert isinstance(rule, Contraction)
-        return call, rule.signature(call, Facts())
-
-    def _queries_and_keys(self, node: fx.Node) -> tuple[tuple[fx.Node, Order], tuple[fx.Node, Order]]:
-        """Nodes of queries and keys with the order of dims that makes them [*batch, l, e] and [*batch, s, e]."""
-        call, sig = self._letters(node)
-        skip = 1 if node.target in (aten.baddbmm.default, aten.addmm.default) else 0
-        out = sig.outs[0]
-        nodes, ins = call.nodes[skip:], sig.ins[skip:]
-        inner = [letter for letter, role in sig.roles.items() if role is Role.SUM]
-        if len(nodes) != 2 or len(out) < 2 or len(inner) != 1:
-            raise _NoMatch
-        *batch, query, key = out
-        shared = any(x not in letters for x in batch for letters in ins)
-        if shared and _shape(node)[-1] != _shape(node)[-2]:  # heads may stand where queries are looked for
-            raise _NoMatch
-        found = {}
-        for name, other in ((query, key), (key, query)):
-            at = next((i for i in (0, 1) if name in ins[i] and other not in ins[i]), None)
-            if at is None:
-                raise _NoMatch
-            found[name] = (nodes[at], self._order(ins[at], batch, name, inner[0]))
-        return found[query], found[key]
-
-    @staticmethod
-    def _order(letters: Any, batch: Sequence[Any], *last: Any) -> Order:
-        """Where each of [*batch, *last] stands among the letters of an operand; None where it has no such dim, being
-        the same for all (keys that heads share)."""
-        if not set(last) <= set(letters) <= {*batch, *last} or len(set(letters)) < len(letters):
-            raise _NoMatch
-        return [letters.index(x) if x in letters else None for x in (*batch, *last)]
-
-    def _values(self, product: fx.Node) -> tuple[fx.Node, Order, Order]:
-        """The values, the order of dims that makes them [*batch, s, f], and that of the result from [*batch, l, f]."""
-        call, sig = self._letters(product)
-        if len(call.nodes) != 2 or self.probabilities not in call.nodes:
-            raise _NoMatch
-        at = call.nodes.index(self.probabilities)
-        *batch, query, key = sig.ins[at]
-        if self.swapped:
-            query, key = key, query
-        other = sig.ins[1 - at]
-        free = [x for x in other if x not in batch and x != key]
-        if sig.role(key) is not Role.SUM or len(free) != 1:
-            raise _NoMatch
-        result = [*batch, query, free[0]]
-        if sorted(map(str, sig.outs[0])) != sorted(map(str, result)) or list(sig.roles) != [key]:
-            raise _NoMatch
-        return (
-            call.nodes[1 - at],
-            self._order(other, batch, key, free[0]),
-            [result.index(x) for x in sig.outs[0]],
-        )
-
-    # The replacement.
-
-    def _replace(self, match: _Match, q: Any, k: Any, product: fx.Node, dropout: float) -> None:
-        values, value_order, out_order = self._values(product)
-        batch = match.shape if match.shape is not None else _shape(self.softmax)[:-2]
-        after = _shape(self.probabilities)[:-2]
-        query = self._permuted(*q)
-        for op, factor in match.query_factors:
-            query = self._emit(op, query, factor)
-        operands = [query, self._permuted(*k), self._permuted(values, value_order)]
-        operands = [self._batched(x, batch) for x in operands]
-        dtype = torch.float32
-        for x in operands:
-            dtype = torch.promote_types(dtype, x.meta["val"].dtype) if x is not operands[0] else x.meta["val"].dtype
-        if not self.autocast:
-            operands = [self._cast(x, dtype) for x in operands]
-        terms = [self._cast(term(), dtype) for term in match.terms]
-        mask = terms[0] if terms else None
-        for term in terms[1:]:
-            mask = self._emit(aten.add.Tensor, mask, term)
-        single = len(batch) == 1  # fused kernels want [B, H, N, e]
-        if single:
-            operands = [self._emit(aten.unsqueeze.default, x, 1) for x in operands]
-            if mask is not None and mask.meta["val"].dim() >= 3:
-                mask = self._emit(aten.unsqueeze.default, mask, -3)
-        out = self._emit(sdpa, *operands, attn_mask=mask, dropout_p=dropout, scale=match.scale)
-        out.meta.update({k: v for k, v in product.meta.items() if k != "val"})
-        if single:
-            out = self._emit(aten.squeeze.dim, out, 1)
-        out = self._permuted(self._batched(out, after), out_order)
-        if not self.autocast:
-            out = self._cast(out, product.meta["val"].dtype)
-        if _shape(out) != _shape(product):
-            raise _NoMatch
-        out.meta["val"] = product.meta["val"]
-        product.replace_all_uses_with(out)
-
-    def _emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        kwargs = {k: v for k, v in kwargs.items() if v is not None}
-        meta = {"nn_module_stack": self.softmax.meta.get("nn_module_stack", {})}
-        return emit(self.graph, self.mode, target, args, kwargs, meta)
-
-    def _permuted(self, node: fx.Node, order: Order) -> fx.Node:
-        held = [d for d in order if d is not None]
-        node = node if held == sorted(held) else self._emit(aten.permute.default, node, held)
-        for d in (d for d, at in enumerate(order) if at is None):
-            node = self._emit(aten.unsqueeze.default, node, d)
-        return node
-
-    def _batched(self, node: fx.Node, batch: tuple) -> fx.Node:
-        shape = _shape(node)
-        if shape[:-2] == tuple(batch):
-            return node
-        if len(shape) - 2 == len(batch) and all(a in (1, b) for a, b in zip(shape, batch, strict=False)):
-            sizes = [-1 if a == b else b for a, b in zip(shape, batch, strict=False)]
-            if all(isinstance(size, int) for size in sizes):
-                return self._emit(aten.expand.default, node, [*sizes, -1, -1])
-        if not all(isinstance(s, int) for s in (*shape, *batch)):
-            raise _NoMatch
-        return self._emit(aten.reshape.default, node, [*batch, *shape[-2:]])
-
-    def _cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        return node if node.meta["val"].dtype == dtype else self._emit(aten.to.dtype, node, dtype)
-
-
-# -- sites -------------------------------------------------------------------------------------------------------------
-
-
-def find_attention(gm: fx.GraphModule, facts: Facts, calls: dict[fx.Node, Call]) -> list[AttentionSite]:
-    """Every attention site in graph order: fused, or a softmax over the product of two activations."""
+def find_attention(facts: Facts) -> list[AttentionSite]:
+    """Every attention site in graph order."""
     sites: list[AttentionSite] = []
-    for node, call in calls.items():
-        if node.target is sdpa:
-            sites.append(_fused_site(node, call, facts, calls, len(sites)))
-        elif node.target in _SOFTMAX:
-            site = _open_site(node, call, facts, calls, len(sites))
-            if site is not None:
-                sites.append(site)
-    summed = [
-        _summed_site(found, i) for i, found in enumerate(find_sums(facts, calls, {s.out for s in sites}), len(sites))
-    ]
-    return sorted([*sites, *summed], key=lambda site: site.out) if summed else sites
+    for call in facts.calls.values():
+        site = _fused_site(call, facts) if call.target is sdpa else None
+        site = _open_site(call, facts) if call.target in SOFTMAX else site
+        sites += [site] if site is not None else []
+    sites += find_sums(facts, {site.out for site in sites})
+    sites.sort(key=lambda site: site.out)
+    return [site if site.name else replace(site, name=f"attention {i}") for i, site in enumerate(sites)]
 
 
-def place(node: fx.Node) -> str:
-    """Where in the model a node comes from: the innermost module path of `nn_module_stack`."""
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [str(path) for path, _ in stack.values()]
-    for path in reversed(paths):
-        clean = _clean(path)
-        if clean:
-            return clean
-    return ""
-
-
-def tells_pairs(mask: fx.Node, facts: Facts) -> str:
-    """Why a mask of pairs leaves a site alone."""
-    known = facts.pairs is not None and facts.pairs.value(mask) is not None
-    return TELLS_PAIRS if known or mask not in facts.given else f"{TELLS_PAIRS}, {UNKNOWN_VALUE}"
-
-
-def _clean(path: str) -> str:
-    """`L['self']._modules['blocks']._modules['0'].attn` -> `blocks.0.attn`."""
-    path = re.sub(r"^L\['\w+'\](\[\d+\])?", "", path)  # the local that the model is in
-    for junk in (".__dict__", "._modules", "['", "']", "self."):
-        path = path.replace(junk, "." if junk in ("['",) else "")
-    parts = [p for p in path.split(".") if p and p not in ("_orig_mod",)]
-    return ".".join(parts)
-
-
-def _fused_site(node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Call], index: int) -> AttentionSite:
-    q, k, v = call.nodes[:3]
-    rank = k.meta["val"].dim()
+def _fused_site(call: Call, facts: Facts) -> AttentionSite:
+    operands = call.nodes[:3]
+    ranks = [node.meta["val"].dim() for node in operands]
+    q, k, v = (Operand(node, rank - 2, (rank - 1,)) for node, rank in zip(operands, ranks, strict=True))
+    masked = len(call.nodes) == 4
     causal = "the attention is causal" if call.args.get("is_causal") else None
-    if causal is None and len(call.nodes) == 4 and facts.per_pair(call.nodes[3], -2, -1):
+    if causal is None and masked and facts.per_pair(call.nodes[3], -2, -1):
         causal = tells_pairs(call.nodes[3], facts)
-    queries = q.meta["val"].dim() - 2
-    name = place(node) or f"attention {index}"
-    values = v.meta["val"].dim() - 2
-    others = (queries, (queries + 1,)), (values, (values + 1,))
-    return AttentionSite(
-        name, q, k, node, queries, rank - 2, (rank - 1,), causal, fused=True, masked=len(call.nodes) == 4, v=v,
-        others=others,
-    )  # fmt: skip
+    name = place(call.node)
+    return AttentionSite(name=name, q=q, k=k, v=v, out=call.node, causal=causal, fused=True, masked=masked)
 
 
-def _open_site(node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Call], index: int) -> AttentionSite | None:
+def _open_site(softmax: Call, facts: Facts) -> AttentionSite | None:
     """A softmax that was not fused: its keys are the operand of the nearest product with the softmax axis."""
-    whole = leaves(facts.dims(node)[call.axis(call.args["dim"])])
+    whole = leaves(facts.dims(softmax.node)[softmax.axis(softmax.args["dim"])])
     for axis in _key_axes(whole, facts):
-        product = _product_above(call.nodes[0], axis, facts, calls)
-        out = _product_below(node, axis, facts, calls)
+        product = _product_above(softmax.nodes[0], axis, facts)
+        out = _product_below(softmax.node, axis, facts)
         if product is not None and out is not None:
             break
     else:
         return None
-    inner_call = calls[product]
-    rule = find(inner_call)
+    found = _queries_and_keys(product, axis, facts)
+    if found is None:
+        return None
+    q, k = found
+    facts.attends.add((q.axis(facts), axis))
+    v = _values(softmax.node, out, axis, facts)
+    return AttentionSite(name=place(softmax.node), q=q, k=k, v=v, out=out.node)
+
+
+def _key_axes(axis: Dim, facts: Facts) -> Iterator[Dim]:
+    """What may be the keys of a softmax over `axis`: all of it, or a piece (attention sinks join columns that are no
+    product, and are cut off again)."""
+    yield from (found for found in (axis, *(part for parts in facts.joined(axis) for part in parts)) if found)
+
+
+def _queries_and_keys(product: Call, axis: Dim, facts: Facts) -> tuple[Operand, Operand] | None:
+    """The operands of a product of which `axis` is the keys'."""
+    rule = find(product)
     assert isinstance(rule, Contraction)
-    sig = rule.signature(inner_call, facts)
-    operands = list(range(len(inner_call.nodes)))[-2:]
-    holders = [(i, d) for i in operands for d, dim in enumerate(facts.dims(inner_call.nodes[i])) if leaves(dim) == axis]
+    sig = rule.signature(product, facts)
+    operands = list(range(len(product.nodes)))[-2:]
+    holders = [(i, d) for i in operands for d, dim in enumerate(facts.dims(product.nodes[i])) if leaves(dim) == axis]
     outs = [sig.outs[0].index(sig.ins[i][d]) if sig.ins[i][d] in sig.outs[0] else -1 for i, d in holders]
     if not holders or max(outs) < 0:
         return None
@@ -512,50 +88,17 @@ def _open_site(node: fx.Node, call: Call, facts: Facts, calls: dict[fx.Node, Cal
     # The queries' tokens are what the product keeps of the other operand alone.
     shared = {*sig.ins[keys], None}
     spots = [d for d, x in enumerate(sig.ins[other]) if x not in shared and x in sig.outs[0]]
-    inner, query_inner = (
-        tuple(d for d, x in enumerate(sig.ins[i]) if x is not None and sig.role(x) is Role.SUM) for i in (keys, other)
-    )
-    queries = spots[0] if spots else 0
-    facts.attends.add((leaves(facts.dims(inner_call.nodes[other])[queries]), axis))
-    v, values, value_inner = _values(node, calls[out], axis, facts)
-    return AttentionSite(
-        place(node) or f"attention {index}",
-        inner_call.nodes[other],
-        inner_call.nodes[keys],
-        out,
-        queries,
-        key_dim,
-        inner,
-        v=v,
-        others=((queries, query_inner), (values, value_inner)),
-    )
+
+    def operand(i: int, tokens: int) -> Operand:
+        features = [d for d, x in enumerate(sig.ins[i]) if x is not None and sig.role(x) is Role.SUM]
+        return Operand(product.nodes[i], tokens, tuple(features))
+
+    return operand(other, spots[0] if spots else 0), operand(keys, key_dim)
 
 
-def _summed_site(found: Summed, index: int) -> AttentionSite:
-    q, k, v = found.q, found.k, found.v
-    return AttentionSite(
-        place(found.out) or f"attention {index}",
-        q.node,
-        k.node,
-        found.out,
-        q.tokens,
-        k.tokens,
-        k.features,
-        softmax=False,
-        v=v.node,
-        others=((q.tokens, q.features), (v.tokens, v.features)),
-    )
-
-
-def _key_axes(axis: Dim, facts: Facts) -> list[Dim]:
-    """What may be the keys of a softmax over `axis`: all of it, or a piece (attention sinks join columns that are no
-    product, and are cut off again)."""
-    return [found for found in (axis, *(part for parts in facts.joined(axis) for part in parts)) if found]
-
-
-def _values(softmax: fx.Node, out: Call, axis: Dim, facts: Facts) -> tuple[fx.Node | None, int, tuple[int, ...]]:
-    """The values of a softmax that was not fused: the operand of its product that is not made of it, where its tokens
-    stand, and its features, which the other operand has not."""
+def _values(softmax: fx.Node, out: Call, axis: Dim, facts: Facts) -> Operand | None:
+    """The values of a softmax that was not fused: the operand of its product that is not made of it. Its features are
+    what the other operand has not."""
     made, todo = {softmax}, [softmax]
     while todo:
         for user in todo.pop().users:
@@ -567,48 +110,49 @@ def _values(softmax: fx.Node, out: Call, axis: Dim, facts: Facts) -> tuple[fx.No
     sig, last = rule.signature(out, facts), range(len(out.nodes))[-2:]
     own = [i for i in last if out.nodes[i] not in made]
     if len(last) < 2 or len(own) != 1:
-        return None, 0, ()
+        return None
     (i,), (j,) = own, [j for j in last if j != own[0]]
     dims = facts.dims(out.nodes[i])
     spots = [d for d, x in enumerate(sig.ins[i]) if sig.role(x) is Role.SUM and leaves(dims[d]) == axis]
     inner = tuple(d for d, x in enumerate(sig.ins[i]) if x not in sig.ins[j])
-    return (out.nodes[i], spots[0], inner) if spots else (None, 0, ())
+    return Operand(out.nodes[i], spots[0], inner) if spots else None
 
 
-def _product_above(node: fx.Node, axis: Dim, facts: Facts, calls: dict[fx.Node, Call]) -> fx.Node | None:
-    todo, seen = [node], set()
+def _product_above(node: fx.Node, axis: Dim, facts: Facts) -> Call | None:
+    todo, seen = [node], set[fx.Node]()
     while todo:
         node = todo.pop(0)
-        if node in seen or node not in calls:
+        if node in seen or node not in facts.calls:
             continue
         seen.add(node)
-        factors = calls[node].nodes[-2:]  # an einsum of one operand is no product
-        if isinstance(find(calls[node]), Contraction) and len(factors) > 1 and not facts.constant & set(factors):
-            return node
+        call = facts.calls[node]
+        factors = call.nodes[-2:]  # an einsum of one operand is no product
+        if isinstance(find(call), Contraction) and len(factors) > 1 and not facts.constant & set(factors):
+            return call
         # The axis may be spread over several dims on the way (keys as rows and columns of a grid).
-        todo += [n for n in calls[node].nodes if set(axis) <= {x for dim in facts.axes[n][0] for x in leaves(dim)}]
+        todo += [n for n in call.nodes if set(axis) <= facts.leaves_of(n)]
     return None
 
 
-def _product_below(node: fx.Node, axis: Dim, facts: Facts, calls: dict[fx.Node, Call]) -> fx.Node | None:
-    todo, seen = list(node.users), set()
+def _product_below(node: fx.Node, axis: Dim, facts: Facts) -> Call | None:
+    todo, seen = list(node.users), set[fx.Node]()
     while todo:
         node = todo.pop(0)
         if node.target is operator.getitem:  # one of the pieces of a split
             todo += list(node.users)
-        if node in seen or node not in calls:
+        if node in seen or node not in facts.calls:
             continue
         seen.add(node)
-        call = calls[node]
+        call = facts.calls[node]
         rule = find(call)
         if isinstance(rule, Contraction):
             sig = rule.signature(call, facts)
             for source, letters in zip(call.nodes, sig.ins, strict=True):
                 for dim, letter in zip(facts.dims(source), letters, strict=True):
                     if letter is not None and sig.role(letter) is Role.SUM and leaves(dim) == axis:
-                        return node
+                        return call
         todo += list(node.users)
     return None
 
 
-__all__ = ["AttentionSite", "emit", "find_attention", "fuse_attention", "place"]
+__all__ = ["find_attention"]

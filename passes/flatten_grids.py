@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .building.trace import fake_like
 from .rules import Call, find
 from .rules.pointwise import PointwiseRule
-from .trace import fake_like
 
 aten = torch.ops.aten
 _NORMS = {aten.layer_norm.default, aten.rms_norm.default}

@@ -17,33 +17,35 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .axes import expr as size_expr
-from .axes import fresh_dims, leaves, same, size_of, unify
-from .pairs import Pairs, elementwise
-from .provenance import origins
-from .rules import Call, Facts, find, tensors_of
-from .rules.base import FILLED, UNKNOWN, Role, Rule, SignatureRule, result_read, sources
+from .algebra.axes import expr as size_expr
+from .algebra.axes import fresh_dims, leaves, same, size_of, unify
+from .analysis.pairs import Pairs, elementwise
+from .analysis.provenance import origins
+from .analysis.reach import Reach
+from .analysis.values import Values
+from .rules import Call, find, tensors_of
+from .rules.base import FILLED, UNKNOWN, Role, Rule, result_read, sources
 from .rules.contraction import Attention, Contraction, Convolution
-from .rules.joins import CatRule, SliceRule, SplitRule
+from .rules.facts import Facts
+from .rules.joins import CatRule
 from .rules.reduce import Softmax
+from .rules.signature import SignatureRule
+from .rules.slices import SliceRule, SplitRule
 from .rules.views import ExpandRule, PermuteRule, ViewRule
-from .values import Values
 
 aten = torch.ops.aten
 
 
-def infer_axes(
-    gm: fx.GraphModule, model_input: Sequence[bool], held: Mapping[fx.Node, Tensor]
-) -> tuple[Facts, dict[fx.Node, Call]]:
-    """Facts about every value, and the bound call of every node that runs an op on tensors.
+def infer_axes(graph: fx.Graph, model_input: Sequence[bool], held: Mapping[fx.Node, Tensor]) -> Facts:
+    """Facts about every value.
 
     model_input: for each placeholder, whether it varies from call to call. held: the values of some that do not.
     """
-    facts, calls = Facts(buffers={n for n, value in held.items() if not isinstance(value, torch.nn.Parameter)}), {}
+    facts = Facts(graph, buffers={n for n, value in held.items() if not isinstance(value, torch.nn.Parameter)})
     angles = _Angles(facts)
     varies = iter(model_input)
     values = Values(held, facts.constant)
-    for node in gm.graph.nodes:
+    for node in graph.nodes:
         if node.op == "placeholder":
             (facts.given if next(varies) else facts.constant).add(node)
         elif node.op == "get_attr" or (
@@ -60,7 +62,7 @@ def infer_axes(
         if node.op != "call_function" or not results:
             facts.axes[node] = tuple(fresh_dims(v.shape) for v in results)
             continue
-        call = calls[node] = Call(node)
+        call = facts.calls[node] = Call(node)
         rule = find(call)
         facts.axes[node] = rule.axes(call, facts)
         if isinstance(rule, (Contraction, Convolution)) and any(n in facts.constant for n in call.nodes):
@@ -79,10 +81,11 @@ def infer_axes(
         if rule is UNKNOWN and call.operands:
             facts.unknown[call.op] = facts.unknown.get(call.op, 0) + 1
     _match_pieces(facts)
-    facts.scores = _scores(calls)
-    facts.pairs = Pairs(facts, calls, values)
-    facts.mixed = origins(gm.graph, facts, calls, values)
-    return facts, calls
+    facts.scores = _scores(facts)
+    facts.pairs = Pairs(facts, values)
+    facts.mixed = origins(facts, values)
+    facts.reach = Reach(facts)
+    return facts
 
 
 def _match_pieces(facts: Facts) -> None:
@@ -260,15 +263,15 @@ _ANGULAR = {aten.sin.default, aten.cos.default, aten.polar.default}
 _EXP = {aten.exp.default, aten.exp2.default}
 
 
-def _scores(calls: dict[fx.Node, Call]) -> set[fx.Node]:
+def _scores(facts: Facts) -> set[fx.Node]:
     """Nodes whose value reaches a softmax or exp through pointwise ops, views and cat: terms of attention scores."""
-    todo = [c.nodes[0] for c in calls.values() if c.nodes and (isinstance(find(c), Softmax) or c.target in _EXP)]
+    todo = [c.nodes[0] for c in facts.calls.values() if c.nodes and (isinstance(find(c), Softmax) or c.target in _EXP)]
     found: set[fx.Node] = set()
     while todo:
         node = todo.pop()
-        if node in found or node not in calls:
+        if node in found or node not in facts.calls:
             continue
-        call = calls[node]
+        call = facts.calls[node]
         rule = find(call)
         if isinstance(rule, Contraction):
             found.add(node)

@@ -43,10 +43,10 @@ from torch import Tensor, fx
 from tome_fx import attention
 from tome_fx.kernels import cpu
 
-from .axes import expr, same
+from .algebra.axes import expr, same
+from .analysis.values import size_hint
 from .capture import is_impure
 from .rules import Call
-from .values import size_hint
 
 aten = torch.ops.aten
 tome = torch.ops.tome

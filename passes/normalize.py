@@ -2,14 +2,14 @@
 
 | spelling                                                | form                                                     |
 |---------------------------------------------------------|----------------------------------------------------------|
-| slices written until nothing is left of what was there  | one cat (`join_writes.py`)                               |
+| slices written until nothing is left of what was there  | one cat (`normal/join_writes.py`)                        |
 | `x.new_zeros(size)`                                     | `full(size, 0)`, which reads nothing of x                |
 | `addcmul(x, a, b, value=c)`, `addcdiv`                  | `add(x, mul(a, b), alpha=c)`, `add(x, div(a, b), ...)`   |
 | `pad(x, (m, 0))`                                        | `cat([full(m), x], -1)`                                  |
 | `stack([x, y]).sum(0)`, `cat([x[None], y[None]]).sum(0)`| `add(x, y)`                                              |
 | `stack([x, y]).mean(0)`                                 | `div(add(x, y), 2)`                                      |
-| what is the same along a dim, spread out                | its row (`spread.py`)                                    |
-| numbers that change nothing                             | left out (`idle.py`)                                     |
+| what is the same along a dim, spread out                | its row (`normal/spread.py`)                             |
+| numbers that change nothing                             | left out (`normal/idle.py`)                              |
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .axes import expr
-from .emit import Emit
-from .idle import drop_idle, numbers
-from .join_writes import join_writes
+from .algebra.axes import expr
+from .building.emit import Emit
+from .normal.idle import drop_idle, numbers
+from .normal.join_writes import join_writes
+from .normal.spread import narrow_spread
 from .rules import Call
-from .spread import narrow_spread
 
 aten = torch.ops.aten
 

@@ -2,8 +2,8 @@
 
 One abstract walk over the graph carries layouts (which dims are merged, by which step) through the op rules. It
 settles for every node the layout each operand must be brought to, so it knows every unmerge and the FLOPs of the
-rewritten graph before anything is rewritten. Sites that save less than their matching and gathers cost are dropped and
-the walk is done again. It only annotates.
+rewritten graph before anything is rewritten. Sites that save less than their matching and gathers cost
+(`analysis/costs.py`) are dropped and the walk is done again. It only annotates.
 
     add_1: [b][n][d]  merged -> [b][n: 197 -> 181][d]      linear, norm, view, ...: follow
     view to [b][h][w][d]: needs n whole -> unmerge on that edge
@@ -12,68 +12,32 @@ the walk is done again. It only annotates.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from tome_fx.config import ToMeConfig
 from tome_fx.report import SiteReport, SkipReason, Unmerge
 from tome_fx.schedule import gathered, merged_away, to_multiple, tokens_per_block
 
-from .axes import Atom, Dim, count_of, leaves, locate
-from .find_attention import AttentionSite, place
-from .find_blocks import Block
-from .layout import SHORT_AXIS, Layout, Run, Step, plain
-from .masks import Room
-from .rules import Call, Decision, Facts, find, op_name, tensors_of
-from .rules.base import Fill, SignatureRule, fill_of, result_read
-from .rules.contraction import Attention
-from .rules.joins import SelectRule, SliceRule, SplitRule
-from .rules.views import ExpandRule, PermuteRule, ViewRule
-from .values import size_hint
+from .algebra.axes import Dim, leaves, locate
+from .algebra.layout import SHORT_AXIS, Layout, Run, Step, plain
+from .analysis.blocks import Block
+from .analysis.costs import NO_PRODUCT, Bill, elements_of
+from .analysis.partition import Room
+from .analysis.sites import place
+from .analysis.values import size_hint
+from .rules import Call, Decision, find, op_name, tensors_of
+from .rules.base import result_read
+from .rules.facts import Facts
 
 aten = torch.ops.aten
-# Rules of ops that compute nothing.
-FREE = ViewRule, PermuteRule, ExpandRule, SliceRule, SelectRule, SplitRule
 
 
-@dataclass(frozen=True)
-class Costs:
-    """What work on one element costs on a device, in FLOPs that a large matrix product does in the same time.
-
-    match: of the metric, to compare tokens by. merge: of a value, to be averaged. gather: of a value, to be given back
-    at full length, or to follow by its representative. bias: of a term of the scores, to be averaged. touch: of the
-    result of any op that is no product. masked: the share of an attention's FLOPs that it costs to add log(size).
-    """
-
-    match: float
-    merge: float
-    gather: float
-    bias: float
-    touch: float
-    masked: float
-
-
-# "cpu": what benchmarks/costs.py measures depends on what the caches hold; these lie between its figures (about half of
-# those of a quiet machine, most nearly for "bias") and were held against the time of a windowed model and one with
-# tables. "", every other device: from the ratio of a GPU's arithmetic to its memory, not measured.
-COSTS = {
-    "cpu": Costs(match=100.0, merge=50.0, gather=40.0, bias=400.0, touch=25.0, masked=0.05),
-    "": Costs(match=1500.0, merge=800.0, gather=400.0, bias=1600.0, touch=400.0, masked=0.25),
-}
-# Models with fewer channels are bound by calls, which no figure here counts: what is asked for is done where it saves
-# more FLOPs than it costs.
-NARROW = 64
-# FLOPs an element that sums, norms and pointwise ops take at most: a product of any width takes more.
-NO_PRODUCT = 32
-BY_FLOPS = Costs(match=0.0, merge=4.0, gather=4.0, bias=4.0, touch=0.0, masked=0.0)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Merge:
     """A merge to carry out right after its node: the dim and run of leaves, the step, and how many tokens go.
 
@@ -92,22 +56,21 @@ class Merge:
 
 @dataclass
 class Plan:
+    """What is settled for every node, and what it costs.
+
+    unread: merges that were taken out again, as the model reads none of their tokens; decisions still have them.
+    asked: what the schedule asked of a site, where that is more than it can merge.
+    """
+
     decisions: dict[fx.Node, Decision] = field(default_factory=dict)
     layouts: dict[fx.Node, tuple[Layout, ...]] = field(default_factory=dict)
     merges: dict[fx.Node, Merge] = field(default_factory=dict)
     unread: dict[fx.Node, Merge] = field(default_factory=dict)
-    """Merges that were taken out again, as the model reads none of their tokens; decisions still have them."""
     unmerges: list[Unmerge] = field(default_factory=list)
     skipped: list[SkipReason] = field(default_factory=list)
-    saved: dict[int, float] = field(default_factory=dict)
-    spent: dict[int, float] = field(default_factory=dict)
-    compared: dict[int, float] = field(default_factory=dict)
-    site_flops: dict[int, list[float]] = field(default_factory=dict)
-    flops_before: float = 0.0
-    flops_after: float = 0.0
+    bill: Bill = field(default_factory=lambda: Bill(Facts(), ()))
     r: Any = None
     asked: dict[int, int] = field(default_factory=dict)
-    """What the schedule asked of a site, where that is more than it can merge."""
 
     def losing(self) -> list[int]:
         """The sites that cost more than they save.
@@ -115,35 +78,34 @@ class Plan:
         A branch stands for itself. On the stream the schedule is the user's: its merges must pay together, and each of
         them save more FLOPs than comparing its tokens takes.
         """
+        bill = self.bill
         chains: dict[int, list[int]] = {}
         for merge in self.merges.values():
             chains.setdefault(merge.step.chain()[0].site, []).append(merge.step.site)
         lost = []
         for sites in chains.values():
-            saved, spent = (sum(held.get(site, 0.0) for site in sites) for held in (self.saved, self.spent))
-            lost += [site for site in sites if saved <= spent or self.saved.get(site, 0.0) <= self.compared[site]]
+            pays = sum(bill.saved[site] for site in sites) > sum(map(bill.total, sites))
+            lost += [site for site in sites if not pays or bill.saved[site] <= bill.compared[site]]
         return lost
 
     @property
     def share(self) -> float:
-        return self.flops_after / self.flops_before if self.flops_before else 1.0
+        return self.bill.after / self.bill.before if self.bill.before else 1.0
 
 
-def make_plan(
-    gm: fx.GraphModule, facts: Facts, calls: dict[fx.Node, Call], blocks: list[Block], config: ToMeConfig
-) -> Plan:
+def make_plan(facts: Facts, blocks: list[Block]) -> Plan:
     """The plan for a config. Raises ScheduleError where a list of r is longer than the model has blocks."""
-    if config.flops is not None:
-        r = _r_for(config.flops, lambda r: _profitable(gm, facts, calls, blocks, r, config).share, blocks)
-        plan = _profitable(gm, facts, calls, blocks, r, config)
-        plan.r, plan.asked = r, {}  # nobody asked for this r
-        if plan.share > config.flops:
-            plan.skipped.append(
-                SkipReason("flops target", "", f"{config.flops} is out of reach; r={r} gives {plan.share:.2f}")
-            )
+    config = facts.config
+    if config.flops is None:
+        plan = _profitable(facts, blocks, config.schedule)
+        plan.r = config.schedule
         return plan
-    plan = _profitable(gm, facts, calls, blocks, config.schedule, config)
-    plan.r = config.schedule
+    r = _r_for(config.flops, lambda r: _profitable(facts, blocks, r).share, blocks)
+    plan = _profitable(facts, blocks, r)
+    plan.r, plan.asked = r, {}  # nobody asked for this r
+    if plan.share > config.flops:
+        why = f"{config.flops} is out of reach; r={r} gives {plan.share:.2f}"
+        plan.skipped.append(SkipReason("flops target", "", why))
     return plan
 
 
@@ -160,7 +122,7 @@ def _wanted(schedule: Any, blocks: list[Block], every: int) -> list[int | float]
     return [by_length[block.turn[1]][block.turn[0]] for block in blocks]
 
 
-def _r_for(target: float, share: Any, blocks: list[Block]) -> int:
+def _r_for(target: float, share: Callable[[int], float], blocks: list[Block]) -> int:
     """The smallest constant r whose share of FLOPs is at most the target: FLOPs fall as r grows."""
     if not blocks:
         return 0
@@ -171,64 +133,47 @@ def _r_for(target: float, share: Any, blocks: list[Block]) -> int:
     return low
 
 
-def _profitable(
-    gm: fx.GraphModule,
-    facts: Facts,
-    calls: dict[fx.Node, Call],
-    blocks: list[Block],
-    schedule: Any,
-    config: ToMeConfig,
-) -> Plan:
+def _profitable(facts: Facts, blocks: list[Block], schedule: Any) -> Plan:
     """Plan all blocks, drop those that do not pay, and plan again until all pay (placement "auto" only)."""
     active = list(range(len(blocks)))
-    wanted = _wanted(schedule, blocks, config.every)
+    wanted = _wanted(schedule, blocks, facts.config.every)
     dropped: list[SkipReason] = []
-    device = blocks[0].merge.meta["val"].device.type if blocks else ""
-    costs = COSTS.get(device, COSTS[""])
     while True:
-        plan = _Walk(gm, facts, calls, blocks, active, wanted, costs, config.multiple).run()
+        plan = _Walk(facts, blocks, active, wanted).run()
         losing = plan.losing()
-        if config.placement != "auto" or not losing:
+        if facts.config.placement != "auto" or not losing:
             plan.skipped = dropped + plan.skipped
             return plan
         # Branches do not depend on each other. Of merges on the stream the worst first: the others may pay without it.
         branches = [site for site in losing if blocks[site].branch]
-        for site in branches or [min(losing, key=lambda s: plan.saved.get(s, 0.0) - plan.spent[s])]:
-            kind = "MLP does not pay" if blocks[site].mlp else "does not pay"
-            spent, saved = plan.spent[site], plan.saved.get(site, 0.0)
-            anyway = "branch" if blocks[site].branch else "stream"
-            why = f"merging costs as much as {spent:.2g} FLOPs and saves {saved:.2g}"
-            why += f'; a larger r may pay, and placement="{anyway}" merges all the same'
-            left = plan.site_flops.get(site, [0.0])[0]
-            if not blocks[site].branch and left < NO_PRODUCT * _elements_of(blocks[site].merge):
-                kind, why = "nothing to save", "no product is computed on its tokens after it"
-            dropped.append(SkipReason(kind, blocks[site].name, why))
+        for site in branches or [min(losing, key=lambda s: plan.bill.saved[s] - plan.bill.total(s))]:
+            dropped.append(_unpaid(blocks[site], site, plan.bill))
             active.remove(site)
 
 
+def _unpaid(block: Block, site: int, bill: Bill) -> SkipReason:
+    """Why a block does not merge that costs more than it saves."""
+    if not block.branch and bill.at[site][0] < NO_PRODUCT * elements_of(block.merge):
+        return SkipReason("nothing to save", block.name, "no product is computed on its tokens after it")
+    anyway = "branch" if block.branch else "stream"
+    why = f"merging costs as much as {bill.total(site):.2g} FLOPs, {bill.spends(site)}, and saves"
+    why += f' {bill.saved[site]:.2g}; a larger r may pay, and placement="{anyway}" merges all the same'
+    return SkipReason("MLP does not pay" if block.mlp else "does not pay", block.name, why)
+
+
 class _Walk:
-    def __init__(
-        self,
-        gm: fx.GraphModule,
-        facts: Facts,
-        calls: dict[fx.Node, Call],
-        blocks: list[Block],
-        active: list[int],
-        wanted: list[int | float],
-        costs: Costs,
-        multiple: int,
-    ) -> None:
-        self.gm, self.facts, self.calls, self.blocks = gm, facts, calls, blocks
+    """One walk over the graph. active: the indices of the blocks that merge. wanted: what is asked of each block."""
+
+    def __init__(self, facts: Facts, blocks: list[Block], active: list[int], wanted: list[int | float]) -> None:
+        self.facts, self.blocks, self.wanted = facts, blocks, wanted
         self.at = {blocks[i].merge: i for i in active if not blocks[i].operands}
         self.inside = {blocks[i].merge: i for i in active if blocks[i].operands}
-        self.wanted = wanted
-        self.multiple = multiple
+        self.multiple = facts.config.multiple
         self.owed: dict[int, int] = {}
-        self.plan = Plan()
-        self.costs = [costs if _width(block, facts) >= NARROW else BY_FLOPS for block in blocks]
+        self.plan = Plan(bill=Bill(facts, blocks))
 
     def run(self) -> Plan:
-        for node in self.gm.graph.nodes:
+        for node in self.facts.graph.nodes:
             self._visit(node)
             if node in self.at:
                 self._merge(node, self.at[node])
@@ -244,7 +189,7 @@ class _Walk:
             at = result_read(node)
             plan.layouts[node] = () if at is None else (plan.layouts[node.args[0]][at],)  # type: ignore[index]
             return
-        call = self.calls.get(node)
+        call = facts.calls.get(node)
         if call is None:
             plan.layouts[node] = tuple(plain(len(dims)) for dims in facts.axes[node])
             if node.op == "call_function" and node.target is not aten.sym_size.int:
@@ -253,116 +198,34 @@ class _Walk:
             return
         ins = [plan.layouts[n][0] for n in call.nodes]
         if node in self.inside:
-            ins = self._merge_operands(node, call, ins, self.inside[node])
+            ins = self._merge_operands(call, ins, self.inside[node])
         rule = find(call)
         if any(any(layout) for layout in ins):
             decision = rule.plan(call, ins, facts)
-            self._note_unmerges(node, call, ins, decision)
+            self._note_unmerges(call, ins, decision)
         else:
             decision = Decision(tuple(ins), tuple(plain(v.dim()) for v in call.results))
         plan.decisions[node] = decision
         plan.layouts[node] = decision.outs
-        self._count(call, rule, decision)
-        self._count_moves(call, rule, ins, decision)
+        plan.bill.op(call, rule, decision)
+        plan.bill.moves(call, rule, ins, decision)
 
     def _whole(self, node: fx.Node, source: fx.Node, why: str) -> None:
         for val, layout in zip(tensors_of(source.meta.get("val")), self.plan.layouts.get(source, ()), strict=False):
             if any(layout):
                 op = op_name(node) if node.op != "output" else "output"
                 self.plan.unmerges.append(Unmerge(op, node.name, place(source), why))
-                self._count_move(val, layout, plain(len(layout)), "gather", ())
+                self.plan.bill.move(val, layout, plain(len(layout)))
 
-    def _note_unmerges(self, node: fx.Node, call: Call, ins: list[Layout], decision: Decision) -> None:
+    def _note_unmerges(self, call: Call, ins: list[Layout], decision: Decision) -> None:
         reasons = dict(decision.reasons)
         for i, (have, want) in enumerate(zip(ins, decision.ins, strict=True)):
             kept = [{run.key: run.step.chain() for run in runs} for runs in want]
             if any(run.step not in kept[d].get(run.key, ()) for d, runs in enumerate(have) for run in runs):
                 why = reasons.get(i, "its operands were merged apart from each other")
-                self.plan.unmerges.append(Unmerge(call.op, node.name, place(node), why))
+                self.plan.unmerges.append(Unmerge(call.op, call.node.name, place(call.node), why))
 
-    # FLOPs.
-
-    def _count(self, call: Call, rule: Any, decision: Decision) -> None:
-        """The FLOPs of an op before and after, and what each merge saves of its cost."""
-        sites = _sites((*decision.ins, *decision.outs[:1]))
-        # The states of the op: unmerged, and with all merges up to each site.
-        shapes = self._shapes(call, decision, sites)
-        flops = [rule.flops(call, lambda i, d, held=held: held[i][d]) for held in shapes]
-        plan, full = self.plan, flops[0]
-        if not full and (isinstance(rule, FREE) or not decision.outs):
-            return
-        elements = [float(prod(held[-1])) for held in shapes]
-        for i, site in enumerate(sites):
-            touch = self.costs[site].touch
-            saved = (flops[i] + touch * elements[i]) - (flops[i + 1] + touch * elements[i + 1])
-            plan.saved[site] = plan.saved.get(site, 0.0) + saved
-        if not full:
-            return
-        now = flops[-1]
-        plan.flops_before += full
-        plan.flops_after += now
-        if sites:
-            held = plan.site_flops.setdefault(sites[-1], [0.0, 0.0])
-            held[0] += full
-            held[1] += now
-        if isinstance(rule, Attention) and len(call.nodes) < 4:
-            keys = _sites([decision.ins[1]])
-            for site in keys:  # the one term is there for all of them
-                self._spend(site, self.costs[site].masked * now / len(keys))
-
-    @staticmethod
-    def _shapes(call: Call, decision: Decision, sites: list[int]) -> list[list[list[int]]]:
-        """The shapes of all operands and, last, of the first result: unmerged, and with all merges up to each site."""
-        whole = [list(map(size_hint, val.shape)) for val in (*call.vals, *call.results[:1])]
-        found = [[list(shape) for shape in whole] for _ in (-1, *sites)]
-        for i, layout in enumerate((*decision.ins, *decision.outs[:1])):
-            for d, runs in enumerate(layout):
-                for run in runs:
-                    chain, before = run.step.chain(), size_hint(run.step.full)
-                    at, last = {step.site: j for j, step in enumerate(chain)}, -1
-                    for state, site in enumerate(sites if before else (), 1):
-                        last = max(last, at.get(site, -1))
-                        if last >= 0:
-                            found[state][i][d] = found[state][i][d] // before * size_hint(chain[last].after)
-        return found
-
-    def _spend(self, site: int, cost: float) -> None:
-        self.plan.spent[site] = self.plan.spent.get(site, 0.0) + cost
-
-    # What the merges themselves cost.
-
-    def _count_moves(self, call: Call, rule: Any, ins: list[Layout], decision: Decision) -> None:
-        """Operands that are merged to meet the others, or given back at full length."""
-        if all(have == want for have, want in zip(ins, decision.ins, strict=True)):
-            return
-        sig = rule.signature(call, self.facts) if isinstance(rule, SignatureRule) else None
-        for i, (have, want) in enumerate(zip(ins, decision.ins, strict=True)):
-            if have == want:
-                continue
-            fill = fill_of(sig, call, self.facts, i) if sig is not None else Fill.MEAN
-            each = {Fill.BIAS: "bias", Fill.ROW: "gather"}.get(fill, "merge")
-            own = {leaf for dim in self.facts.dims(call.nodes[i]) for leaf in leaves(dim)}
-            self._count_move(call.vals[i], have, want, each, own)
-
-    def _count_move(self, val: Tensor, have: Layout, want: Layout, each: str, own: Collection[Atom]) -> None:
-        """A value brought from one layout to another. each: which of `Costs` an element that is merged has. own: its
-        leaves; what lacks a sample axis of a merge is first repeated along it."""
-        elements = float(prod(size_hint(size) for size in val.shape))
-        for before, after in zip(have, want, strict=True):
-            for key in dict.fromkeys(run.key for run in (*before, *after)):
-                start, goal = (
-                    next((run.step.chain() for run in runs if run.key == key), ()) for runs in (before, after)
-                )
-                shared = sum(1 for a, b in zip(start, goal, strict=False) if a is b)
-                # One call carries a value through all steps: each of them has its share of it.
-                for step in start[shared:]:
-                    self._spend(step.site, self.costs[step.site].gather * elements / len(start[shared:]))
-                for step in goal[shared:]:
-                    grown = prod(count_of(leaf) for leaf in leaves(step.sample) if own and leaf not in own)
-                    share = size_hint(goal[shared].before) / max(size_hint(step.full), 1) / len(goal[shared:])
-                    self._spend(step.site, getattr(self.costs[step.site], each) * elements * grown * share)
-
-    # Merging.
+    # -- merging -------------------------------------------------------------------------------------------------------
 
     def _merge(self, node: fx.Node, index: int) -> None:
         block = self.blocks[index]
@@ -372,16 +235,13 @@ class _Walk:
         (dim, start), *_ = locate(block.tokens, self.facts.dims(node))
         key = (start, len(block.tokens))
         runs = layout[dim]
-        step, r = self._step(block, index, key, runs, self._merged(node, layout))
-        if step is None:
-            return
-        run = Run(*key, step)
-        merged = (*(x for x in runs if x.key != key), run)
-        self.plan.layouts[node] = ((*layout[:dim], merged, *layout[dim + 1 :]),)
-        self.plan.merges[node] = self._made(block, dim, key, step, r)
-        self._cost(self.plan.merges[node])
+        merge = self._made(index, dim, next((run for run in runs if run.key == key), key), self._merged(node, layout))
+        if merge is not None:
+            merged = (*(x for x in runs if x.key != key), Run(*key, merge.step))
+            self.plan.layouts[node] = ((*layout[:dim], merged, *layout[dim + 1 :]),)
+            self._take(node, merge)
 
-    def _merge_operands(self, node: fx.Node, call: Call, ins: list[Layout], index: int) -> list[Layout]:
+    def _merge_operands(self, call: Call, ins: list[Layout], index: int) -> list[Layout]:
         """The operands of one op (queries, keys and values of an attention) as they are once merged."""
         block, dims = self.blocks[index], dict(self.blocks[index].operands)
         if block.mlp and any(any(layout) for layout in ins):
@@ -394,16 +254,19 @@ class _Walk:
             self._skip(block, "apart", "its queries, keys and values were merged apart from each other")
             return ins
         around = [found for n, layout in zip(call.nodes, ins, strict=True) for found in self._merged(n, layout)]
-        step, r = self._step(block, index, key, held[0], around)
-        if step is None:
+        merge = self._made(index, dims[first], next((run for run in held[0] if run.key == key), key), around)
+        if merge is None:
             return ins
-        run = Run(*key, step)
-        self.plan.merges[node] = self._made(block, next(iter(dims.values())), key, step, r)
-        self._cost(self.plan.merges[node])
+        self._take(call.node, merge)
+        run = Run(*key, merge.step)
         return [
             (*layout[: dims[i]], (run,), *layout[dims[i] + 1 :]) if i in dims else layout
             for i, layout in enumerate(ins)
         ]
+
+    def _take(self, node: fx.Node, merge: Merge) -> None:
+        self.plan.merges[node] = merge
+        self.plan.bill.merge(merge.block, merge.step, matched=merge.groups is not None)
 
     def _merged(self, node: fx.Node, layout: Layout) -> list[tuple[Dim, Step]]:
         """The leaves of a value that are merged, by which step."""
@@ -411,76 +274,58 @@ class _Walk:
         return [(leaves(dim)[run.start : run.start + run.count], run.step)
                 for dim, runs in zip(dims, layout, strict=True) for run in runs]  # fmt: skip
 
-    @staticmethod
-    def _clash(block: Block, held: Run | None, around: Sequence[tuple[Dim, Step]]) -> str | None:
-        """Why a block's tokens cannot merge where others have merged already."""
-        sample, tokens = set(leaves(block.sample)), set(leaves(block.tokens))
-        if any(sample & set(merged) or tokens & set(leaves(step.sample)) for merged, step in around):
-            return "its tokens, or the samples they would merge within, are merged along another axis"
-        if held is None and any(tokens & set(merged) for merged, _ in around):
-            return "its token axis is merged together with another"
-        if held is not None and leaves(held.step.sample) != leaves(block.sample):
-            return "its tokens merged before in samples of another kind (one for all, or in another order)"
-        if held is not None and block.parts is not None:
-            return "its mask parts tokens that have merged before"
-        if held is not None and held.extensive:
-            return "the residual stream is a sum over tokens"
-        return None
+    def _made(
+        self, index: int, dim: int, held: Run | tuple[int, int], around: Sequence[tuple[Dim, Step]]
+    ) -> Merge | None:
+        """The merge of a block; None, and a reason noted, where there is none.
 
-    def _step(
-        self, block: Block, index: int, key: tuple[int, int], runs: Sequence[Run], around: Sequence[tuple[Dim, Step]]
-    ) -> tuple[Step | None, int]:
-        """The step of a block and how many tokens it takes; None, and a reason noted, where there is none.
-
-        around: what is merged of the value that would merge.
+        held: the run of its tokens, merged before, or its key. around: what is merged of the value that would merge.
         """
-        held = next((run for run in runs if run.key == key), None)
-        if clash := self._clash(block, held, around):
+        block, wanted = self.blocks[index], self.wanted[index]
+        key, prev = (held.key, held.step) if isinstance(held, Run) else (held, None)
+        if clash := _clash(block, held if isinstance(held, Run) else None, around):
             self._skip(block, "merged otherwise", clash)
-            return None, 0
-        before: Any = held.step.after if held is not None else block.length
-        prefix, suffix, kept = block.special.prefix, block.special.suffix, block.special.count
-        r = self._in_parts(block.room, self.wanted[index]) if block.room else None
-        r = merged_away(self.wanted[index], before, kept) if r is None else r
+            return None
+        before: Any = prev.after if prev is not None else block.length
+        r = self._count(index, before, prev)
+        if r == 0:
+            self._skip(block, "nothing to merge", self._why_none(block, before) if wanted else NO_SHARE)
+            return None
+        prefix, suffix = block.special.prefix, block.special.suffix
+        asked = int((size_hint(before) - prefix - suffix) * wanted) if isinstance(wanted, float) else wanted
+        if self.multiple == 1 and size_hint(r) < asked:
+            self.plan.asked[index] = asked
+        step = Step(index, prev, block.sample, before, before - r, prefix, suffix, block.branch)
+        groups = self._groups(block, step, r) if block.alike else None
+        return Merge(block=block, dim=dim, key=key, step=step, r=r, groups=groups, even=not isinstance(wanted, float))
+
+    def _count(self, index: int, before: Any, prev: Step | None) -> Any:
+        """How many of `before` tokens a block merges away."""
+        block, wanted = self.blocks[index], self.wanted[index]
+        kept, ends = block.special.count, block.special.prefix + block.special.suffix
+        if block.room and not isinstance(wanted, float):
+            r = _in_parts(block.room, wanted)
+        else:
+            r = merged_away(wanted, before, kept)
         free = block.length - kept
-        most = [min(map(sum, block.room))] if block.room else []
+        most = [_least(block.room)] if block.room else []
         if isinstance(free, int) and free < SHORT_AXIS:
             most.append(max(before - kept - free // 2, 0))
         if block.special.inner:  # all of them may stand where sources do
-            most.append(max((before - prefix - suffix) // 2 - len(block.special.inner), 0))
+            most.append(max((before - ends) // 2 - len(block.special.inner), 0))
         if self.multiple > 1 and isinstance(before, int):
-            most.append((before - prefix - suffix) // 2)
-            r = self._rounded(r, before, min(most), held.step.chain()[0].site if held else index)
-        r = min([r, *most])
-        if r == 0:
-            why = f"{before} tokens left of {block.length}, {kept} protected"
-            why += f", counts in multiples of {self.multiple}" * (self.multiple > 1)
-            if block.room and most[0] == 0:
-                why = "its mask leaves some token no partner"
-            self._skip(block, "nothing to merge", why if self.wanted[index] else "its share of the schedule is 0")
-            return None, 0
-        asked = self.wanted[index]
-        asked = int((size_hint(before) - prefix - suffix) * asked) if isinstance(asked, float) else asked
-        if self.multiple == 1 and size_hint(r) < asked:
-            self.plan.asked[index] = asked
-        prev = held.step if held is not None else None
-        return Step(index, prev, block.sample, before, before - r, prefix, suffix, block.branch), r
+            most.append((before - ends) // 2)
+            r = self._rounded(r, before, min(most), prev.chain()[0].site if prev else index)
+        return min([r, *most])
 
-    @staticmethod
-    def _in_parts(room: Room, want: int | float) -> int | None:
-        """What the parts of every window can give, as each is a sample of its own; None where they share a fraction."""
-        if isinstance(want, float):
-            return None
-        return min(sum(min(want, most) for most in window) for window in room)
-
-    def _made(self, block: Block, dim: int, key: tuple[int, int], step: Step, r: int) -> Merge:
-        even = not isinstance(self.wanted[step.site], float)
-        return Merge(block, dim, key, step, r, self._groups(block, step, r), even)
+    def _why_none(self, block: Block, before: Any) -> str:
+        if block.room and _least(block.room) == 0:
+            return "its mask leaves some token no partner"
+        why = f"{before} tokens left of {block.length}, {block.special.count} protected"
+        return why + f", counts in multiples of {self.multiple}" * (self.multiple > 1)
 
     def _groups(self, block: Block, step: Step, r: int) -> Step | None:
         """The step of an MLP's attention, where it merges the same tokens in the same samples, and as many."""
-        if not block.alike:
-            return None
         tokens = _tokens(block, step, r)
         for merge in self.plan.merges.values():
             own = merge.block.site is block.site and not merge.block.mlp
@@ -498,28 +343,34 @@ class _Walk:
     def _skip(self, block: Block, kind: str, detail: str) -> None:
         self.plan.skipped.append(SkipReason(kind, block.name, detail))
 
-    def _cost(self, merge: Merge) -> None:
-        """Matching compares half of the tokens with the other half; merging reads every element once."""
-        block, step = merge.block, merge.step
-        costs = self.costs[step.site]
-        before, full = size_hint(step.before), max(size_hint(step.full), 1)
-        value, k = block.stream if block.mlp else block.merge, block.site.k.meta["val"]
-        count, width = _elements_of(value), _width(block, self.facts)
-        tokens = max(count // width * before // full, 1)
-        samples = max(tokens // max(before, 1), 1)
-        if block.operands and not block.mlp:  # queries, keys and values
-            count = sum(_elements_of(self.calls[block.merge].nodes[i]) for i, _ in block.operands)
-        elements = count * before // full
-        if merge.groups is not None:
-            inner = heads = 0
-        elif block.branch and (block.mlp or not block.operands):
-            inner = heads = width
-        else:
-            inner = prod(size_hint(k.shape[d]) for d in block.site.inner_dims)
-            heads = _elements_of(block.site.k) * before // full // tokens
-        compare = 2.0 * samples * (before / 2) ** 2 * inner
-        self._spend(step.site, compare + costs.match * tokens * heads + costs.merge * elements)
-        self.plan.compared[step.site] = compare + BY_FLOPS.merge * elements * (1 + step.branch)
+
+NO_SHARE = "its share of the schedule is 0"
+
+
+def _clash(block: Block, held: Run | None, around: Sequence[tuple[Dim, Step]]) -> str | None:
+    """Why a block's tokens cannot merge where others have merged already."""
+    sample, tokens = set(leaves(block.sample)), set(leaves(block.tokens))
+    if any(sample & set(merged) or tokens & set(leaves(step.sample)) for merged, step in around):
+        return "its tokens, or the samples they would merge within, are merged along another axis"
+    if held is None and any(tokens & set(merged) for merged, _ in around):
+        return "its token axis is merged together with another"
+    if held is not None and leaves(held.step.sample) != leaves(block.sample):
+        return "its tokens merged before in samples of another kind (one for all, or in another order)"
+    if held is not None and block.parts is not None:
+        return "its mask parts tokens that have merged before"
+    if held is not None and held.extensive:
+        return "the residual stream is a sum over tokens"
+    return None
+
+
+def _in_parts(room: Room, want: int) -> int:
+    """What the parts of every window can give, as each is a sample of its own."""
+    return min(sum(min(want, most) for most in window) for window in room)
+
+
+def _least(room: Room) -> int:
+    """How many tokens every window can give."""
+    return min(map(sum, room))
 
 
 def _tokens(block: Block, step: Step, r: int) -> tuple[Any, ...]:
@@ -527,50 +378,31 @@ def _tokens(block: Block, step: Step, r: int) -> tuple[Any, ...]:
     return (block.tokens, block.masks, block.parts, block.special, step.prev, step.sample, step.before, r)
 
 
-def _elements_of(node: fx.Node) -> int:
-    return prod(size_hint(size) for size in node.meta["val"].shape)
-
-
-def _width(block: Block, facts: Facts) -> int:
-    """Channels of what a block merges: its elements for each token."""
-    value = block.stream if block.mlp else block.merge
-    apart = {*leaves(block.sample), *leaves(block.tokens)}
-    return prod(count_of(leaf) for dim in facts.dims(value) for leaf in leaves(dim) if leaf not in apart)
-
-
-def _sites(layouts: Sequence[Layout]) -> list[int]:
-    """The sites whose merges these layouts carry, in order."""
-    last = {run.step for layout in layouts for runs in layout for run in runs}
-    return sorted({step.site for end in last for step in end.chain()})
-
-
 def _pair(step: Step) -> tuple[int, int]:
     return size_hint(step.before), size_hint(step.after)
 
 
-def site_reports(
-    plan: Plan, blocks: list[Block], sites: list[AttentionSite], skipped: list[SkipReason]
-) -> list[SiteReport]:
+def site_reports(facts: Facts, plan: Plan, skipped: list[SkipReason]) -> list[SiteReport]:
     """One row per attention site, merged or not."""
     by_site = {m.block.site: m for m in plan.merges.values() if not m.block.mlp}
     mlps = {m.block.site: m for m in plan.merges.values() if m.block.mlp}
     why = {s.where: f"{s.kind}: {s.detail}" for s in (*skipped, *plan.skipped)}
     rows = []
-    for site in sites:
-        tokens = size_hint(site.q.meta["val"].shape[site.query_dim])
+    for site in facts.sites:
         merge, mlp = by_site.get(site), mlps.get(site)
-        flops = [plan.site_flops.get(m.step.site, [0.0, 0.0]) for m in (merge, mlp) if m is not None]
+        flops = [plan.bill.at[m.step.site] for m in (merge, mlp) if m is not None]
         total = (sum(f[0] for f in flops), sum(f[1] for f in flops))
         pair = _pair(mlp.step) if mlp is not None else None
+        row = partial(SiteReport, name=site.name, merged=bool(flops), flops=total, mlp=pair)
         if merge is None:
+            tokens = size_hint(site.q.node.meta["val"].shape[site.q.tokens])
             placement = "mlp" if mlp is not None else "stream"
-            rows.append(SiteReport(site.name, (tokens, tokens), 0, mlp is not None, total, why.get(site.name, ""),
-                                   placement, pair))  # fmt: skip
-            continue
-        step = merge.step
-        kept, placement = merge.block.special.count, "branch" if step.branch else "stream"
-        asked = plan.asked.get(step.site)
-        rows.append(SiteReport(site.name, _pair(step), kept, True, total, placement=placement, mlp=pair, asked=asked))
+            found = row(tokens=(tokens, tokens), protected=0, skipped=why.get(site.name, ""), placement=placement)
+        else:
+            placement, asked = "branch" if merge.step.branch else "stream", plan.asked.get(merge.step.site)
+            kept = merge.block.special.count
+            found = row(tokens=_pair(merge.step), protected=kept, placement=placement, asked=asked)
+        rows.append(found)
     return rows
 
 

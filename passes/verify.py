@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from .axes import expr, same
+from .algebra.axes import expr, same
 
 
 class VerifyError(Exception):

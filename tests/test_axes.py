@@ -9,7 +9,7 @@ import sympy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tome_fx.passes.axes import Atom, fresh, leaves, locate, quotient, regroup, same, size_of, unify
+from tome_fx.passes.algebra.axes import Atom, fresh, leaves, locate, quotient, regroup, same, size_of, unify
 
 FACTORS = st.lists(st.integers(2, 5), min_size=1, max_size=4)
 

@@ -174,7 +174,7 @@ def test_a_mask_that_takes_one_row_of_a_group_is_seen(monkeypatch: pytest.Monkey
 
 def test_a_spelling_that_changes_the_model_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """`spelling` compares the unmerged model before and after its attention is fused: here with a wrong scale."""
-    finding = importlib.import_module("tome_fx.passes.find_attention")
+    finding = importlib.import_module("tome_fx.passes.fuse_attention")
     first = finding._Fuser._at_product
 
     def wrong(self: Any, node: Any) -> Any:

@@ -192,7 +192,10 @@ def test_r_too_large_is_capped(spec: Spec) -> None:
     assert got.isfinite().all()
 
 
-@pytest.fixture(params=["capture", "find_attention", "infer_axes", "find_blocks", "make_plan", "rewrite", "verify"])
+PASSES = "capture", "fuse_attention", "infer_axes", "find_attention", "find_blocks", "make_plan", "rewrite", "verify"
+
+
+@pytest.fixture(params=PASSES)
 def broken_pass(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """One of the passes raises."""
 

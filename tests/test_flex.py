@@ -211,7 +211,7 @@ def test_refused_with_a_reason(name: str) -> None:
 
 
 def test_large_tables_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["tome_fx.passes.flex"], "LARGEST", N * N * H - 1)
+    monkeypatch.setattr(sys.modules["tome_fx.passes.normal.flex"], "LARGEST", N * N * H - 1)
     with pytest.raises(Exception, match="would hold 1,600 elements"):
         spelled(CASES["table"], *operands())
     spelled(CASES["causal"], *operands())

@@ -21,7 +21,7 @@ import tome_fx
 from tests.models import Spec, build
 from tests.strategies import specs
 from tome_fx import tome_backend
-from tome_fx.passes.lengths import Lengths
+from tome_fx.passes.inner.lengths import Lengths
 
 
 @dataclass

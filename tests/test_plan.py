@@ -12,8 +12,8 @@ import tome_fx
 from tests.models import redraw
 from tests.palette import assert_lossless, equalize, palette_grid
 from tests.test_mlps import Block, Net
-from tome_fx.passes import plan
-from tome_fx.passes.rewrite import Emitter
+from tome_fx.passes.analysis import costs
+from tome_fx.passes.building.steps import Steps
 
 
 class Table(nn.Module):
@@ -53,7 +53,7 @@ def test_composed_merges_are_the_merges_one_by_one(monkeypatch: pytest.MonkeyPat
     model, x = tables(), torch.randn(2, 64, 32)
     with torch.no_grad():
         got = tome_fx.rewrite(model, (x,), r=8, placement="stream")(x)
-        monkeypatch.setattr(Emitter, "_stretches", lambda self, steps, fill: [[step] for step in steps])
+        monkeypatch.setattr(Steps, "stretches", lambda self, steps, fill: [[step] for step in steps])
         apart = tome_fx.rewrite(model, (x,), r=8, placement="stream")
         assert len([n for n in apart.graph.nodes if "merge_bias" in str(n.target)]) == 2 * 6
         torch.testing.assert_close(got, apart(x), rtol=1e-5, atol=1e-5)
@@ -79,8 +79,8 @@ def test_a_branch_that_costs_more_than_it_saves_is_left_alone() -> None:
 
 def test_cheap_moves_let_it_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same on a device on which only products cost anything."""
-    free = dataclasses.replace(plan.COSTS["cpu"], **dict.fromkeys(("match", "merge", "gather", "bias", "masked"), 0.0))
-    monkeypatch.setitem(plan.COSTS, "cpu", free)
+    free = dataclasses.replace(costs.COSTS["cpu"], **dict.fromkeys(("match", "merge", "gather", "bias", "masked"), 0.0))
+    monkeypatch.setitem(costs.COSTS, "cpu", free)
     report = tome_fx.explain(wide(), (palette_grid(2, (12, 12), (4, 4), k=2),), r=3)
     assert report.merged_sites == 2
 
@@ -90,12 +90,12 @@ def test_a_chain_pays_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     the chain does not pay, its worst merge goes first."""
     model, x = tables(dim=64, heads=1), (torch.randn(2, 64, 64),)
     dear = {name: 0.0 for name in ("merge", "gather", "bias", "touch", "masked")}
-    monkeypatch.setitem(plan.COSTS, "cpu", plan.Costs(match=300.0, **dear))
+    monkeypatch.setitem(costs.COSTS, "cpu", costs.Costs(match=300.0, **dear))
     assert tome_fx.explain(model, x, r=8).merged_sites == 4
     assert tome_fx.explain(model, x, r=[0, 0, 0, 8], placement="stream").merged_sites == 1
     with pytest.warns(tome_fx.ToMeWarning, match="does not pay"):
         assert tome_fx.explain(model, x, r=[0, 0, 0, 8]).merged_sites == 0
-    monkeypatch.setitem(plan.COSTS, "cpu", plan.Costs(match=700.0, **dear))
+    monkeypatch.setitem(costs.COSTS, "cpu", costs.Costs(match=700.0, **dear))
     assert 0 < tome_fx.explain(model, x, r=8).merged_sites < 4
 
 

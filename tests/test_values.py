@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tome_fx.passes.values import ruled_out, tells_apart
+from tome_fx.passes.analysis.values import ruled_out, tells_apart
 
 N = 12
 FREE = torch.ones(N, dtype=torch.bool)

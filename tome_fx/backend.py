@@ -22,7 +22,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tome_fx.config import ToMeConfig, updated
 from tome_fx.kernels import cpu
-from tome_fx.passes import Result, lengths, run_pipeline
+from tome_fx.passes import Result, run_pipeline
+from tome_fx.passes.inner import lengths
 from tome_fx.passes.lower import KERNELS, call_kernels
 from tome_fx.pieces import Piece, piece_of
 from tome_fx.report import SkipReason, ToMeReport, record
@@ -370,7 +371,7 @@ def _by_length(
     gm: fx.GraphModule, inputs: Sequence[Any], counts: Sequence[int], patches: dict[str, Any]
 ) -> Callable[..., Any]:
     """`compile_fx` for a graph that gets token counts as inputs: AOTAutograd sees numbers, Inductor symbols (see
-    `passes.lengths`), and every call gives the same numbers.
+    `passes.inner.lengths`), and every call gives the same numbers.
 
     The symbols live in a fake mode of their own, so that what the compiler assumes of them is no guard of Dynamo's.
     """
@@ -421,7 +422,7 @@ def _cache_identity() -> dict[str, Any]:
 @functools.cache
 def source_digest() -> str:
     """sha256 over the sources that decide what our operators compute."""
-    here, passes = Path(__file__).parent, Path(lengths.__file__).parent
+    here, inner = Path(__file__).parent, Path(lengths.__file__).parent
     sources = [here / name for name in ("ops.py", "matching.py", "attention.py", "kernels/gpu.py")]
-    sources += [passes / name for name in ("lengths.py", "lower.py")]
+    sources += [*inner.glob("*.py"), inner.parent / "lower.py"]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()

@@ -29,9 +29,9 @@ from tome_fx.backend import ToMeError
 from tome_fx.config import ToMeConfig, config_from
 from tome_fx.explain import check_call
 from tome_fx.passes import run_pipeline
+from tome_fx.passes.algebra.layout import Layout
+from tome_fx.passes.analysis.sites import place
 from tome_fx.passes.capture import capture
-from tome_fx.passes.find_attention import place
-from tome_fx.passes.layout import Layout
 from tome_fx.passes.rules import op_name
 from tome_fx.passes.rules.base import Fill
 from tome_fx.report import ToMeReport
@@ -332,8 +332,8 @@ class _Comparison:
         traced = PlainRun(self.graph.plain.gm.graph, exact, self.draws).run(self.inputs)
         tied, want = self._tied(frozenset())
         error = _worst(got, want)
-        joins, plan, calls = self.graph.merged.joins, result.plan, result.calls
-        candidates = [join for join in joins if not is_merge(join, plan, calls)]
+        joins = self.graph.merged.joins
+        candidates = [join for join in joins if not is_merge(join, result.plan, result.facts)]
         approximations: list[Approximation] = []
         last, explained = tied, error
         if error > _UNCHANGED and candidates:

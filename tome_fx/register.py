@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from tome_fx.passes.capture import EXPANSIONS
-from tome_fx.passes.rules.base import Call, Facts, Letter, Role, Signature, SignatureRule, register
+from tome_fx.passes.normal.fused import EXPANSIONS
+from tome_fx.passes.rules.base import Call, Letter, Role, Signature, register
 from tome_fx.passes.rules.contraction import Contraction, parse_einsum
+from tome_fx.passes.rules.facts import Facts
+from tome_fx.passes.rules.signature import SignatureRule
 
 
 def register_rule(op: Any, signature: str, *, sum: str = "", max: str = "", mix: str = "") -> None:

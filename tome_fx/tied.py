@@ -26,17 +26,18 @@ from torch.utils._pytree import tree_leaves
 from tome_fx import ops
 from tome_fx.config import ToMeConfig
 from tome_fx.passes import Result
-from tome_fx.passes.axes import Dim, Dims, leaves
-from tome_fx.passes.capture import is_impure
+from tome_fx.passes.algebra.axes import Dim, Dims, leaves
+from tome_fx.passes.algebra.layout import Layout, Run, Step
+from tome_fx.passes.analysis.masks import KeyMask, token_dims
+from tome_fx.passes.building.trace import Traced
 from tome_fx.passes.drop_unread import drop_unread
-from tome_fx.passes.layout import Layout, Run, Step
-from tome_fx.passes.masks import KeyMask, token_dims
+from tome_fx.passes.normal.functional import is_impure
 from tome_fx.passes.plan import Merge, Plan
 from tome_fx.passes.rewrite import Emitter
-from tome_fx.passes.rules import Call, Facts, find
+from tome_fx.passes.rules import Call, find
 from tome_fx.passes.rules.base import Fill
+from tome_fx.passes.rules.facts import Facts
 from tome_fx.passes.rules.pointwise import MaskRule
-from tome_fx.passes.trace import Traced
 from tome_fx.passes.verify import verify
 
 aten = torch.ops.aten
@@ -66,7 +67,6 @@ class _Noting(Emitter):
         super().__init__(*args)
         self.joins: list[Join] = []
         self._now: fx.Node | None = None
-        self._fetching = False
 
     def _value(self, n: fx.Node) -> Any:
         outer, self._now = self._now, n
@@ -76,26 +76,18 @@ class _Noting(Emitter):
             self._now = outer
 
     def fetch(self, node: fx.Node, want: Layout, fill: Fill = Fill.MEAN, frame: Dims | None = None) -> Traced:
-        self._note(node, self.layout(node), want, fill, frame)
-        outer, self._fetching = self._fetching, True
-        try:
-            return super().fetch(node, want, fill, frame)
-        finally:
-            self._fetching = outer
+        self._note(node, want, fill, frame)
+        return super().fetch(node, want, fill, frame)
 
-    def convert(
-        self, x: Traced, dims: Dims, have: Layout, want: Layout, fill: Fill = Fill.MEAN, frame: Dims | None = None
-    ) -> Traced:
-        if not self._fetching and self._now is not None:
-            for node in dict.fromkeys(self.calls[self._now].nodes):
-                if self.facts.dims(node) is dims and self.layout(node) == have:
-                    self._note(node, have, want, fill, frame)
-        return super().convert(x, dims, have, want, fill, frame)
+    def fetch_as(self, x: Traced, node: fx.Node, want: Layout, fill: Fill, frame: Dims) -> Traced:
+        self._note(node, want, fill, frame)
+        return super().fetch_as(x, node, want, fill, frame)
 
-    def _note(self, source: fx.Node, have: Layout, want: Layout, fill: Fill, frame: Dims | None) -> None:
+    def _note(self, source: fx.Node, want: Layout, fill: Fill, frame: Dims | None) -> None:
+        have = self.layout(source)
         if self._now is None:  # an output, or what a matching compares
             if any(run.extensive for runs in have for run in runs):
-                (output,) = self.source.find_nodes(op="output")
+                (output,) = self.facts.graph.find_nodes(op="output")
                 self.joins.append(Join(output, source, fill, have, want, frame))
         elif steps_between(have, want):
             self.joins.append(Join(self._now, source, fill, have, want, frame))
@@ -126,9 +118,9 @@ class Marked:
         assert captured is not None
         # Decisions are of all merges; those that nobody reads fall out again.
         plan = replace(result.plan, merges={**result.plan.merges, **result.plan.unread})
-        emitter = _Noting(captured, result.facts, result.calls, plan, config)
+        emitter = _Noting(captured, result.facts, plan)
         graph = emitter.run_graph()
-        for step, held in emitter.steps.items():
+        for step, held in emitter.steps.held.items():
             if step.base is None:
                 for name in ("assign", "keep"):
                     _mark(getattr(held, name).node, "tome_groups", (step.site, name))
@@ -484,7 +476,7 @@ class TiedRun(PlainRun):
     ) -> None:  # fmt: skip
         assert result.captured is not None
         super().__init__(result.captured.gm.graph, exact, draws)
-        self.facts, self.calls, self.plan, self.groups = result.facts, result.calls, result.plan, groups
+        self.facts, self.plan, self.groups = result.facts, result.plan, groups
         self.approximated = approximated
         self.at: dict[fx.Node, list[Join]] = {}
         for join in joins:
@@ -509,7 +501,7 @@ class TiedRun(PlainRun):
         return value
 
     def value(self, node: fx.Node) -> Any:
-        call = self.calls.get(node)
+        call = self.facts.calls.get(node)
         held = self._read(node)
         if call is None or not held:
             return super().value(node)
@@ -532,10 +524,10 @@ class TiedRun(PlainRun):
 
     def _read(self, node: fx.Node) -> dict[tuple[str, int | None, fx.Node], Tensor]:
         """The operands of a node that it reads tied, by argument."""
-        merge, call, found = self.plan.merges.get(node), self.calls.get(node), {}
+        merge, call, found = self.plan.merges.get(node), self.facts.calls.get(node), {}
         for join in self.at.get(node, ()) if call is not None else ():
             assert call is not None
-            merges = is_merge(join, self.plan, self.calls)
+            merges = is_merge(join, self.plan, self.facts)
             if merge is not None and merges:
                 self._see(merge)
             steps = {s for *_, chain, _ in steps_between(join.have, join.want) for s in chain}
@@ -578,10 +570,10 @@ class TiedRun(PlainRun):
             self.groups.masked[step] = weight.expand(like.shape)
 
 
-def is_merge(join: Join, plan: Plan, calls: Mapping[fx.Node, Call]) -> bool:
+def is_merge(join: Join, plan: Plan, facts: Facts) -> bool:
     """Whether an operand is what its op's merge merges."""
     merge = plan.merges.get(join.node)
-    return merge is not None and any(calls[join.node].nodes[i] is join.source for i, _ in merge.block.operands)
+    return merge is not None and any(facts.calls[join.node].nodes[i] is join.source for i, _ in merge.block.operands)
 
 
 def _above(nodes: Sequence[fx.Node]) -> set[fx.Node]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import fx
 
-from . import base, contraction, joins, pointwise, reduce, views
-from .base import UNKNOWN, Call, Decision, Facts, Rule, Signature, op_name, registered, tensors_of
+from . import base, contraction, joins, pointwise, reduce, slices, views
+from .base import UNKNOWN, Call, Decision, Rule, Signature, op_name, registered, tensors_of
 
-__all__ = ["UNKNOWN", "Call", "Decision", "Facts", "Rule", "Signature", "find", "op_name", "registered", "tensors_of"]
+__all__ = ["UNKNOWN", "Call", "Decision", "Rule", "Signature", "find", "op_name", "registered", "tensors_of"]
 
-_ = (contraction, joins, reduce, views)
+_ = (contraction, joins, reduce, slices, views)
 
 
 def find(call: Call) -> Rule:

@@ -13,22 +13,20 @@ from typing import Any
 
 import torch
 
-from ..axes import expr as size_expr
-from ..trace import Traced
+from ..algebra.axes import expr as size_expr
+from ..building.trace import Traced
 from .base import (
     Call,
     Decision,
     Emitter,
-    Facts,
     Fill,
     Letter,
     Role,
     Signature,
-    SignatureRule,
-    fill_of,
-    frame_dims,
     register,
 )
+from .facts import Facts
+from .signature import SignatureRule, fill_of, frame_dims
 
 aten = torch.ops.aten
 ABSORBS = -(2.0**23)
@@ -230,12 +228,12 @@ class Attention(SignatureRule):
 
     def _mask(self, call: Call, env: Emitter, decision: Decision, sig: Signature) -> Traced:
         node = call.nodes[3]
-        mask, have, want = env.tensor(node), env.layout(node), decision.ins[3]
-        if have == want:
+        mask, want = env.tensor(node), decision.ins[3]
+        if env.layout(node) == want:
             return mask
         if mask.dtype is torch.bool:
             mask = mask.choose(0.0, float("-inf"))
-        return env.convert(mask, env.facts.dims(node), have, want, Fill.BIAS, frame_dims(sig, call, env.facts))
+        return env.fetch_as(mask, node, want, Fill.BIAS, frame_dims(sig, call, env.facts))
 
 
 def _may_leave_all_out(call: Call, env: Emitter) -> bool:

@@ -15,11 +15,13 @@ from torch import fx
 
 from tome_fx.ops import LEFT_OUT
 
-from ..axes import expr as size_expr
-from ..axes import leaves, same
-from ..layout import Layout
-from ..trace import Traced
-from .base import Call, Decision, Emitter, Facts, Fill, Letter, Role, Signature, SignatureRule, frame_dims, register
+from ..algebra.axes import expr as size_expr
+from ..algebra.axes import leaves, same
+from ..algebra.layout import Layout
+from ..building.trace import Traced
+from .base import Call, Decision, Emitter, Fill, Letter, Role, Signature, register
+from .facts import Facts
+from .signature import SignatureRule, frame_dims
 
 aten = torch.ops.aten
 
@@ -143,14 +145,13 @@ class MaskRule(SignatureRule):
         node, frame = call.nodes[mask_at], frame_dims(sig, call, env.facts)
         mask = env.tensor(node)
         drop = mask if fills else mask.logical_not()
-        have, want = env.layout(node), decision.ins[mask_at]
-        dims = env.facts.dims(node)
+        want = decision.ins[mask_at]
         if sig.fills[mask_at] is Fill.BIAS:
             term = drop.choose(value, 0.0)
-            return x + env.convert(term, dims, have, want, Fill.BIAS, frame).to(x.dtype)
+            return x + env.fetch_as(term, node, want, Fill.BIAS, frame).to(x.dtype)
         if sig.fills[mask_at] is Fill.SHARE:
             kept = drop.choose(0.0, 1.0)
-            return x * env.convert(kept, dims, have, want, _share(call, env, decision), frame).to(x.dtype)
+            return x * env.fetch_as(kept, node, want, _share(call, env, decision), frame).to(x.dtype)
         return super().emit(call, env, decision)
 
 
@@ -235,15 +236,15 @@ class PointwiseRule(SignatureRule):
         """A term of the scores merges as what it adds to them: one that is subtracted, negated."""
         factor = _added_times(call, i) if sig.additive and sig.fills[i] is Fill.BIAS else 1
         node = call.nodes[i]
-        have, want = env.layout(node), decision.ins[i]
-        if have == want:
+        want = decision.ins[i]
+        if env.layout(node) == want:
             return env.tensor(node)
         frame = frame_dims(sig, call, env.facts)
         if sig.fills[i] is Fill.SHARE and i in sig.linear and len(decision.outs) == 1:
             return env.fetch(node, want, _share(call, env, decision), frame)
         if factor in (0, 1):
             return super().operand(call, env, decision, sig, i)
-        term = env.convert(env.tensor(node) / (1 / factor), env.facts.dims(node), have, want, Fill.BIAS, frame)
+        term = env.fetch_as(env.tensor(node) / (1 / factor), node, want, Fill.BIAS, frame)
         return term / factor
 
 

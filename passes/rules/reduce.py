@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from ..trace import Traced
-from .base import Call, Decision, Emitter, Facts, Fill, Letter, Role, Rule, Signature, SignatureRule, register
+from ..building.trace import Traced
+from .base import Call, Decision, Emitter, Fill, Letter, Role, Rule, Signature, register
+from .facts import Facts
+from .signature import SignatureRule
 
 aten = torch.ops.aten
 
@@ -106,8 +108,7 @@ class Softmax(SignatureRule):
         if env.config.proportional:
             node = call.nodes[0]
             terms = [env.log_weight(node, layout, d, run).to(x.dtype) for d in reduced_dims(call) for run in layout[d]]
-        shifts = self.kind != "logsumexp" and env.facts.pairs is not None
-        if terms and shifts and env.facts.pairs.masked(call.nodes[0]):  # type: ignore[union-attr]
+        if terms and self.kind != "logsumexp" and env.facts.pairs is not None and env.facts.pairs.masked(call.nodes[0]):
             x = _from_the_top(x, reduced_dims(call))
         for term in terms:
             x = x + term
@@ -192,7 +193,9 @@ register(SignatureRule(_reduction(Role.MIX)), aten.var, aten.std, aten.prod.dim_
          aten.all, aten.argmax, aten.argmin, aten.max.dim, aten.min.dim, aten.max.default, aten.min.default,
          aten.var_mean, aten.median)  # fmt: skip
 register(Norm2(), aten.linalg_vector_norm, aten.norm.ScalarOpt_dim, aten.norm.ScalarOpt_dim_dtype)
-register(Softmax("softmax"), aten.softmax.int, aten._softmax)
+SOFTMAX = {aten.softmax.int, aten._softmax.default}
+"""Ops that normalise along one dim, their second argument."""
+register(Softmax("softmax"), *SOFTMAX)
 register(Softmax("log_softmax"), aten.log_softmax.int, aten._log_softmax)
 register(Softmax("logsumexp"), aten.logsumexp.default)
 register(NormRule(_normalise_last), aten.layer_norm, aten.rms_norm)

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from ..axes import Dims, fresh, fresh_dims, leaves, quotient, regroup
-from ..axes import expr as size_expr
-from ..layout import Layout, Run, plain
-from .base import Call, Decision, Emitter, Facts, Rule, register
+from ..algebra.axes import Dims, fresh, fresh_dims, leaves, quotient, regroup
+from ..algebra.axes import expr as size_expr
+from ..algebra.layout import Layout, Run, plain
+from .base import Call, Decision, Emitter, Rule, register
+from .facts import Facts
 
 aten = torch.ops.aten
 

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import networkx as nx
 from torch import fx
 
-from .axes import Atom, leaves
-from .rules import Call, Facts, find
-from .rules.base import Role, SignatureRule
-from .rules.views import ExpandRule, PermuteRule, ViewRule
+from ..algebra.axes import Atom, leaves
+from ..rules import Call, find
+from ..rules.base import Role
+from ..rules.facts import Facts
+from ..rules.signature import SignatureRule
+from ..rules.views import ExpandRule, PermuteRule, ViewRule
 
 
 class Reach:
-    """Ancestors of every node as bit sets over graph order, dominators on demand.
+    """Ancestors of every node as bit sets over graph order, dominators on demand."""
 
-    features: the leaves of all axes that come from a weight.
-    """
-
-    def __init__(self, graph: fx.Graph, facts: Facts) -> None:
+    def __init__(self, facts: Facts) -> None:
         self.facts = facts
-        self.features = {leaf for dim in facts.channels for leaf in leaves(dim)}
-        self.nodes = list(graph.nodes)
+        self.nodes = list(facts.graph.nodes)
         self.index = {node: i for i, node in enumerate(self.nodes)}
         self.above: list[int] = []
         for i, node in enumerate(self.nodes):
@@ -76,15 +73,15 @@ class Reach:
         return found
 
 
-def only_summed(node: fx.Node, tokens: frozenset[Atom], calls: Mapping[fx.Node, Call], facts: Facts) -> bool:
+def only_summed(node: fx.Node, tokens: frozenset[Atom], facts: Facts) -> bool:
     """Whether all that reads a value sums over these leaves of its axes, after homogeneous ops at most."""
-    return all(user in calls and _sums(calls[user], node, tokens, calls, facts) for user in node.users)
+    return all(user in facts.calls and _sums(facts.calls[user], node, tokens, facts) for user in node.users)
 
 
-def _sums(call: Call, node: fx.Node, tokens: frozenset[Atom], calls: Mapping[fx.Node, Call], facts: Facts) -> bool:
+def _sums(call: Call, node: fx.Node, tokens: frozenset[Atom], facts: Facts) -> bool:
     rule = find(call)
     if isinstance(rule, (ViewRule, PermuteRule, ExpandRule)):
-        return only_summed(call.node, tokens, calls, facts)
+        return only_summed(call.node, tokens, facts)
     if not isinstance(rule, SignatureRule):
         return False
     sig = rule.signature(call, facts)
@@ -98,7 +95,7 @@ def _sums(call: Call, node: fx.Node, tokens: frozenset[Atom], calls: Mapping[fx.
         if roles != {Role.MAP} or i not in sig.linear or len(sig.outs) != 1 or sig.additive:
             return False
         goes_on = True
-    return not goes_on or only_summed(call.node, tokens, calls, facts)
+    return not goes_on or only_summed(call.node, tokens, facts)
 
 
 __all__ = ["Reach", "only_summed"]

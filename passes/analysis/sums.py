@@ -1,4 +1,4 @@
-"""find_sums: attention without a softmax, as sites of their own.
+"""sums: attention without a softmax, as sites of their own.
 
 What sums values over the tokens, weighted by what queries and keys make of each other, is attention whatever the
 weights are (sigmoid, relu / n, exp over its sum). The sum may also come first (linear attention):
@@ -15,43 +15,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
 
-from .axes import Dim, leaves
+from ..algebra.axes import Dim, leaves
+from ..rules import Call, find
+from ..rules.base import Role, Signature, sources
+from ..rules.contraction import Contraction
+from ..rules.facts import Facts
+from ..rules.pointwise import POINTWISE
+from ..rules.reduce import Softmax
+from ..rules.views import PermuteRule
 from .pairs import elementwise
-from .rules import Call, Facts, find
-from .rules.base import Role, Signature, sources
-from .rules.contraction import Contraction
-from .rules.pointwise import POINTWISE
-from .rules.reduce import Softmax
-from .rules.views import PermuteRule
+from .sites import AttentionSite, Operand, place
 
 
-@dataclass(frozen=True)
-class Operand:
-    """One operand of a product: its node, the dim of its tokens, those of its features."""
-
-    node: fx.Node
-    tokens: int
-    features: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Summed:
-    """Queries, keys and values of an attention without a softmax, and its result."""
-
-    q: Operand
-    k: Operand
-    v: Operand
-    out: fx.Node
-
-
-def find_sums(facts: Facts, calls: dict[fx.Node, Call], taken: set[fx.Node]) -> Iterator[Summed]:
-    """Every such attention in graph order, but those that end in `taken`."""
-    finder = _Finder(facts, calls)
-    for node, call in calls.items():
+def find_sums(facts: Facts, taken: set[fx.Node]) -> Iterator[AttentionSite]:
+    """Every such attention, but those that end in `taken`."""
+    finder = _Finder(facts)
+    for node, call in facts.calls.items():
         product = finder.product(call)
         if product is not None and node not in taken:
             found = finder.of_pairs(product) or finder.linear(product)
@@ -73,10 +55,13 @@ class _Product:
         return self.call.nodes[-2:][i]
 
 
+def _site(q: Operand, k: Operand, v: Operand, out: fx.Node) -> AttentionSite:
+    return AttentionSite(name=place(out), q=q, k=k, v=v, out=out, softmax=False)
+
+
 class _Finder:
-    def __init__(self, facts: Facts, calls: dict[fx.Node, Call]) -> None:
-        self.facts, self.calls = facts, calls
-        self.features = {leaf for dim in facts.channels for leaf in leaves(dim)}
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
 
     def product(self, call: Call) -> _Product | None:
         rule = find(call)
@@ -98,9 +83,9 @@ class _Finder:
         return leaves(self.facts.dims(node)[d])
 
     def _of_tokens(self, axis: Dim) -> bool:
-        return bool(axis) and not self.features & set(axis)
+        return bool(axis) and not self.facts.features & set(axis)
 
-    def of_pairs(self, product: _Product) -> Summed | None:
+    def of_pairs(self, product: _Product) -> AttentionSite | None:
         """Where one operand has a weight for every query and key."""
         if not self._of_tokens(product.axis):
             return None
@@ -117,7 +102,7 @@ class _Finder:
                 q, k = self._operand(above, j, query), self._operand(above, 1 - j, product.axis)
                 if q is not None and k is not None:
                     v = Operand(product.node(1 - i), product.at[1 - i], tuple(values))
-                    return Summed(q, k, v, product.call.node)
+                    return _site(q, k, v, product.call.node)
         return None
 
     def _operand(self, product: _Product, i: int, axis: Dim) -> Operand | None:
@@ -131,22 +116,19 @@ class _Finder:
         todo, seen = [node], set[fx.Node]()
         while todo:
             node = todo.pop(0)
-            if node in seen or node not in self.calls:
+            if node in seen or node not in self.facts.calls:
                 continue
             seen.add(node)
-            call = self.calls[node]
+            call = self.facts.calls[node]
             product = self.product(call)
             if product is not None and not self._of_tokens(product.axis):
                 return product
             if elementwise(find(call)):
                 held = {*query, *key}
-                todo += [n for n in sources(node, call.nodes) if held <= self._leaves(n)]
+                todo += [n for n in sources(node, call.nodes) if held <= self.facts.leaves_of(n)]
         return None
 
-    def _leaves(self, node: fx.Node) -> set[Any]:
-        return {leaf for dim in self.facts.dims(node) for leaf in leaves(dim)}
-
-    def linear(self, product: _Product) -> Summed | None:
+    def linear(self, product: _Product) -> AttentionSite | None:
         """Where keys and values are summed over the tokens first."""
         own = [[self._axis(product.node(i), d) for d in product.own[i]] for i in (0, 1)]
         if not self._of_tokens(product.axis) or any(self._of_tokens(x) for axes in own for x in axes):
@@ -154,10 +136,10 @@ class _Finder:
         todo, seen = list(product.call.node.users), set[fx.Node]()
         while todo:
             node = todo.pop(0)
-            if node in seen or node not in self.calls:
+            if node in seen or node not in self.facts.calls:
                 continue
             seen.add(node)
-            call = self.calls[node]
+            call = self.facts.calls[node]
             reader = self.product(call)
             if reader is None:
                 todo += node.users if elementwise(find(call)) else ()
@@ -169,13 +151,14 @@ class _Finder:
                 if len(spots) == 1 and keys and reader.node(1 - i) in {*seen, product.call.node}:
                     (j, *_) = keys
                     key, value = (Operand(product.node(n), product.at[n], tuple(product.own[n])) for n in (j, 1 - j))
-                    return Summed(Operand(reader.node(i), spots[0], (reader.at[i],)), self._raw(key), value, node)
+                    query = Operand(reader.node(i), spots[0], (reader.at[i],))
+                    return _site(query, self._raw(key), value, node)
         return None
 
     def _raw(self, operand: Operand) -> Operand:
         """Keys before their feature map."""
         node, tokens, features = operand.node, operand.tokens, operand.features
-        while (call := self.calls.get(node)) is not None:
+        while (call := self.facts.calls.get(node)) is not None:
             rule, above = find(call), [n for n in call.nodes if n not in self.facts.constant]
             if isinstance(rule, PermuteRule):
                 order = rule.order(call)
@@ -188,4 +171,4 @@ class _Finder:
         return Operand(node, tokens, features)
 
 
-__all__ = ["Operand", "Summed", "find_sums"]
+__all__ = ["find_sums"]

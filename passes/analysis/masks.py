@@ -8,39 +8,32 @@ where the softmax stands open, the way back from it to the product q k^T tells w
 
 A mask that the way mixes (by a product over heads, by an op that nobody knows), or that joins after columns that are no
 keys (attention sinks), says nothing that can be kept: such a site is left alone, with the reason.
-
-A mask of pairs lets each query see keys of its own (shifted windows, a window of several pictures). Merging is right
-where such a mask cuts every window into parts that see themselves and nobody else, and only tokens of one part merge:
-`parted` proves the first from the mask's value, which must be known while compiling, and counts how many tokens may.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from tome_fx.ops import LEFT_OUT
 
-from .axes import Dim, leaves
-from .find_attention import AttentionSite
-from .reach import Reach
-from .rules import Call, Facts, find
-from .rules.base import SHAPED, UNKNOWN, op_name, sources
-from .rules.contraction import Contraction
-from .rules.joins import CatRule
-from .rules.pointwise import MaskRule, scalar
-from .rules.reduce import Softmax, reduced_dims
-from .rules.views import ExpandRule, PermuteRule, RepeatRule, ViewRule
-from .special import special
+from ..algebra.axes import Dim, leaves
+from ..find_attention import AttentionSite
+from ..rules import Call, find
+from ..rules.base import SHAPED, UNKNOWN, op_name, sources
+from ..rules.contraction import Contraction
+from ..rules.facts import Facts
+from ..rules.joins import CatRule
+from ..rules.pointwise import MaskRule, scalar
+from ..rules.reduce import Softmax, reduced_dims
+from ..rules.views import ExpandRule, PermuteRule, RepeatRule, ViewRule
 
 aten = torch.ops.aten
-_SUMS = {aten.add.Tensor, aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default}
-_VIEWS = ViewRule, PermuteRule, ExpandRule, RepeatRule
+VIEWS = ViewRule, PermuteRule, ExpandRule, RepeatRule
 _PASS = (aten.to, aten._to_copy, aten.clone, aten.contiguous, aten.detach, aten.alias, aten.type_as, aten.dropout)
 _ADD, _SUBTRACT = (aten.add,), (aten.sub, aten.subtract)
 _MULTIPLY, _DIVIDE = (aten.mul, aten.multiply), (aten.div, aten.divide, aten.true_divide)
@@ -55,27 +48,27 @@ class KeyMask:
     scale: float = 1.0
 
 
-def score_terms(site: AttentionSite, facts: Facts, calls: dict[fx.Node, Call], reach: Reach) -> list[fx.Node]:
+def score_terms(site: AttentionSite, facts: Facts) -> list[fx.Node]:
     """What is added to, multiplies or masks the scores of a site, or, of an open one, its probabilities.
 
     Of an open site only what the model does not compute from activations, and says something of single tokens.
     """
     if site.fused:
-        return list(calls[site.out].nodes[3:]) if site.masked else []
+        return list(facts.calls[site.out].nodes[3:]) if site.masked else []
     fixed = facts.constant | facts.given
-    ways = _ways(site, calls, reach)
-    tokens = {*leaves(facts.dims(site.q)[site.query_dim]), *leaves(facts.dims(site.k)[site.key_dim])}
-    tokens |= _columns(site, ways, facts, calls)
-    terms = [n for way, _ in ways for *_, n in _aside(way, calls)]
-    return [n for n in dict.fromkeys(terms) if (n in fixed or facts.told(n)) and _varies_with(n, facts) & tokens]
+    ways = _ways(site, facts)
+    tokens = {*site.q.axis(facts), *site.k.axis(facts)}
+    tokens |= _columns(site, ways, facts)
+    terms = [n for way, _ in ways for *_, n in _aside(way, facts)]
+    return [n for n in dict.fromkeys(terms) if (n in fixed or facts.told(n)) and varies_with(n, facts) & tokens]
 
 
 def _columns(
-    site: AttentionSite, ways: list[tuple[list[fx.Node], bool]], facts: Facts, calls: dict[fx.Node, Call]
+    site: AttentionSite, ways: list[tuple[list[fx.Node], bool]], facts: Facts
 ) -> set[Any]:
     """The leaves of softmax axes in which the keys stand beside columns that are none."""
-    keys = leaves(facts.dims(site.k)[site.key_dim])
-    ends = [calls[way[-1]] for way, after in ways if not after]
+    keys = site.k.axis(facts)
+    ends = [facts.calls[way[-1]] for way, after in ways if not after]
     axes = [leaves(facts.dims(end.nodes[0])[d]) for end in ends for d in reduced_dims(end)]
     return {leaf for axis in axes if any(keys in parts for parts in facts.joined(axis)) for leaf in axis}
 
@@ -85,21 +78,21 @@ def _said(node: fx.Node) -> str:
     return "an input of the model" if node.op == "placeholder" else f"the result of {op_name(node)}"
 
 
-def masked_by_place(site: AttentionSite, facts: Facts, calls: dict[fx.Node, Call], reach: Reach) -> bool:
+def masked_by_place(site: AttentionSite, facts: Facts) -> bool:
     """Whether a part of an open site's scores or probabilities is replaced by what rules out: a mask of pairs that is
     no operand. A triangle that is cut out; a corner that is filled, written, padded or joined with low numbers, or with
     any once they are probabilities."""
-    for way, after in _ways(site, calls, reach) if not site.fused else ():
+    for way, after in _ways(site, facts) if not site.fused else ():
         on_it = set(way)
         for node in way:
             if _packet(node) in (aten.tril, aten.triu):
                 return True
-            if node in calls and _packet(node) in _PLACED:
-                operands = calls[node].nodes
+            if node in facts.calls and _packet(node) in _PLACED:
+                operands = facts.calls[node].nodes
                 low = any(_low(n, facts, after) for n in operands if n not in on_it) or _has_low(node, after)
                 if _packet(node) in _BESIDE:  # columns beside whole scores (a sink) leave no key out
-                    low &= any(_is_cut(n, on_it, calls) for n in operands)
-                if low or any(_cut_low(n, on_it, facts, calls, after) for n in operands):
+                    low &= any(_is_cut(n, on_it, facts) for n in operands)
+                if low or any(_cut_low(n, on_it, facts, after) for n in operands):
                     return True
     return False
 
@@ -116,7 +109,7 @@ _BESIDE = {aten.constant_pad_nd, aten.pad, aten.cat}
 
 def _low(node: fx.Node, facts: Facts, after: bool) -> bool:
     """Whether a value that takes the place of scores rules them out; of probabilities zeros do."""
-    value = facts.pairs.value(node) if facts.pairs is not None else None
+    value = facts.value(node)
     if value is None or not value.is_floating_point():
         return facts.told(node) and node.meta["val"].is_floating_point()
     return bool((value == 0).any()) if after else bool((value <= LEFT_OUT).any())
@@ -129,26 +122,26 @@ def _has_low(node: fx.Node, after: bool) -> bool:
     return (after and pads) or any(abs(a) >= -LEFT_OUT or (after and a == 0) for a in numbers)
 
 
-def _is_cut(node: fx.Node, on_it: set[fx.Node], calls: dict[fx.Node, Call]) -> bool:
+def _is_cut(node: fx.Node, on_it: set[fx.Node], facts: Facts) -> bool:
     """Whether a value is a part of the scores."""
     todo, seen = [node], set[fx.Node]()
     while todo:
         node = todo.pop()
         if _packet(node) in _CUTS and node in on_it:
             return True
-        if node in on_it and node in calls and node not in seen:
-            todo += calls[node].nodes
+        if node in on_it and node in facts.calls and node not in seen:
+            todo += facts.calls[node].nodes
         seen.add(node)
     return False
 
 
-def _cut_low(node: fx.Node, on_it: set[fx.Node], facts: Facts, calls: dict[fx.Node, Call], after: bool) -> bool:
+def _cut_low(node: fx.Node, on_it: set[fx.Node], facts: Facts, after: bool) -> bool:
     """Whether a value is a part of the scores that something low joined."""
     low = False
-    while node in on_it and node in calls:
+    while node in on_it and node in facts.calls:
         if _packet(node) in _CUTS:
             return low
-        operands = calls[node].nodes
+        operands = facts.calls[node].nodes
         low |= _has_low(node, after) or any(_low(n, facts, after) for n in operands if n not in on_it)
         if not operands:
             break
@@ -156,63 +149,67 @@ def _cut_low(node: fx.Node, on_it: set[fx.Node], facts: Facts, calls: dict[fx.No
     return False
 
 
-def _ways(site: AttentionSite, calls: dict[fx.Node, Call], reach: Reach) -> list[tuple[list[fx.Node], bool]]:
+def _ways(site: AttentionSite, facts: Facts) -> list[tuple[list[fx.Node], bool]]:
     """Of an open site: the nodes from its product to each softmax, and those from there to its output (True), without
     what only has the shape of one of them."""
-    ways = []
+
+    def product_before(end: fx.Node) -> fx.Node | None:
+        way = (facts.calls[n] for n in facts.reach.between(site.k.node, end) if n in facts.calls)
+        products = (call for call in way if isinstance(find(call), Contraction))
+        return next((call.node for call in products if {site.q.node, site.k.node} <= set(call.nodes)), None)
+
     if not site.softmax:
-        products = (n for n in reach.between(site.k, site.out) if n in calls and site.q in calls[n].nodes)
-        product = next((n for n in products if site.k in calls[n].nodes), None)
-        return [] if product is None else [(_by_value(reach.between(product, site.out), calls), True)]
-    for softmax in reach.between(site.k, site.out):
-        if softmax not in calls or not isinstance(find(calls[softmax]), Softmax):
+        product = product_before(site.out)
+        return [] if product is None else [(_by_value(facts.reach.between(product, site.out), facts), True)]
+    ways = []
+    for softmax in facts.reach.between(site.k.node, site.out):
+        if softmax not in facts.calls or not isinstance(find(facts.calls[softmax]), Softmax):
             continue
-        above = (n for n in reach.between(site.k, softmax) if n in calls and isinstance(find(calls[n]), Contraction))
-        product = next((n for n in above if {site.q, site.k} <= set(calls[n].nodes)), None)
+        product = product_before(softmax)
         if product is not None:
-            ways += [(_by_value(reach.between(product, softmax), calls), False),
-                     (_by_value(reach.between(softmax, site.out), calls), True)]  # fmt: skip
+            ways += [(_by_value(facts.reach.between(product, softmax), facts), False),
+                     (_by_value(facts.reach.between(softmax, site.out), facts), True)]  # fmt: skip
     return ways
 
 
-def _by_value(way: list[fx.Node], calls: dict[fx.Node, Call]) -> list[fx.Node]:
+def _by_value(way: list[fx.Node], facts: Facts) -> list[fx.Node]:
     kept = {way[0]}
     for node in way[1:]:
-        if kept & set(sources(node, calls[node].nodes if node in calls else node.all_input_nodes)):
+        if kept & set(sources(node, facts.calls[node].nodes if node in facts.calls else node.all_input_nodes)):
             kept.add(node)
     return [node for node in way if node in kept]
 
 
-def _aside(way: list[fx.Node], calls: dict[fx.Node, Call]) -> Iterator[tuple[Call, int, fx.Node]]:
+def _aside(way: list[fx.Node], facts: Facts) -> Iterator[tuple[Call, int, fx.Node]]:
     """Every operand that joins a way between its ends and is not computed on it: (call, position, node)."""
-    on_it, begin = set(way), calls[way[0]].nodes[-2:]
+    on_it, begin = set(way), facts.calls[way[0]].nodes[-2:]
     for node in way[:-1]:
-        for i, n in enumerate(calls[node].nodes if node in calls else ()):
+        for i, n in enumerate(facts.calls[node].nodes if node in facts.calls else ()):
             if n in on_it or (node is way[0] and n in begin):
                 continue
-            while n in calls and n.target in SHAPED:
-                n = calls[n].nodes[0]
-            yield calls[node], i, n
+            while n in facts.calls and n.target in SHAPED:
+                n = facts.calls[n].nodes[0]
+            yield facts.calls[node], i, n
 
 
 def key_masks(
-    site: AttentionSite, facts: Facts, calls: dict[fx.Node, Call], reach: Reach, tokens: Dim, sample: Dim
+    site: AttentionSite, facts: Facts, tokens: Dim, sample: Dim
 ) -> tuple[KeyMask, ...] | str:
     """The masks of keys among the terms of a site's scores, or why they cannot be told from the graph.
 
     Each holds the tokens in one dim along which it varies, and is the same for all queries and heads.
     """
-    reader = _Reader(facts, calls, tokens, sample)
+    reader = _Reader(facts, tokens, sample)
     if site.fused:
-        for term in score_terms(site, facts, calls, reach):
+        for term in score_terms(site, facts):
             reader.term(term, -LEFT_OUT if term.meta["val"].dtype is torch.bool else 1.0)
     else:
-        ways = _ways(site, calls, reach)
+        ways = _ways(site, facts)
         for way, after in ways:
             (reader.probabilities if after else reader.scores)(way)
-        columns = _columns(site, ways, facts, calls)
+        columns = _columns(site, ways, facts)
         late = (
-            [n for n in score_terms(site, facts, calls, reach) if _varies_with(n, facts) & columns] if columns else []
+            [n for n in score_terms(site, facts) if varies_with(n, facts) & columns] if columns else []
         )
         if late:
             return "a mask joins scores that have columns beside the keys"
@@ -225,8 +222,8 @@ def key_masks(
 class _Reader:
     """Reads terms of the scores. masks: those that are masks of keys, with their factor."""
 
-    def __init__(self, facts: Facts, calls: dict[fx.Node, Call], tokens: Dim, sample: Dim) -> None:
-        self.facts, self.calls, self.tokens, self.sample = facts, calls, tokens, sample
+    def __init__(self, facts: Facts, tokens: Dim, sample: Dim) -> None:
+        self.facts, self.calls, self.tokens, self.sample = facts, facts.calls, tokens, sample
         # What the keys are beside others holds them, too.
         joined = [leaves(whole) for parts, whole in facts.joins if any(leaves(part) == tokens for part in parts)]
         self.around = {*tokens, *(leaf for axis in joined for leaf in axis)}
@@ -243,7 +240,7 @@ class _Reader:
     def scores(self, way: list[fx.Node]) -> None:
         """Read what joins the scores on the way from the product to the softmax."""
         aside: dict[fx.Node, list[tuple[int, fx.Node]]] = {}
-        for call, i, node in _aside(way, self.calls):
+        for call, i, node in _aside(way, self.facts):
             aside.setdefault(call.node, []).append((i, node))
         on_it, seen = set(way[:-1]), set()
         todo: list[tuple[fx.Node, float | None]] = [(self.calls[way[-1]].nodes[0], 1.0)]
@@ -275,7 +272,7 @@ class _Reader:
 
     def probabilities(self, way: list[fx.Node]) -> None:
         """Read what joins the probabilities: a mask that has already masked the scores may zero them again."""
-        for call, i, term in _aside(way, self.calls):
+        for call, i, term in _aside(way, self.facts):
             parts = _mask_parts(call)
             zeroes = parts is not None and i == parts[1] and parts[2] == 0
             if (zeroes or _packet(call) in _MULTIPLY) and self._is_mask(term):
@@ -295,7 +292,7 @@ class _Reader:
         todo = [(root, scale)]
         while todo:
             node, scale = todo.pop()
-            if not _varies_with(node, self.facts) & self.around:
+            if not varies_with(node, self.facts) & self.around:
                 continue
             if scale is not None and self._is_mask(node):
                 if node.meta["val"].dtype is not torch.bool or abs(scale) >= -LEFT_OUT:
@@ -317,16 +314,16 @@ class _Reader:
         parts = _mask_parts(call)
         if parts is not None:  # what it fills in is a mask, too
             low = parts[2] is not None and parts[2] * scale <= LEFT_OUT
-            if not low or _varies_with(node, self.facts) & set(self.tokens):
+            if not low or varies_with(node, self.facts) & set(self.tokens):
                 return []
             return [(call.nodes[parts[0]], scale), (call.nodes[parts[1]], LEFT_OUT if parts[3] else -LEFT_OUT)]
         found = list(zip(call.nodes, _shares(call, scale), strict=True))
-        lost = [n for n, share in found if share is None and _varies_with(n, self.facts) & self.around]
+        lost = [n for n, share in found if share is None and varies_with(n, self.facts) & self.around]
         return [] if lost else [(n, share) for n, share in found if share is not None]
 
     def _is_mask(self, node: fx.Node) -> bool:
         one = len(token_dims(node, self.facts, self.tokens)) == 1
-        return one and self.facts.told(node) and _varies_with(node, self.facts) <= {*self.tokens, *self.sample}
+        return one and self.facts.told(node) and varies_with(node, self.facts) <= {*self.tokens, *self.sample}
 
     def _sources(self, root: fx.Node) -> set[fx.Node]:
         """What a mask was made of: the told values that no told value went into."""
@@ -358,7 +355,7 @@ def _shares(call: Call, scale: float | None) -> list[float | None]:
     parts = _mask_parts(call)
     if parts is not None:
         shares[parts[0]] = scale
-    elif _packet(call) in _PASS or isinstance(find(call), _VIEWS):
+    elif _packet(call) in _PASS or isinstance(find(call), VIEWS):
         shares[0] = scale
     elif isinstance(find(call), CatRule):
         shares = [scale] * len(shares)
@@ -390,92 +387,13 @@ def _named_factors(call: Call) -> dict[str, float]:
     return {"self": 1 / number} if number else {}
 
 
-def _summands(
-    root: fx.Node, wanted: Callable[[fx.Node], bool], calls: dict[fx.Node, Call]
-) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The values whose sum `root` is, through views: the wanted, nearest to the root, and the others."""
-    todo, found, others = [root], dict[fx.Node, None](), dict[fx.Node, None]()
-    while todo:
-        node = todo.pop(0)
-        if wanted(node):
-            found[node] = None
-        elif node in calls and (node.target in _SUMS or isinstance(find(calls[node]), _VIEWS)):
-            kind = node.meta["val"].is_floating_point()
-            todo += [n for n in calls[node].nodes if n.meta["val"].is_floating_point() == kind]
-        else:
-            others[node] = None
-    return list(found), list(others)
-
-
-Room = tuple[tuple[int, ...], ...]
-"""How many tokens may merge: of each part, for all windows that differ."""
-
-
 def token_dims(node: fx.Node, facts: Facts, tokens: Dim) -> list[int]:
     """The dims of a value that are the token axis and along which it varies."""
     return [d for d, dim in enumerate(facts.dims(node)) if leaves(dim) == tokens and facts.varies(node, d)]
 
 
-def _varies_with(node: fx.Node, facts: Facts) -> set[Any]:
+def varies_with(node: fx.Node, facts: Facts) -> set[Any]:
     return {leaf for d, dim in enumerate(facts.dims(node)) if facts.varies(node, d) for leaf in leaves(dim)}
 
 
-def parted(
-    term: fx.Node, facts: Facts, calls: dict[fx.Node, Call], tokens: Dim, sample: Dim
-) -> tuple[fx.Node, Room] | None:
-    """The mask of pairs that a term of the scores is a sum with, and how many tokens of each part may merge.
-
-    None where the value of the mask is not known, or does not cut each window into parts that see only themselves.
-    """
-
-    def tells(node: fx.Node) -> bool:
-        pair = token_dims(node, facts, tokens)
-        return len(pair) == 2 and facts.per_pair(node, *pair)
-
-    def is_mask(node: fx.Node) -> bool:
-        known = _varies_with(node, facts) <= {*tokens, *sample} and _value(node, facts) is not None
-        return known and tells(node) and _allowed(node, facts, tokens) is not None
-
-    masks, others = _summands(term, is_mask, calls)
-    # Parts of two masks at once are not counted out.
-    if len(masks) != 1 or any(map(tells, others)):
-        return None
-    allowed = _allowed(masks[0], facts, tokens)
-    return None if allowed is None else (masks[0], allowed)
-
-
-def same_mask(a: fx.Node, b: fx.Node, facts: Facts) -> bool:
-    """Whether two known masks of pairs say the same: some models add theirs twice."""
-    x, y = _value(a, facts), _value(b, facts)
-    return x is not None and y is not None and torch.equal(x.flatten(), y.flatten())
-
-
-def _value(node: fx.Node, facts: Facts) -> Tensor | None:
-    """The value of a constant of known shape."""
-    sized = all(isinstance(size, int) for size in node.meta["val"].shape)
-    return facts.pairs.value(node) if sized and facts.pairs is not None else None
-
-
-def _allowed(node: fx.Node, facts: Facts, tokens: Dim) -> Room | None:
-    """How many tokens of every part have a partner in it; None where there are no such parts."""
-    value = _value(node, facts)
-    if value is None:
-        return None
-    value = value.movedim(tuple(token_dims(node, facts, tokens)), (-2, -1))
-    seen = value if value.dtype is torch.bool else value > LEFT_OUT
-    if value.dtype is not torch.bool and not bool((value.masked_fill(~seen, 0.0) == 0).all()):
-        return None  # scores of its own
-    n = seen.shape[-1]
-    row = seen.reshape(prod(seen.shape[:-2]), n, n).to(torch.float32)
-    shared, count = row @ row.mT, row.sum(-1)
-    same = (shared == count[:, :, None]) & (shared == count[:, None, :])
-    if not bool((same | (shared == 0)).all()) or not bool((same == row.bool()).all()):
-        return None
-    free = special(facts, tokens).free(n).to(same.device)
-    same = same & free & free[:, None]
-    # Sources stand at even places of the axis: see `tome_fx.ops.match`.
-    part, paired = row[:, ::2].argmax(-1), same[:, ::2, 1::2].any(-1)
-    return tuple({tuple(at[found].bincount(minlength=1).tolist()) for at, found in zip(part, paired, strict=True)})
-
-
-__all__ = ["KeyMask", "Room", "key_masks", "masked_by_place", "parted", "same_mask", "score_terms", "token_dims"]
+__all__ = ["VIEWS", "KeyMask", "key_masks", "masked_by_place", "score_terms", "token_dims", "varies_with"]

@@ -10,20 +10,23 @@ them takes the largest origin that it meets. Followed up to the first attention,
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .rules import Call, Facts, find, tensors_of
-from .rules.base import Role, SignatureRule
-from .rules.contraction import Attention
-from .rules.joins import CatRule, ScatterSlice, SelectRule, SliceRule, SplitRule, StackRule
-from .rules.pointwise import POINTWISE, MaskRule
-from .rules.reduce import Softmax
-from .rules.views import ExpandRule, PermuteRule, RepeatRule, ViewRule
+from ..rules import Call, find, tensors_of
+from ..rules.base import Role
+from ..rules.contraction import Attention
+from ..rules.facts import Facts
+from ..rules.joins import CatRule, StackRule
+from ..rules.pointwise import POINTWISE, MaskRule
+from ..rules.reduce import Softmax
+from ..rules.signature import SignatureRule
+from ..rules.slices import ScatterSlice, SelectRule, SliceRule, SplitRule
+from ..rules.views import ExpandRule, PermuteRule, RepeatRule, ViewRule
 from .values import Values, size_hint
 
 aten = torch.ops.aten
@@ -52,21 +55,19 @@ State = int | Tensor
 """One origin for all entries, or uint8 of the value's shape."""
 
 
-def origins(
-    graph: fx.Graph, facts: Facts, calls: Mapping[fx.Node, Call], values: Values
-) -> dict[fx.Node, Tensor]:
+def origins(facts: Facts, values: Values) -> dict[fx.Node, Tensor]:
     """The values with entries of several origins: uint8 NUMBER, WEIGHT or INPUT, of their shape as it was traced."""
-    found = _Origins(facts, calls, values)
+    found = _Origins(facts, values)
     with _disable_current_modes(), torch.no_grad():
-        for node in graph.nodes:
+        for node in facts.graph.nodes:
             found.states[node] = found.state(node)
     return {node: state for node, state in found.states.items() if isinstance(state, Tensor)}
 
 
 class _Origins:
 
-    def __init__(self, facts: Facts, calls: Mapping[fx.Node, Call], values: Values) -> None:
-        self.facts, self.calls, self.values = facts, calls, values
+    def __init__(self, facts: Facts, values: Values) -> None:
+        self.facts, self.values = facts, values
         self.states: dict[fx.Node, Any] = {}
 
     def state(self, node: fx.Node) -> Any:
@@ -75,7 +76,7 @@ class _Origins:
         if node.op == "call_function" and node.target is operator.getitem:
             held = self.states.get(node.args[0])  # type: ignore[arg-type]
             return held[node.args[1]] if isinstance(held, (tuple, list)) else held  # type: ignore[index]
-        call = self.calls.get(node)
+        call = self.facts.calls.get(node)
         if call is None or not call.nodes:
             return NUMBER if node in self.facts.constant else INPUT
         held = [self.states[n] for n in call.nodes]

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .axes import Dim, leaves, same, size_of
+from ..algebra.axes import Dim, leaves, same, size_of
+from ..rules.facts import Facts
 from .provenance import WEIGHT
-from .rules import Facts
 
 MOST = 64
 """Tokens at either end of an axis of unknown length that may be special."""
@@ -57,7 +57,7 @@ def special(facts: Facts, tokens: Dim) -> Special:
 
 
 def _special(facts: Facts, axis: Dim) -> Special:
-    length, protect = size_of(axis), facts.protect
+    length, protect = size_of(axis), facts.config.protect
     if isinstance(protect, int):
         return Special(protect)
     if protect != "auto":
@@ -212,9 +212,7 @@ def _reads(facts: Facts, axis: Dim) -> Iterator[tuple[Any, Any]]:
 
 
 def _has_features(facts: Facts, node: fx.Node, axis: Dim) -> bool:
-    features = {leaf for dim in facts.channels for leaf in leaves(dim)}
-    own = {leaf for dim in facts.dims(node) for leaf in leaves(dim)}
-    return not features or bool(own & features - set(axis))
+    return not facts.features or bool(facts.leaves_of(node) & facts.features - set(axis))
 
 
 __all__ = ["Special", "special"]

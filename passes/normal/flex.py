@@ -36,12 +36,12 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .axes import expr as size_expr
-from .axes import same
+from ..algebra.axes import expr as size_expr
+from ..algebra.axes import same
+from ..rules import Call, find
+from ..rules.pointwise import POINTWISE, MaskRule, scalar
+from ..rules.views import ExpandRule, ViewRule
 from .regions import CaptureError, retrace
-from .rules import Call, find
-from .rules.pointwise import POINTWISE, MaskRule, scalar
-from .rules.views import ExpandRule, ViewRule
 
 aten = torch.ops.aten
 

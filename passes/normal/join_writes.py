@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .axes import expr, same
+from ..algebra.axes import expr, same
 
 aten = torch.ops.aten
 _WRITES = {aten.slice_scatter.default, aten.select_scatter.default}

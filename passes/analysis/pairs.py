@@ -9,17 +9,18 @@ finite tables, are scores like others. Tokens that never merge may be told apart
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx
 
-from .axes import Dim, leaves
-from .rules import Call, Facts, find
-from .rules.base import Rule, sources
-from .rules.joins import CatRule, StackRule
-from .rules.pointwise import POINTWISE, MaskRule
-from .rules.views import ExpandRule, PermuteRule, RepeatRule, ViewRule
+from ..algebra.axes import Dim, leaves
+from ..rules import Call, find
+from ..rules.base import Rule, sources
+from ..rules.facts import Facts
+from ..rules.joins import CatRule, StackRule
+from ..rules.pointwise import POINTWISE, MaskRule
+from ..rules.views import ExpandRule, PermuteRule, RepeatRule, ViewRule
 from .special import special
 from .values import GAP, LEFT_OUT, Values, ruled_out, rules_none_out, tells_apart
 
@@ -36,8 +37,8 @@ def elementwise(rule: Rule) -> bool:
 class Pairs:
     """Answers for one graph; see `PairMasks`."""
 
-    def __init__(self, facts: Facts, calls: Mapping[fx.Node, Call], values: Values) -> None:
-        self.facts, self.calls, self.values = facts, calls, values
+    def __init__(self, facts: Facts, values: Values) -> None:
+        self.facts, self.values = facts, values
         self._told: dict[tuple[fx.Node, Dim, Dim], bool] = {}
         self._marks: dict[fx.Node, bool] = {}
         self._masked: dict[fx.Node, bool] = {}
@@ -77,7 +78,7 @@ class Pairs:
 
     def _inner(self, node: fx.Node) -> Sequence[fx.Node]:
         """The operands that an op keeps entry by entry."""
-        call = self.calls.get(node)
+        call = self.facts.calls.get(node)
         if call is None or not (elementwise(find(call)) or isinstance(find(call), (CatRule, StackRule))):
             return []
         return self._kept(call) or sources(node, call.nodes)
@@ -104,7 +105,7 @@ class Pairs:
         if value is not None:
             summands = inner if node.target in _SUMS and len(inner) > 1 else []
             return self._by_value(node, value, query, key) or any(self.tell(n, query, key) for n in summands)
-        call = self.calls.get(node)
+        call = self.facts.calls.get(node)
         if call is not None and self._kept(call):
             return any(self.tell(n, query, key) for n in inner)
         if call is not None and inner:
@@ -128,9 +129,9 @@ class Pairs:
 
     def _factor(self, node: fx.Node) -> bool:
         """Whether a value is multiplied by something that is computed: then zeros rule out."""
-        users = [n for n in node.users if n in self.calls]
+        users = [n for n in node.users if n in self.facts.calls]
         packets = {getattr(n.target, "overloadpacket", None) for n in users}
-        computed = any(other not in self.facts.constant for n in users for other in self.calls[n].nodes)
+        computed = any(other not in self.facts.constant for n in users for other in self.facts.calls[n].nodes)
         return computed and bool(packets & {aten.mul, aten.multiply})
 
     def _free(self, axis: Dim, length: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.value_ranges import bound_sympy
 
-from .rules.base import sources
+from ..rules.base import sources
 
 LARGEST = 2**26
 """Elements of a constant that is computed."""

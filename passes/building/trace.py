@@ -24,7 +24,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from .axes import expr
+from ..algebra.axes import expr
 
 aten = torch.ops.aten
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .values import gives_one_value
+from ..analysis.values import gives_one_value
 
 aten = torch.ops.aten
 

@@ -25,10 +25,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from .axes import Expr, expr, quotient
-from .plan import Plan
-from .rules import Call
-from .values import size_hint
+from ..algebra.axes import Expr, expr, quotient
+from ..analysis.values import size_hint
+from ..plan import Plan
+from ..rules import Call
 
 aten, prims = torch.ops.aten, torch.ops.prims
 Shape = tuple[Expr, ...]

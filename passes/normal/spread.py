@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .axes import expr
-from .emit import Emit
-from .rules import Call, find
-from .rules.base import sources
-from .rules.pointwise import POINTWISE, MaskRule
-from .rules.views import PermuteRule, ViewRule
-from .values import gives_one_value, same_along
+from ..algebra.axes import expr
+from ..analysis.values import gives_one_value, same_along
+from ..building.emit import Emit
+from ..rules import Call, find
+from ..rules.base import sources
+from ..rules.pointwise import POINTWISE, MaskRule
+from ..rules.views import PermuteRule, ViewRule
 
 aten = torch.ops.aten
 

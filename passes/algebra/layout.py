@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from .axes import Dim, Size
+from .axes import Dim, Dims, Size, leaves
 
 # A token axis with fewer to merge (a window, frames, the last stage of a pyramid) keeps half of them, whatever r is.
 SHORT_AXIS = 32
@@ -133,3 +133,15 @@ def plain(rank: int) -> Layout:
 
 def is_plain(layout: Layout) -> bool:
     return not any(layout)
+
+
+def with_runs(layout: Layout, d: int, runs: DimLayout) -> Layout:
+    """A layout with other runs in dim d."""
+    return (*layout[:d], runs, *layout[d + 1 :])
+
+
+def covering(dims: Dims, layout: Layout, d: int) -> Run | None:
+    """The run that is all of dim d, if there is one."""
+    runs = layout[d]
+    whole = len(runs) == 1 and runs[0].key == (0, len(leaves(dims[d])))
+    return runs[0] if whole else None

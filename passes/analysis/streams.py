@@ -1,0 +1,185 @@
+"""streams: where the output of an attention meets the residual stream, and where a branch around it may begin.
+
+A residual add is what adds the attention's output to a value that the attention was computed from, whatever stands on
+the way: casts, views, factors (`origin`). A branch begins at the highest value that queries and keys come from and the
+residual stream does not.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from tome_fx.report import SkipReason
+
+from ..algebra.axes import Atom, Dim, count_of, leaves, locate, size_of
+from ..rules import Call, find
+from ..rules.base import sources
+from ..rules.contraction import Contraction
+from ..rules.facts import Facts
+from ..rules.pointwise import POINTWISE
+from ..rules.views import PermuteRule, ViewRule
+from .sites import AttentionSite
+from .values import size_hint
+
+aten = torch.ops.aten
+_ADDS = {aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spot:
+    """A place to merge: the node whose value is merged, and the stream that tells the tokens apart; for a branch they
+    are one node. operands: where operands of `merge` are merged and not its value, (operand, dim) of each."""
+
+    merge: fx.Node
+    stream: fx.Node
+    branch: bool = False
+    operands: tuple[tuple[int, int], ...] = ()
+
+
+def holds(facts: Facts, node: fx.Node, tokens: Dim) -> bool:
+    """Whether a value holds the tokens in one dim, once."""
+    return len(locate(tokens, facts.dims(node))) == 1
+
+
+def length_of(node: fx.Node, facts: Facts, tokens: Dim) -> Any:
+    """How many tokens a value holds: an int or a SymInt."""
+    (dim, _), *_ = locate(tokens, facts.dims(node))
+    alone = leaves(facts.dims(node)[dim]) == tokens
+    return node.meta["val"].shape[dim] if alone else size_of(tokens)
+
+
+def _adds_after(site: AttentionSite, facts: Facts) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
+    """The sums that an attention's output goes into, and their operands that are not computed from it."""
+    for node in facts.reach.nodes[facts.reach.index[site.out] + 1 :]:
+        if node.target in _ADDS and facts.leads(site.out, node):
+            operands = [a for a in node.args[:2] if isinstance(a, fx.Node)]
+            yield node, [a for a in operands if not facts.leads(site.out, a)] if len(operands) == 2 else []
+
+
+def residuals(site: AttentionSite, facts: Facts, tokens: Dim) -> Iterator[Spot | None]:
+    """The adds of the output to what the attention was computed from, in graph order, with the tokens in one dim; None
+    where they do not stand in one."""
+    for node, others in _adds_after(site, facts):
+        for other in others:
+            stream = origin(other, site.k.node, facts)
+            if facts.leads(stream, site.k.node) and holds(facts, node, tokens) and holds(facts, stream, tokens):
+                yield Spot(merge=node, stream=stream)
+            elif facts.leads(other, site.k.node):
+                yield None
+
+
+def origin(node: fx.Node, goal: fx.Node, facts: Facts) -> fx.Node:
+    """What a value is one by one the same as, or a multiple of, up to the first that `goal` is computed from."""
+    while not facts.leads(node, goal) and node.op == "call_function":
+        above = [n for n in sources(node, node.all_input_nodes) if n not in facts.constant]
+        rule = find(Call(node))
+        if len(above) != 1 or not (rule is POINTWISE or isinstance(rule, (PermuteRule, ViewRule))):
+            break
+        if _content(above[0], facts) != _content(node, facts):
+            break
+        node = above[0]
+    return node
+
+
+def _content(node: fx.Node, facts: Facts) -> Counter[Atom]:
+    """What axes a value has, in whatever order."""
+    return Counter(leaf for dims in facts.axes.get(node, ()) for dim in dims for leaf in leaves(dim))
+
+
+def merge_point(site: AttentionSite, facts: Facts, tokens: Dim) -> Spot | SkipReason:
+    """The first residual add, or the one behind it of a parallel branch."""
+    for spot in residuals(site, facts, tokens):
+        if spot is None:
+            why = "where its output is added its tokens do not stand in one dim of the residual stream"
+            return SkipReason("no residual add", site.name, why)
+        return _past_parallel_branch(spot, facts, tokens)
+    return SkipReason("no residual add", site.name, "its output is never added to a value that it was computed from")
+
+
+def _past_parallel_branch(spot: Spot, facts: Facts, tokens: Dim) -> Spot:
+    """attention and MLP side by side: x + attention(x) + mlp(x) merges after both."""
+    users = list(spot.merge.users)
+    if len(users) != 1 or users[0].target not in _ADDS:
+        return spot
+    later = users[0]
+    other = [a for a in later.args[:2] if a is not spot.merge]
+    if len(other) != 1 or not isinstance(other[0], fx.Node) or other[0] in facts.constant:
+        return spot
+    beside = facts.leads(spot.stream, other[0]) and not facts.leads(spot.merge, other[0])
+    return Spot(merge=later, stream=spot.stream) if beside and holds(facts, later, tokens) else spot
+
+
+def stream_beside(site: AttentionSite, facts: Facts) -> fx.Node | None:
+    """The stream that the output of a site is added to."""
+    for _, others in _adds_after(site, facts):
+        for other in others:
+            stream = origin(other, site.q.node, facts)
+            if facts.leads(stream, site.q.node):
+                return stream
+    return None
+
+
+def pooled(site: AttentionSite, facts: Facts, tokens: Dim) -> bool:
+    """Whether the queries are fewer than the tokens of the stream that they were made from: landmarks, agents."""
+    stream = stream_beside(site, facts)
+    if stream is None or holds(facts, stream, tokens) or any(leaves(new) == tokens for new, *_ in facts.origins):
+        return False
+    return tokens_in(site.q.node, facts) < tokens_in(stream, facts)
+
+
+def tokens_in(node: fx.Node, facts: Facts) -> float:
+    """How many entries a value has, features apart. A dim that holds both counts for the tokens in it."""
+    found = 1.0
+    for size, dim in zip(node.meta["val"].shape, facts.dims(node), strict=True):
+        features = [leaf for leaf in leaves(dim) if leaf in facts.features]
+        found *= size_hint(size) / prod(map(count_of, features)) if len(features) < len(leaves(dim)) else 1
+    return found
+
+
+def branch_point(site: AttentionSite, facts: Facts, tokens: Dim) -> Spot | SkipReason:
+    """The highest value to merge around one attention. In cross attention only the queries merge: the keys must not be
+    computed from it."""
+    above = facts.reach.dominators(site.q.node)
+    if site.k.axis(facts) != tokens:
+        shared = [n for n in above if not facts.leads(n, site.k.node)]
+    else:
+        keys = set(facts.reach.dominators(site.k.node))
+        shared = [n for n in above if n in keys]
+    stream = stream_beside(site, facts)
+    others = [other.out for other in facts.sites if other is not site and facts.leads(other.out, site.q.node)]
+    best = None
+    for node in shared:
+        if (stream is not None and facts.leads(node, stream)) or any(facts.leads(node, out) for out in others):
+            break
+        if not isinstance(node.meta.get("val"), torch.Tensor):
+            continue
+        if not holds(facts, node, tokens) or _strangers(site, node, facts):
+            break
+        best = node
+    # Without a projection on the way there is nothing to save before the attention, and keys are the better metric.
+    projected = best is not None and any(
+        isinstance(find(call), Contraction) and facts.leads(best, node) and facts.leads(node, site.out)
+        for node, call in facts.calls.items()
+        if node is not site.out
+    )
+    if best is None or not projected:
+        why = "no value outside the residual stream gives its queries and keys and holds their tokens in one dim"
+        return SkipReason("no branch point", site.name, why)
+    return Spot(merge=best, stream=best, branch=True)
+
+
+def _strangers(site: AttentionSite, node: fx.Node, facts: Facts) -> bool:
+    """Whether a value has samples of which the attention sees one: they would all merge as that one."""
+    seen = facts.leaves_of(site.q.node) | facts.leaves_of(site.k.node)
+    return bool(facts.leaves_of(node) - seen - facts.features)
+
+
+__all__ = ["Spot", "branch_point", "holds", "length_of", "merge_point", "pooled", "residuals", "stream_beside",
+           "tokens_in"]  # fmt: skip

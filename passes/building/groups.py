@@ -1,0 +1,218 @@
+"""groups: finding the groups of a merge: what tokens are compared by, what keeps them apart, and their sizes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ..algebra.axes import Dim, Dims, leaves, locate, size_of
+from ..algebra.layout import Run, Step, plain
+from ..analysis.blocks import PAPERS, Block
+from ..analysis.masks import KeyMask, token_dims
+from ..analysis.sites import Operand
+from .laid import Laid, dim_size, spot, token_spots
+from .steps import StepTensors
+from .trace import Traced
+
+if TYPE_CHECKING:
+    from ..plan import Merge
+    from ..rewrite import Emitter
+
+aten = torch.ops.aten
+tome = torch.ops.tome
+
+
+class Groups:
+    """Matches the tokens of one merge after the other. env: the emitter whose graph it adds to."""
+
+    def __init__(self, env: Emitter) -> None:
+        self.env, self.facts, self.config = env, env.facts, env.config
+        self.call, self.steps = env.builder.call, env.steps
+        self._weights: dict[Any, Traced] = {}
+
+    def find(self, merge: Merge, value: Laid | None) -> None:
+        """Find the groups of a merge, and their sizes. value: what merges, before it does, if that is one value."""
+        step, call, block, config = merge.step, self.call, merge.block, self.config
+        if merge.groups is not None:
+            self.steps.held[step] = self.steps.of(merge.groups)
+            return
+        before = self.steps.of(step.prev).size if step.prev else None
+        metric, heads = self._metric(merge, value)
+        metric = metric.detach()
+        weight = self._weight(block, step.prev)
+        compared_by = () if config.similarity == "cosine" else (config.similarity,)
+        if weight is not None:
+            kind = call(tome.key_kinds.default, weight)
+            metric, heads = call(tome.apart.default, metric, kind, heads, config.padding_first, *compared_by), False
+        if block.special.inner:  # they are unlike all others, whatever they hold
+            kind = call(tome.place_kinds.default, self._special(block, step.prev))
+            metric, heads = call(tome.apart.default, metric, kind, heads, True, *compared_by), False
+        how = (merge.r, step.prefix, step.suffix, heads)
+        if block.parts is not None:
+            parts = self._parts(block, block.parts)
+            found = call(tome.match_parts.default, metric, parts, *how, merge.even, *compared_by)
+        elif config.pairing == PAPERS:
+            found = call(tome.match.default, metric, *how)
+        else:
+            found = call(tome.match_by.default, metric, *how, *config.pairing)
+        assign, keep, moved, similarity = found
+        similarity.node.args[0].meta.update(tome_merge=block.name, tome_step=step.site)
+        size = call(tome.merge_size.default, before, assign, keep, moved) if config.counts else None
+        seen = None
+        if weight is not None and config.counts:
+            seen = call(tome.merge_size.default, weight, assign, keep, moved)
+        if weight is not None and config.merging in ("keep", "prune"):
+            keep, moved = call(tome.seen_first.default, weight, assign, keep, moved)
+        self.steps.held[step] = StepTensors(assign, keep, moved, size, weight, seen)
+
+    # -- what keeps tokens apart -----------------------------------------------------------------------------------
+
+    def _weight(self, block: Block, step: Step | None) -> Traced | None:
+        """float32 [*sample, N]: original tokens that the block's masks of keys leave in, in the state `step`."""
+        if not block.masks:
+            return None
+        key = (block.masks, leaves(block.sample), step)
+        if key not in self._weights:
+            if step is None:
+                weight, *others = [self.call(tome.key_weight.default, self._seen(block, m)) for m in block.masks]
+                for other in others:
+                    weight = self.call(aten.minimum.default, weight, other)
+            else:
+                at, before = self.steps.of(step), self._weight(block, step.prev)
+                if self.config.counts:
+                    weight = self.call(tome.merge_size.default, before, at.assign, at.keep, at.moved)
+                else:
+                    weight = self.call(tome.unmerge.default, before, at.keep)
+            self._weights[key] = weight
+        return self._weights[key]
+
+    def _parts(self, block: Block, mask: fx.Node) -> Traced:
+        """int64 [*sample, N]: the part of each token that a mask of pairs cuts; a special one is a part of its own."""
+        labels = self.call(tome.part_labels.default, self._by_sample(block, mask))
+        if not block.special.inner:
+            return labels
+        alone = self.call(aten.arange.default, block.length, device=labels.device) + block.length
+        return self.call(aten.where.self, self._special(block, None), alone, labels)
+
+    def _special(self, block: Block, step: Step | None) -> Traced:
+        """bool [*sample, N]: the tokens between the ends that never merge, in the state `step`."""
+        key = (block.special, leaves(block.sample), step)
+        if key not in self._weights:
+            if step is None:
+                device = block.merge.meta["val"].device
+                marked = self.call(tome.places.default, list(block.special.inner), block.length, device=device)
+                found = marked.expand([*self._sample_sizes(block), block.length])
+            else:
+                found = self.call(tome.unmerge.default, self._special(block, step.prev), self.steps.of(step).keep)
+            self._weights[key] = found
+        return self._weights[key]
+
+    def _sample_sizes(self, block: Block) -> list[Any]:
+        return [dim_size(self.env.builder, (leaf,), ()) for leaf in leaves(block.sample)]
+
+    def _seen(self, block: Block, mask: KeyMask) -> Traced:
+        """A mask of keys as [*sample, N]: bool, or float with 0 for the most visible token."""
+        x = self._by_sample(block, mask.node)
+        if x.dtype is torch.bool:
+            return x if mask.scale > 0 else x.logical_not()
+        x = x if mask.scale == 1 else self.call(aten.mul.Scalar, x, mask.scale)
+        return x - self.call(aten.amax.default, x, [-1], True)
+
+    def _by_sample(self, block: Block, node: fx.Node) -> Traced:
+        """A mask as [*sample, N] or, a mask of pairs, [*sample, N, N]. It may stand further on in the old graph."""
+        self.env.visit(node)
+        dims, tokens = self.facts.dims(node), leaves(block.tokens)
+        x, factors = Laid(self.env.whole(node), dims, plain(len(dims))).factored()
+        spots = token_dims(node, self.facts, block.tokens)
+        sample = [next((i for i, (_, f) in enumerate(factors) if f is leaf), None) for leaf in leaves(block.sample)]
+        token = [i for d in spots for i, (e, f) in enumerate(factors) if e == d and f in tokens]
+        order = [i for i in sample if i is not None] + token
+        rest = [i for i in range(len(factors)) if i not in order]
+        x = x.permute([*rest, *order])
+        for _ in rest:  # the same everywhere along it
+            x = x.select(0, 0)
+        lead = len(order) - len(token)
+        for _ in spots:
+            lead += 1
+            x = x.flatten(lead - 1, lead + len(tokens) - 2) if len(tokens) > 1 else x
+        for i, at in enumerate(sample):
+            x = x.unsqueeze(i) if at is None else x
+        return x.expand([*self._sample_sizes(block), *x.shape[len(sample) :]]) if None in sample else x
+
+    # -- what they are compared by ---------------------------------------------------------------------------------
+
+    def _metric(self, merge: Merge, value: Laid | None) -> tuple[Traced, bool]:
+        """What tokens are compared by, and whether it has an axis of heads.
+
+        The keys, queries or values of the block's attention (its queries, where those alone merge), [*sample, N, h, d],
+        or the residual stream, in a branch the merged value itself, [*sample, N, d].
+        """
+        block, prev = merge.block, merge.step.prev
+        operand = self._compared(block)
+        source = operand.node if operand is not None else block.stream
+        dims = self.facts.dims(source)
+        place = self._standing(dims, operand.tokens if operand is not None else None, block.tokens)
+        assert place is not None
+        dim, key, ends = place
+        run = (Run(*key, prev.shift(*ends)),) if prev else ()
+        want = tuple(run if d == dim else () for d in range(len(dims)))
+        if source is block.merge:
+            assert value is not None
+            whole = self.steps.convert(value, want)
+        else:
+            whole = self.env.fetch(source, want)
+        if any(ends):
+            whole = whole.narrow(dim, ends[0], merge.step.before)
+        x, factors = Laid(whole, dims, want).factored()
+        spots = [spot(factors, leaf) for leaf in leaves(merge.step.sample)]
+        token = token_spots(factors, dim, key)
+        if operand is not None:
+            inner = [i for i, (d, _) in enumerate(factors) if d in operand.features and i not in spots]
+        else:
+            inner = [i for i in range(len(factors)) if i not in spots and i not in token]
+        heads = [i for i in range(len(factors)) if i not in (*spots, *token, *inner)]
+        x = x.permute([*spots, *token, *heads, *inner])
+        lead, width = len(spots), len(token)
+        x = x.flatten(lead, lead + width - 1) if width > 1 else x
+        x = x.flatten(lead + 1, lead + len(heads)) if len(heads) > 1 else x
+        at = lead + 1 + bool(heads)
+        x = x.flatten(at) if len(inner) > 1 else x if inner else x.unsqueeze(-1)
+        return x, bool(heads)
+
+    def _compared(self, block: Block) -> Operand | None:
+        """The operand of the attention that the metric is made of; None where it is the stream itself."""
+        site, metric = block.site, self.config.metric
+        if block.operands and not block.mlp:  # operands of an SDPA
+            own = site.compared(metric) if metric in ("query", "value") else site.k
+            return site.q if block.crossed else own
+        if block.branch or metric == "input":
+            return None
+        found = site.compared(metric)
+        return found if found is not None and self._holds(found, block) else None
+
+    def _holds(self, operand: Operand, block: Block) -> bool:
+        """Whether an operand of the attention has the tokens in its dim, and every sample axis."""
+        standing = self._standing(self.facts.dims(operand.node), operand.tokens, block.tokens)
+        return standing is not None and set(leaves(block.sample)) <= self.facts.leaves_of(operand.node)
+
+    def _standing(self, dims: Dims, at: int | None, tokens: Dim) -> tuple[int, tuple[int, int], tuple[int, int]] | None:
+        """Where the tokens stand, in dim `at` if it is given: the dim, the run of its leaves that holds them, and how
+        many others that run holds before and behind them; None where they do not."""
+        tokens = leaves(tokens)
+        for d in range(len(dims)) if at is None else (at,):
+            for _, start in locate(tokens, dims[d : d + 1]):
+                return d, (start, len(tokens)), (0, 0)
+        if at is None or len(leaves(dims[at])) != 1:
+            return None
+        for parts in self.facts.joined(dims[at]):
+            if parts.count(tokens) == 1:
+                i = parts.index(tokens)
+                front, behind = ([size_of(part) for part in others] for others in (parts[:i], parts[i + 1 :]))
+                if all(isinstance(size, int) for size in (*front, *behind)):
+                    return at, (0, 1), (sum(front), sum(behind))
+        return None
+
+
+__all__ = ["Groups"]

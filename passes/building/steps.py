@@ -1,0 +1,204 @@
+"""steps: what the merge steps of a plan are at run time, and how a value goes from one layout to another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tome_fx import ops  # noqa: F401 - defines the operators
+from tome_fx.config import ToMeConfig
+
+from ..algebra.axes import Dims, leaves
+from ..algebra.layout import Layout, Run, Step, is_plain
+from ..rules.base import Fill
+from .laid import Laid, spread
+from .trace import Builder, Traced, cat
+
+aten = torch.ops.aten
+tome = torch.ops.tome
+
+
+@dataclass(frozen=True)
+class StepTensors:
+    """What a merge step is at run time: see `tome_fx.ops` for the index form.
+
+    size: float32 [*sample, N'], None where tokens are pruned. before, after: where a mask gives some tokens no weight,
+    the weights to average by, float32 [*sample, N] and [*sample, N'].
+    """
+
+    assign: Traced
+    keep: Traced
+    moved: Traced
+    size: Traced | None
+    before: Traced | None = None
+    after: Traced | None = None
+
+
+class Steps:
+    """The steps that have been matched so far (`held`), and what was computed of them."""
+
+    def __init__(self, builder: Builder, config: ToMeConfig) -> None:
+        self.builder, self.config = builder, config
+        self.held: dict[Step, StepTensors] = {}
+        self._log_sizes: dict[Step, Traced] = {}
+        self._index: dict[Any, Traced] = {}
+        self._composed: dict[tuple[Step, Step], StepTensors] = {}
+        self._met: dict[Step, tuple[Traced | None, Traced]] = {}
+
+    def of(self, step: Step) -> StepTensors:
+        if step not in self.held:
+            assert step.base is not None, "a step is read before its merge"
+            self.held[step] = _shifted(self.of(step.base), *step.offset)
+        return self.held[step]
+
+    def size(self, step: Step) -> Traced:
+        size = self.of(step).size
+        assert size is not None, "pruned tokens have no size"
+        return size
+
+    def log_size(self, step: Step, dtype: torch.dtype) -> Traced:
+        if dtype is torch.float64:  # sizes are whole numbers in float32, their logarithms are rounded
+            return self.builder.call(aten.log.default, self.size(step).to(torch.float64))
+        if step not in self._log_sizes:
+            self._log_sizes[step] = self.builder.call(tome.log_size.default, self.size(step))
+        return self._log_sizes[step]
+
+    def index(self, step: Step, down_to: Step | None) -> Traced:
+        """int64 [*sample, N]: where each token of the state `down_to` (None: unmerged) went, through all steps."""
+        key = (step, down_to)
+        if key not in self._index:
+            own = self.of(step).assign
+            if step.prev is not down_to:
+                assert step.prev is not None
+                own = own.gather(own.dim() - 1, self.index(step.prev, down_to))
+            self._index[key] = own
+        return self._index[key]
+
+    def stretches(self, steps: Sequence[Step], fill: Fill) -> list[Sequence[Step]]:
+        """The steps that a value goes through in one call each: all of them. Means of means are the same means, if
+        sizes weigh them."""
+        if fill is Fill.MEAN and self.config.merging == "plain":
+            return [[step] for step in steps]
+        return [steps] if steps else []
+
+    def through(self, steps: Sequence[Step]) -> StepTensors:
+        """Consecutive steps as one: a value of full length goes through all of them in one call."""
+        first, last = self.of(steps[0]), self.of(steps[-1])
+        if len(steps) == 1:
+            return first
+        key = (steps[0], steps[-1])
+        if key not in self._composed:
+            before, dim = self.through(steps[:-1]), last.assign.dim() - 1
+            moved = cat([before.moved, before.keep.gather(dim, last.moved)], -1)
+            assign = self.index(steps[-1], steps[0].prev)
+            keep = before.keep.gather(dim, last.keep)
+            self._composed[key] = StepTensors(assign, keep, moved, last.size, first.before, last.after)
+        return self._composed[key]
+
+    def _rows_met(self, step: Step) -> tuple[Traced | None, Traced]:
+        """What each row weighs in a plain mean, and the sums: 1, but nothing where a mask leaves it out."""
+        if step not in self._met:
+            held, call = self.of(step), self.builder.call
+            rows = None
+            if held.before is not None:
+                rows = call(tome.key_weight.default, call(aten.gt.Scalar, held.before, 0.5))
+            first = rows is None and step.prev is None and held.size is not None
+            total = held.size if first else call(tome.merge_size.default, rows, held.assign, held.keep, held.moved)
+            assert total is not None
+            self._met[step] = rows, total
+        return self._met[step]
+
+    # -- conversions -----------------------------------------------------------------------------------------------
+
+    def convert(self, value: Laid, want: Layout, fill: Fill = Fill.MEAN, frame: Dims | None = None) -> Traced:
+        """Bring a value to another layout.
+
+        Runs come or go one after the other. A tensor that lacks a sample axis of a run it must get is first expanded
+        along `frame`, the dims it broadcasts against.
+        """
+        if value.layout == want:
+            return value.x
+        if frame is not None and not is_plain(want):
+            value, want = value.widened(want, frame)
+        for d in range(len(value.dims)):
+            for key in dict.fromkeys(run.key for run in (*value.layout[d], *want[d])):
+                old, new = (next((run for run in runs[d] if run.key == key), None) for runs in (value.layout, want))
+                if old == new:
+                    continue
+                if old is not None and old.extensive and not (new is not None and new.extensive) and self.config.counts:
+                    size = spread(self.size(old.step), value.dims, value.layout, d, old)
+                    value = Laid(value.x / size.to(value.x.dtype), value.dims, value.layout)
+                value = self._move(value, d, old, new, fill)
+        return value.x
+
+    def _move(self, value: Laid, d: int, old: Run | None, new: Run | None, fill: Fill) -> Laid:
+        """Carry one run from the state of `old` to that of `new`: forth by merges, back by one gather."""
+        some = old or new
+        assert some is not None
+        key = some.key
+        start = old.step.chain() if old else ()
+        goal = new.step.chain() if new else ()
+        shared = 0
+        while shared < min(len(start), len(goal)) and start[shared] is goal[shared]:
+            shared += 1
+        if len(start) > shared:
+            index = self.index(start[-1], start[shared - 1] if shared else None)
+            x, back = value.canonical(d, key, leaves(start[-1].sample))
+            after = value.with_run(d, key, Run(*key, start[shared - 1]) if shared else None)
+            value = back(self.builder.call(tome.unmerge.default, x, index), after)
+        for steps in self.stretches(goal[shared:], fill):
+            x, back = value.canonical(d, key, leaves(steps[-1].sample))
+            value = back(self._merged(x, steps, fill), value.with_run(d, key, Run(*key, steps[-1])))
+        return Laid(value.x, value.dims, value.with_run(d, key, new))
+
+    def _merged(self, x: Traced, steps: Sequence[Step], fill: Fill) -> Traced:
+        """[*sample, N, *rest] through some steps in one call."""
+        step, base, held, merging = steps[-1], steps[0].prev, self.through(steps), self.config.merging
+        size = self.of(base).size if base else None
+        form = (held.assign, held.keep, held.moved)
+        if fill is Fill.ROW or merging == "prune" or (fill is Fill.MEAN and merging == "keep"):
+            return self.builder.call(tome.unmerge.default, x, held.keep)
+        if fill is Fill.BIAS:
+            return self.builder.call(tome.merge_bias.default, x, size, held.size, *form)
+        counted = held.after is None or fill is Fill.COUNT
+        weighed = (size, held.size) if counted else (held.before, held.after)
+        if fill is Fill.MEAN and merging == "plain":
+            weighed = self._rows_met(step)
+        return self.builder.call(tome.merge.default, x, *weighed, *form)
+
+
+def _shifted(held: StepTensors, lo: int, hi: int) -> StepTensors:
+    """The same merge on an axis with `lo` more protected tokens in front and `hi` more behind (negative: fewer)."""
+    assign, keep, moved = held.assign, held.keep, held.moved
+    if lo < 0 or hi < 0:
+        front, back = max(-lo, 0), max(-hi, 0)
+        assign = assign.narrow(-1, front, assign.shape[-1] - front - back) - front
+        keep = keep.narrow(-1, front, keep.shape[-1] - front - back) - front
+        moved = moved - front
+    if lo > 0 or hi > 0:
+        front, back = max(lo, 0), max(hi, 0)
+        assign, keep = (
+            _padded(x, front, back, length) for x, length in ((assign, keep.shape[-1]), (keep, assign.shape[-1]))
+        )
+        moved = moved + front
+
+    def grown(size: Traced | None) -> Any:
+        if size is not None and (lo < 0 or hi < 0):
+            size = size.narrow(-1, max(-lo, 0), size.shape[-1] - max(-lo, 0) - max(-hi, 0))
+        return size if size is None or (lo <= 0 and hi <= 0) else size.pad((max(lo, 0), max(hi, 0)), 1.0)
+
+    return StepTensors(assign, keep, moved, grown(held.size), grown(held.before), grown(held.after))
+
+
+def _padded(index: Traced, front: int, back: int, length: Any) -> Traced:
+    """An index into `length` places, with places that map to themselves put before and behind."""
+    call, lead = index.builder.call, index.shape[:-1]
+    front_part = call(aten.arange.default, front, device=index.device).expand([*lead, front])
+    back_part = call(aten.arange.default, back, device=index.device).expand([*lead, back]) + (length + front)
+    return cat([front_part, index + front, back_part], -1)
+
+
+__all__ = ["StepTensors", "Steps"]

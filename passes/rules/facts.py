@@ -1,0 +1,114 @@
+"""Facts: all that the analyses know of one graph, and the questions that passes and rules ask about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from tome_fx.config import ToMeConfig
+
+from ..algebra.axes import Atom, Dim, Dims, leaves
+from ..algebra.axes import expr as size_expr
+
+if TYPE_CHECKING:
+    from ..analysis.pairs import Pairs
+    from ..analysis.reach import Reach
+    from ..analysis.special import Special
+    from ..find_attention import AttentionSite
+    from .base import Call
+
+
+@dataclass(eq=False)
+class Facts:
+    """What the analyses know of a graph.
+
+    axes: dims of every tensor result of every node. calls: the bound call of every node that runs an op on tensors.
+    constant: nodes that depend on no model input. scores: nodes on the way to a softmax. uniform: dims along which a
+    value is the same everywhere. decided: values that a bool tensor went into. given: inputs of the model, and what was
+    made of them without a product. origins: axes that are slices: (axis, of which, from, to). mixed: values with
+    entries of several origins (`provenance.py`). joins: axes that were concatenated, and the axis it made. channels:
+    axes that come from a weight. cuts: reads of a part of an axis, (value, axis, from, to), and writes to one,
+    (None, ...). buffers: the model's buffers. attends: axes of queries and of keys whose scores stand open. special:
+    what was found of the tokens of an axis that never merge. parted: masks of pairs within whose parts alone tokens
+    merge. angles: sines and cosines of positions, and what is put together from them.
+    unknown: ops without a rule, and how often they occur. config: the options.
+
+    Known once all axes are: pairs (what masks say of pairs), reach (what is computed from what), sites (attention).
+    """
+
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    axes: dict[fx.Node, tuple[Dims, ...]] = field(default_factory=dict)
+    calls: dict[fx.Node, Call] = field(default_factory=dict)
+    constant: set[fx.Node] = field(default_factory=set)
+    scores: set[fx.Node] = field(default_factory=set)
+    uniform: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
+    decided: set[fx.Node] = field(default_factory=set)
+    given: set[fx.Node] = field(default_factory=set)
+    slices: dict[tuple, Any] = field(default_factory=dict)
+    origins: list[tuple[Dim, Dim, Any, Any]] = field(default_factory=list)
+    mixed: dict[fx.Node, Tensor] = field(default_factory=dict)
+    joins: list[tuple[list[Dim], Dim]] = field(default_factory=list)
+    channels: list[Dim] = field(default_factory=list)
+    cuts: list[tuple[fx.Node | None, Dim, Any, Any]] = field(default_factory=list)
+    buffers: set[fx.Node] = field(default_factory=set)
+    attends: set[tuple[Dim, Dim]] = field(default_factory=set)
+    special: dict[Dim, Special] = field(default_factory=dict)
+    parted: set[fx.Node] = field(default_factory=set)
+    angles: set[fx.Node] = field(default_factory=set)
+    unknown: dict[str, int] = field(default_factory=dict)
+    config: ToMeConfig = field(default_factory=ToMeConfig)
+    pairs: Pairs | None = None
+    sites: list[AttentionSite] = field(default_factory=list)
+
+    reach: Reach = field(init=False)
+
+    def dims(self, node: fx.Node, result: int = 0) -> Dims:
+        return self.axes[node][result]
+
+    def leaves_of(self, node: fx.Node) -> set[Atom]:
+        """The leaves of all dims of a value."""
+        return {leaf for dim in self.dims(node) for leaf in leaves(dim)}
+
+    @cached_property
+    def features(self) -> set[Atom]:
+        """The leaves of all axes that come from a weight, once all are known."""
+        return {leaf for dim in self.channels for leaf in leaves(dim)}
+
+    def leads(self, a: fx.Node, b: fx.Node) -> bool:
+        """Whether b is computed from a (or is a)."""
+        return self.reach.leads(a, b)
+
+    def joined(self, axis: Dim) -> list[list[Dim]]:
+        """The axes, in order, that were concatenated to this one, for each place where they were."""
+        return [[leaves(part) for part in parts] for parts, whole in self.joins if leaves(whole) == leaves(axis)]
+
+    def varies(self, node: fx.Node, d: int) -> bool:
+        """Whether a value may differ along a dim."""
+        val = node.meta["val"]
+        d %= val.dim()
+        return size_expr(val.shape[d]) != 1 and d not in self.uniform.get(node, ())
+
+    def told(self, node: fx.Node) -> bool:
+        """Whether a value says of single tokens what the caller, a comparison or a constant mask said: no model
+        computed or learned it."""
+        if self.pairs is not None and (self.pairs.value(node) is not None or self.pairs.marks(node)):
+            return self.pairs.marks(node)
+        return node in self.given or node in self.decided or node.meta["val"].dtype is torch.bool
+
+    def value(self, node: fx.Node) -> Tensor | None:
+        """The value of a node, if it is known while compiling."""
+        return self.pairs.value(node) if self.pairs is not None else None
+
+    def per_pair(self, node: fx.Node, query: int, key: int) -> bool:
+        """Whether a term of the scores is a mask of pairs (see `pairs.py`), so that no merge can keep what it says."""
+        if self.pairs is None or node in self.parted or node.meta["val"].dim() < 2:
+            return False
+        dims = self.dims(node)
+        return self.pairs.tell(node, leaves(dims[query]), leaves(dims[key]))
+
+
+__all__ = ["Facts"]

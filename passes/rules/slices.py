@@ -1,0 +1,314 @@
+"""Taking apart: slice, select, split, unbind, and writing into a slice.
+
+Along any other dim these map. Along a merged axis, cutting at a protected boundary keeps the merge: the class token
+may be sliced off, rotated around and put back, and the pieces share one merge state (`Step.shift`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..algebra.axes import Dim, Dims, fresh, leaves, same, unify
+from ..algebra.axes import expr as size_expr
+from ..algebra.layout import DimLayout, Layout, Run, covering, with_runs
+from .base import Call, Decision, Emitter, Letter, Role, Rule, Signature, register
+from .facts import Facts
+from .signature import SignatureRule
+
+aten = torch.ops.aten
+WHOLE_SAMPLE = "takes apart the samples it was merged within"
+
+
+def _drop(layout: Layout, d: int) -> Layout:
+    return (*layout[:d], *layout[d + 1 :])
+
+
+def _without_samples_in(dims: Dims, layout: Layout, touched: int) -> Layout:
+    """The layout less the runs whose samples live in the dim that an op takes apart."""
+    held = set(leaves(dims[touched]))
+    return tuple(tuple(run for run in runs if not held & set(leaves(run.step.sample))) for runs in layout)
+
+
+@dataclass(frozen=True)
+class Span:
+    """`[start:stop:step]` of dim d, which has some size; ints or expressions, counted from the front."""
+
+    d: int
+    start: Any
+    stop: Any
+    size: Any
+    step: int = 1
+
+    @classmethod
+    def of(cls, call: Call) -> Span:
+        """What a slice, narrow or slice_scatter reads or writes."""
+        a = call.args
+        d = call.axis(a.get("dim", 0))
+        size = size_expr(call.vals[0].shape[d])
+        if "length" in a:  # narrow
+            start, _ = _bounds(a["start"], None, size)
+            return cls(d, start, start + size_expr(call.out.shape[d]), size)
+        return cls(d, *_bounds(a.get("start"), a.get("end"), size), size, a.get("step") or 1)
+
+    @property
+    def whole(self) -> bool:
+        return same(self.start, 0) and same(self.stop, self.size) and self.step == 1
+
+    @property
+    def behind(self) -> Any:
+        return self.size - self.stop
+
+    def axis(self, facts: Facts, dim: Dim) -> Dim:
+        """The axis that it is of an axis: the same object for the same slice of the same axis."""
+        if self.whole:
+            return dim
+        key = (leaves(dim), str(self.start), str(self.stop), self.step)
+        if key not in facts.slices:
+            length = self.stop - self.start if self.step == 1 else -(-(self.stop - self.start) // self.step)
+            new = fresh(length)
+            facts.slices[key] = new
+            if self.step == 1 and new:
+                facts.slices["origin", leaves(new)] = (dim, self.start, self.stop)
+                facts.origins.append((new, dim, self.start, self.stop))
+        return facts.slices[key]
+
+    def note(self, facts: Facts, node: fx.Node | None, dim: Dim) -> None:
+        """Remember that this part of an axis of a value is read on its own, or (None) written."""
+        if dim and not (same(self.start, 0) and same(self.stop, self.size)):
+            facts.cuts.append((node, dim, self.start, self.stop))
+
+    def runs(self, dims: Dims, layout: Layout) -> DimLayout | None:
+        """The layout of the dim after it, None where the cut falls inside the merged part."""
+        if self.whole:
+            return layout[self.d]
+        run = covering(dims, layout, self.d)
+        if run is None or self.step != 1 or not isinstance(self.start, int) or not isinstance(self.behind, int):
+            return None
+        step = run.step
+        if self.start <= step.fixed_prefix() and self.behind <= step.fixed_suffix():
+            return (Run(0, 1, step.shift(-self.start, -self.behind), run.extensive),)
+        if isinstance(self.stop, int) and self.stop <= step.fixed_prefix():
+            return ()
+        if isinstance(self.size, int) and self.start >= self.size - step.fixed_suffix():
+            return ()
+        return None
+
+
+def _bounds(start: Any, stop: Any, size: Any) -> tuple[Any, Any]:
+    """Slice bounds as offsets from the front, as Python counts them."""
+
+    def clip(value: Any, default: Any) -> Any:
+        if value is None:
+            return default
+        value = value.meta["val"] if hasattr(value, "meta") else value
+        value = size_expr(value)
+        if isinstance(value, int) and value < 0:
+            value = value + size
+        if isinstance(value, int) and isinstance(size, int):
+            return min(max(value, 0), size)
+        return size if isinstance(value, int) and value >= 2**62 else value
+
+    lo = clip(start, 0)
+    hi = clip(stop, size)
+    return (lo, lo) if isinstance(lo, int) and isinstance(hi, int) and hi < lo else (lo, hi)
+
+
+class SliceRule(Rule):
+    def axes(self, call: Call, facts: Facts) -> tuple[Dims, ...]:
+        span, dims = Span.of(call), facts.dims(call.nodes[0])
+        span.note(facts, call.nodes[0], dims[span.d])
+        return (with_dim(dims, span.d, span.axis(facts, dims[span.d])),)
+
+    def plan(self, call: Call, ins: Sequence[Layout], facts: Facts) -> Decision:
+        span, dims, layout = Span.of(call), facts.dims(call.nodes[0]), ins[0]
+        if span.whole:
+            return Decision((layout,), (layout,))
+        d, first = span.d, _without_samples_in(dims, layout, span.d)
+        why = ((0, WHOLE_SAMPLE),) if first != layout else ()
+        if not first[d]:
+            return Decision((first,), (first,), why)
+        runs = span.runs(dims, first)
+        if runs is None:
+            bare = with_runs(first, d, ())
+            return Decision((bare,), (bare,), (*why, (0, "reads a part of the token axis")))
+        runs = tuple(Run(0, len(leaves(facts.dims(call.node)[d])), r.step, r.extensive) for r in runs)
+        return Decision((first,), (with_runs(first, d, runs),), why)
+
+    def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
+        x = env.fetch(call.nodes[0], decision.ins[0])
+        span = Span.of(call)
+        d, runs = span.d, decision.ins[0][span.d]
+        if not runs:
+            return env.run(call, [x])
+        if span.whole:
+            return x
+        if decision.outs[0][d]:
+            return x.narrow(d, span.start, x.shape[d] - span.start - span.behind)
+        if isinstance(span.stop, int) and span.stop <= runs[0].step.fixed_prefix():
+            return x.narrow(d, span.start, span.stop - span.start)
+        return x.narrow(d, x.shape[d] - (span.size - span.start), span.stop - span.start)
+
+
+def with_dim(dims: Dims, d: int, dim: Dim) -> Dims:
+    return (*dims[:d], dim, *dims[d + 1 :])
+
+
+class SelectRule(Rule):
+    def _spec(self, call: Call) -> tuple[int, Any, Any]:
+        d = call.axis(call.args["dim"])
+        size = size_expr(call.vals[0].shape[d])
+        index = call.args["index"]
+        index = size_expr(index.meta["val"]) if hasattr(index, "meta") else index
+        return d, index + size if isinstance(index, int) and index < 0 else index, size
+
+    def axes(self, call: Call, facts: Facts) -> tuple[Dims, ...]:
+        d, index, size = self._spec(call)
+        dims = facts.dims(call.nodes[0])
+        Span(d, index, index + 1, size).note(facts, call.nodes[0], dims[d])
+        return ((*dims[:d], *dims[d + 1 :]),)
+
+    def plan(self, call: Call, ins: Sequence[Layout], facts: Facts) -> Decision:
+        d, index, size = self._spec(call)
+        dims = facts.dims(call.nodes[0])
+        first = _without_samples_in(dims, ins[0], d)
+        why = ((0, WHOLE_SAMPLE),) if first != ins[0] else ()
+        if first[d]:
+            run = covering(dims, first, d)
+            fixed = run is not None and not run.extensive and self._fixed(run, index, size)
+            if not fixed:
+                first, why = with_runs(first, d, ()), (*why, (0, "reads a token that is not protected"))
+        return Decision((first,), (_drop(first, d),), why)
+
+    @staticmethod
+    def _fixed(run: Run, index: Any, size: Any) -> bool:
+        if not isinstance(index, int):
+            return False
+        back = size - index
+        return index < run.step.fixed_prefix() or (isinstance(back, int) and back <= run.step.fixed_suffix())
+
+    def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
+        x = env.fetch(call.nodes[0], decision.ins[0])
+        d, index, size = self._spec(call)
+        if not decision.ins[0][d]:
+            return env.run(call, [x])
+        return x.select(d, index if index < decision.ins[0][d][0].step.fixed_prefix() else index - size)
+
+
+class SplitRule(Rule):
+    """split, chunk, unbind, tensor_split: along a merged axis it needs it whole; otherwise a slice for each piece."""
+
+    def __init__(self, *, keeps_dim: bool) -> None:
+        self.keeps_dim = keeps_dim
+
+    def axes(self, call: Call, facts: Facts) -> tuple[Dims, ...]:
+        d, dims = call.axis(call.args.get("dim", 0)), facts.dims(call.nodes[0])
+        if not self.keeps_dim:
+            return tuple((*dims[:d], *dims[d + 1 :]) for _ in call.results)
+        out = []
+        for span in self._spans(call, d):
+            span.note(facts, call.nodes[0], dims[d])
+            out.append(with_dim(dims, d, span.axis(facts, dims[d])))
+        return tuple(out)
+
+    @staticmethod
+    def _spans(call: Call, d: int) -> Iterator[Span]:
+        size, at = size_expr(call.vals[0].shape[d]), 0
+        for piece in call.results:
+            stop = at + size_expr(piece.shape[d])
+            yield Span(d, at, stop, size)
+            at = stop
+
+    def plan(self, call: Call, ins: Sequence[Layout], facts: Facts) -> Decision:
+        d, dims = call.axis(call.args.get("dim", 0)), facts.dims(call.nodes[0])
+        first = _without_samples_in(dims, ins[0], d)
+        why = ((0, WHOLE_SAMPLE),) if first != ins[0] else ()
+        if not first[d]:
+            out = first if self.keeps_dim else _drop(first, d)
+            return Decision((first,), (out,) * len(call.results), why)
+        pieces = self._cuts(call, facts, first, d) if self.keeps_dim else None
+        if pieces is None:
+            first = with_runs(first, d, ())
+            out = first if self.keeps_dim else _drop(first, d)
+            return Decision((first,), (out,) * len(call.results), (*why, (0, "splits the token axis")))
+        return Decision((first,), pieces, why)
+
+    def _cuts(self, call: Call, facts: Facts, layout: Layout, d: int) -> tuple[Layout, ...] | None:
+        dims, out = facts.dims(call.nodes[0]), []
+        for k, span in enumerate(self._spans(call, d)):
+            runs = span.runs(dims, layout)
+            if runs is None:
+                return None
+            count = len(leaves(facts.dims(call.node, k)[d]))
+            out.append(with_runs(layout, d, tuple(Run(0, count, r.step, r.extensive) for r in runs)))
+        return tuple(out)
+
+    def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
+        x = env.fetch(call.nodes[0], decision.ins[0])
+        d = call.axis(call.args.get("dim", 0))
+        if not decision.ins[0][d]:
+            return env.run(call, [x])
+        fixed = [None if out[d] else val.shape[d] for val, out in zip(call.results, decision.outs, strict=True)]
+        rest = x.shape[d] - sum(s for s in fixed if s is not None)
+        return x.split_with_sizes([rest if s is None else s for s in fixed], d)
+
+
+def _scatter_slice(call: Call, facts: Facts) -> Signature:
+    """slice_scatter, select_scatter: the written dim mixes (a write is no merge boundary), the others map."""
+    d, rank = call.axis(call.args.get("dim", 0)), call.vals[0].dim()
+    letters: tuple[Letter, ...] = tuple(range(rank))
+    removed = call.vals[1].dim() < rank
+    src = tuple(k for k in letters if k != d) if removed else tuple(None if k == d else k for k in letters)
+    return Signature((letters, src), (letters,), {d: Role.MIX}, frozenset({0, 1}), additive=True)
+
+
+class ScatterSlice(SignatureRule):
+    """Writing into a slice leaves the axis what it was: it keeps its atoms.
+
+    Where the slice ends at protected tokens and the written value is merged alike, the write is to the merged rows.
+    """
+
+    def axes(self, call: Call, facts: Facts) -> tuple[Dims, ...]:
+        super().axes(call, facts)
+        dims = facts.dims(call.nodes[0])
+        if "start" in call.args:
+            span = Span.of(call)
+            dim = dims[span.d]
+            if span.step == 1 and call.vals[1].dim() == call.vals[0].dim():
+                unify(span.axis(facts, dim), facts.dims(call.nodes[1])[span.d])
+                span.note(facts, None, dim)
+        return (dims,)
+
+    def plan(self, call: Call, ins: Sequence[Layout], facts: Facts) -> Decision:
+        whole = super().plan(call, ins, facts)
+        d = call.axis(call.args.get("dim", 0))
+        if "start" not in call.args or not ins[0][d]:
+            return whole
+        runs, source = Span.of(call).runs(facts.dims(call.nodes[0]), ins[0]), ins[1][d]
+        if not runs or len(source) != 1 or source[0].step is not runs[0].step:
+            return whole
+        if runs[0].extensive or source[0].extensive:
+            return whole
+        base, src = with_runs(whole.ins[0], d, ins[0][d]), with_runs(whole.ins[1], d, source)
+        reasons = tuple(r for r in whole.reasons if r[0] > 1)
+        return Decision((base, src), (with_runs(whole.outs[0], d, ins[0][d]),), reasons)
+
+    def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
+        base, src = (env.fetch(n, layout) for n, layout in zip(call.nodes, decision.ins, strict=True))
+        d = call.axis(call.args.get("dim", 0))
+        if not decision.ins[0][d]:
+            return env.run(call, [base, src])
+        span = Span.of(call)
+        return base.slice_scatter(src, d, span.start, base.shape[d] - span.behind)
+
+
+register(SliceRule(), aten.slice.Tensor, aten.narrow.default)
+register(SelectRule(), aten.select.int)
+register(SplitRule(keeps_dim=True), aten.split.Tensor, aten.split.sizes, aten.split_with_sizes, aten.chunk,
+         aten.tensor_split.sections, aten.tensor_split.indices)  # fmt: skip
+register(SplitRule(keeps_dim=False), aten.unbind.int)
+register(ScatterSlice(_scatter_slice), aten.slice_scatter, aten.select_scatter)
