@@ -1,4 +1,4 @@
-"""Measures `COSTS` of `passes/analysis/costs.py`: what each kind of work costs for an element, in FLOPs of a large product.
+"""Measures `COSTS` of `passes/analysis/costs.py`: what work of each kind costs for an element, in FLOPs of a product.
 
 Prints the table for this device and writes benchmarks/results/costs-{cpu,gpu}.json: the median over a few shapes. Every
 round runs all kinds of work in turn, so an operand is seldom still in a cache; inside a model it often is, and there

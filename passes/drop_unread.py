@@ -229,7 +229,8 @@ def _narrow(graph: fx.Graph, cuts: Mapping[fx.Node, Cut], reads: Mapping[fx.Node
         call = Call(node)
         rule = find(call)
         moved = isinstance(rule, (SliceRule, SelectRule))
-        new = {n: _part(graph, node, values.get(n, n), cuts.get(n), want, moved) for n, want in read.items()}
+        held = {n: values.get(n, n) for n in read}
+        new = held if moved else {n: _part(node, held[n], cuts.get(n), want) for n, want in read.items()}
         if reads[node].only:
             (values[node],) = new.values()
             continue
@@ -244,13 +245,13 @@ def _narrow(graph: fx.Graph, cuts: Mapping[fx.Node, Cut], reads: Mapping[fx.Node
             node.meta = {**node.meta, "val": _all_narrowed(node.meta["val"], cut)}
 
 
-def _part(graph: fx.Graph, user: fx.Node, value: fx.Node, have: Cut | None, want: Cut, cuts_itself: bool) -> fx.Node:
+def _part(user: fx.Node, value: fx.Node, have: Cut | None, want: Cut) -> fx.Node:
     """The rows `want` for a user of a value that holds the rows `have` (None: all)."""
-    if cuts_itself or want == have:
+    if want == have:
         return value
     base = have.lo if have is not None else 0
-    with graph.inserting_before(user):
-        part = graph.call_function(aten.slice.Tensor, (value, want.dim, want.lo - base, want.hi - base))
+    with user.graph.inserting_before(user):
+        part = user.graph.call_function(aten.slice.Tensor, (value, want.dim, want.lo - base, want.hi - base))
     part.meta = {**value.meta, "val": _narrowed(value.meta["val"], want)}
     return part
 
