@@ -29,6 +29,7 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .normal.composites import composites
 from .normal.functional import functionalise, is_impure
 from .normal.fused import EXPANSIONS
 from .normal.regions import CaptureError, cut_out, enters_vmap, retrace, vmap_stretch
@@ -69,7 +70,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
         return _Tracer(gm, held).run(*args[count:], enable_io_processing=False)
 
     with _as_found(), mode, fx_traceback.preserve_node_meta():
-        traced = make_fx(run, tracing_mode="real", pre_dispatch=True)(*fakes)
+        traced = make_fx(run, composites(), tracing_mode="real", pre_dispatch=True)(*fakes)
     # Left in place it makes AOTAutograd bypass its cache.
     traced.__dict__.pop("shape_env", None)
     traced.graph.eliminate_dead_code(is_impure_node=is_impure)

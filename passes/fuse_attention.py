@@ -1,12 +1,12 @@
 """fuse_attention: every spelling of softmax attention, as one op.
 
 It follows the dataflow back from each softmax to the product q k^T and forward to the product with v, and puts one
-`scaled_dot_product_attention` in their place. Handled on the way: matmul, bmm, baddbmm, einsum; scale on q, k or the
+`scaled_dot_product_attention` in their place. Handled on the way: matmul, bmm, einsum; scale on q, k or the
 scores, as a number or a tensor that is constant over both token axes; additive terms; bool masks by masked_fill or
 where; a softmax in wider precision; dropout; heads folded into the batch. Nothing is fused whose intermediate values
 somebody else reads.
 
-    s = baddbmm(bias, q, kT, alpha=c) ; m = masked_fill(s, mask, -inf) ; p = softmax(m, -1) ; o = bmm(dropout(p), v)
+    s = bmm(q, kT) * c + bias ; m = masked_fill(s, mask, -inf) ; p = softmax(m, -1) ; o = bmm(dropout(p), v)
     ->  o = scaled_dot_product_attention(q, k, v, attn_mask=bias + where(mask, -inf, 0), dropout_p, scale=c)
 
 Correctness does not depend on it: what is not fused follows the measure principle op by op.
@@ -38,10 +38,9 @@ from .rules.views import PermuteRule
 aten = torch.ops.aten
 sdpa = aten.scaled_dot_product_attention.default
 
-_PASS = {aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.alias.default,
-         aten.type_as.default, aten.to.dtype_layout}  # fmt: skip
-_VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
-          aten.unflatten.int, aten.unsqueeze.default, aten.squeeze.dim}  # fmt: skip
+_PASS = {aten._to_copy.default, aten.clone.default, aten.alias.default}
+_VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default,
+          aten.squeeze.dim}  # fmt: skip
 # A mask value this low leaves a key out; a milder one is an ordinary score and stays as it is written.
 _MASKED_OUT = -1e4
 _ABSORBS = -1e9
@@ -129,7 +128,7 @@ class _Fuser:
             return self._back(self._first(node))
         if target in _VIEWS:
             return self._through_view(node)
-        if target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.multiply.Tensor):
+        if target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
             return self._through_factor(node, divide=target in (aten.div.Tensor, aten.div.Scalar))
         if target is aten.add.Tensor and not node.kwargs:
             return self._through_term(node)
@@ -220,16 +219,7 @@ class _Fuser:
         match.terms.append(term)
 
     def _at_product(self, node: fx.Node) -> _Match:
-        match = _Match(node)
-        if node.target in (aten.baddbmm.default, aten.addmm.default):
-            beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
-            if not isinstance(alpha, (int, float)) or not isinstance(beta, (int, float)):
-                raise _NoMatch
-            match.scale = float(alpha)
-            term = self._first(node)
-            if beta != 0:
-                self._add_term(match, node, lambda: term if beta == 1 else self._emit(aten.mul.Tensor, term, beta))
-        return match
+        return _Match(node)
 
     # Forward from the softmax to the product with the values.
 
@@ -264,9 +254,7 @@ class _Fuser:
     def _queries_and_keys(self, node: fx.Node) -> tuple[tuple[fx.Node, Order], tuple[fx.Node, Order]]:
         """Nodes of queries and keys with the order of dims that makes them [*batch, l, e] and [*batch, s, e]."""
         call, sig = self._letters(node)
-        skip = 1 if node.target in (aten.baddbmm.default, aten.addmm.default) else 0
-        out = sig.outs[0]
-        nodes, ins = call.nodes[skip:], sig.ins[skip:]
+        out, nodes, ins = sig.outs[0], call.nodes, sig.ins
         inner = [letter for letter, role in sig.roles.items() if role is Role.SUM]
         if len(nodes) != 2 or len(out) < 2 or len(inner) != 1:
             raise _NoMatch
@@ -370,7 +358,7 @@ class _Fuser:
         return self._emit(aten.reshape.default, node, [*batch, *shape[-2:]])
 
     def _cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        return node if node.meta["val"].dtype == dtype else self._emit(aten.to.dtype, node, dtype)
+        return node if node.meta["val"].dtype == dtype else self._emit(aten._to_copy.default, node, dtype=dtype)
 
 
 __all__ = ["fuse_attention", "sdpa"]

@@ -237,7 +237,7 @@ def _attend(graph: fx.Graph, node: fx.Node) -> bool:
 
 # Below it, log(size) / scale leaves float16.
 _SMALLEST_SCALE = 2.0**-7
-_CASTS = frozenset({aten.to.dtype, aten._to_copy.default})
+_CASTS = frozenset({aten._to_copy.default})
 _VIEWS = frozenset(
     {aten.reshape.default, aten.view.default, aten.transpose.int, aten.permute.default, aten.expand.default,
      aten.unsqueeze.default, aten.narrow.default, aten.slice.Tensor}

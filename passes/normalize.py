@@ -1,20 +1,29 @@
 """normalize: one meaning, one form. What a model can spell in many ways is put into the one way that later passes read.
 
+`capture` has made of other ops what torch makes of them (`normal/composites.py`), and values of writes
+(`normal/functional.py`). What is left:
+
 | spelling                                                | form                                                     |
 |---------------------------------------------------------|----------------------------------------------------------|
 | slices written until nothing is left of what was there  | one cat (`normal/join_writes.py`)                        |
 | `x.new_zeros(size)`                                     | `full(size, 0)`, which reads nothing of x                |
 | `addcmul(x, a, b, value=c)`, `addcdiv`                  | `add(x, mul(a, b), alpha=c)`, `add(x, div(a, b), ...)`   |
+| `lerp(x, y, w)`                                         | `add(x, mul(sub(y, x), w))`                              |
+| `baddbmm(x, a, b, beta=c, alpha=d)`, `addmm` of rows    | `add(mul(x, c), mul(bmm(a, b), d))`                      |
 | `pad(x, (m, 0))`                                        | `cat([full(m), x], -1)`                                  |
-| `stack([x, y]).sum(0)`, `cat([x[None], y[None]]).sum(0)`| `add(x, y)`                                              |
-| `stack([x, y]).mean(0)`                                 | `div(add(x, y), 2)`                                      |
+| the sum of what stands side by side along a dim         | adds: `add(x, y)`                                        |
+| the mean of it                                          | adds, divided: `div(add(x, y), 2)`                       |
+| one of it (`unbind`, `split`, `select`, `slice`)        | itself: `x`                                              |
 | what is the same along a dim, spread out                | its row (`normal/spread.py`)                             |
 | numbers that change nothing                             | left out (`normal/idle.py`)                              |
+
+Side by side stand the operands of a `stack`, a `cat`, and of permutes and views of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -26,7 +35,8 @@ from .building.emit import Emit
 from .normal.idle import drop_idle, numbers
 from .normal.join_writes import join_writes
 from .normal.spread import narrow_spread
-from .rules import Call
+from .rules import Call, find
+from .rules.views import PermuteRule, ViewRule
 
 aten = torch.ops.aten
 
@@ -54,12 +64,16 @@ def _by_table(graph: fx.Graph, mode: FakeTensorMode) -> None:
             continue
         with emit.before(node):
             new = form(Call(node), emit)
-        if new is not None:
-            new.meta["val"] = node.meta["val"]
+        if isinstance(new, fx.Node):
+            new.meta.setdefault("val", node.meta["val"])
             node.replace_all_uses_with(new)
+        elif new is not None:
+            for user in list(node.users):
+                user.replace_all_uses_with(new[user.args[1]])
 
 
-Form = Callable[[Call, Emit], fx.Node | None]
+Form = Callable[[Call, Emit], "fx.Node | list[fx.Node] | None"]
+"""What stands for the result of a call, or for each of its results."""
 
 
 def _filled(number: float) -> Form:
@@ -105,40 +119,116 @@ def _padded(call: Call, emit: Emit) -> fx.Node | None:
     return emit(aten.cat.default, pieces, d)
 
 
+def _toward(call: Call, emit: Emit) -> fx.Node | None:
+    """A part of the way from one value to another."""
+    x, y, weight = (call.args[name] for name in ("self", "end", "weight"))
+    if not _one_kind(call):
+        return None
+    return emit(aten.add.Tensor, x, emit(aten.mul.Tensor, emit(aten.sub.Tensor, y, x), weight))
+
+
+def _plus_product(product: Any) -> Form:
+    """A sum with a matrix product. A row for all of them is a bias, which stays."""
+
+    def form(call: Call, emit: Emit) -> fx.Node | None:
+        a, b = call.nodes[-2:]
+        beta, alpha = call.args["beta"], call.args["alpha"]
+        numbers = isinstance(beta, (int, float)) and isinstance(alpha, (int, float))
+        if not numbers or not _one_kind(call) or call.vals[0].dim() < 2:
+            return None
+        out = emit(product, a, b)
+        out = out if alpha == 1 else emit(aten.mul.Tensor, out, alpha)
+        if beta == 0:
+            return out
+        return emit(aten.add.Tensor, call.nodes[0] if beta == 1 else emit(aten.mul.Tensor, call.nodes[0], beta), out)
+
+    return form
+
+
+# -- values side by side -----------------------------------------------------------------------------------------------
+
+
+def _pieces(node: fx.Node, d: int, emit: Emit) -> list[fx.Node] | None:
+    """The values that stand side by side along dim d of a value, each without that dim; None where there are none."""
+    if node.op != "call_function":
+        return None
+    call, rule = Call(node), find(Call(node))
+    if node.target is aten.stack.default and call.axis(call.args["dim"], call.out.dim()) == d:
+        return call.nodes if _one_dtype(call) else None
+    if node.target is aten.cat.default and all(expr(val.shape[d]) == 1 for val in call.vals if val.dim() > d):
+        joined = call.axis(call.args["dim"]) == d and _one_dtype(call)
+        return [emit(aten.squeeze.dim, n, d) for n in call.nodes] if joined else None
+    if isinstance(rule, PermuteRule):
+        order = rule.order(call)
+        rest = [k - (k > order[d]) for k in order if k != order[d]]
+        inner = _pieces(call.nodes[0], order[d], emit)
+        moved = rest != sorted(rest)
+        return inner and [emit(aten.permute.default, n, rest) if moved else n for n in inner]
+    if isinstance(rule, ViewRule) and d + 1 < call.out.dim():
+        before, after = ([expr(n) for n in val.shape] for val in (call.vals[0], call.out))
+        if [*after[:d], prod(after[d : d + 2]), *after[d + 2 :]] == before:
+            held = _spans(call.nodes[0], d)
+            whole = held is not None and [expr(n) for _, n in held] == [after[d + 1]] * after[d]
+            return [n for n, _ in held] if held is not None and whole else None
+    return None
+
+
+def _spans(node: fx.Node, d: int) -> list[tuple[fx.Node, Any]] | None:
+    """The values that a cat joins along dim d, and how long each is."""
+    if node.target is not aten.cat.default or not _one_dtype(call := Call(node)):
+        return None
+    same_rank = all(val.dim() == call.out.dim() for val in call.vals)
+    held = list(zip(call.nodes, (val.shape[d] for val in call.vals if val.dim() > d), strict=False))
+    return held if same_rank and call.axis(call.args["dim"]) == d else None
+
+
 def _summed(call: Call, emit: Emit) -> fx.Node | None:
-    found = _terms(call, emit)
-    return None if found is None else _total(found, emit)
-
-
-def _averaged(call: Call, emit: Emit) -> fx.Node | None:
-    found = _terms(call, emit)
-    return None if found is None else emit(aten.div.Tensor, _total(found, emit), len(found))
-
-
-def _total(terms: list[fx.Node], emit: Emit) -> fx.Node:
+    """The sum of what stands side by side."""
+    dims = call.args["dim"]
+    if not dims or len(dims) != 1 or not _one_kind(call):
+        return None
+    d = call.axis(dims[0])
+    terms = _pieces(call.nodes[0], d, emit)
+    if terms is None or not 1 < len(terms) <= MOST:
+        return None
     total = terms[0]
     for term in terms[1:]:
         total = emit(aten.add.Tensor, total, term)
-    return total
+    return emit(aten.unsqueeze.default, total, d) if call.args["keepdim"] else total
 
 
-def _terms(call: Call, emit: Emit) -> list[fx.Node] | None:
-    """The values that stand one beside the other in the dim that a reduction sums over, and in no other."""
-    source, dims = call.nodes[0], call.args["dim"]
-    if source.target not in (aten.stack.default, aten.cat.default) or not _one_kind(call) or not dims or len(dims) != 1:
+def _averaged(call: Call, emit: Emit) -> fx.Node | None:
+    total = _summed(call, emit)
+    return None if total is None else emit(aten.div.Tensor, total, call.vals[0].shape[call.args["dim"][0]])
+
+
+def _each(call: Call, emit: Emit) -> list[fx.Node] | None:
+    return _pieces(call.nodes[0], call.axis(call.args["dim"]), emit)
+
+
+def _one(call: Call, emit: Emit) -> fx.Node | None:
+    pieces, at = _each(call, emit), call.args["index"]
+    return pieces[at] if pieces is not None and isinstance(at, int) else None
+
+
+def _apart(call: Call, emit: Emit) -> list[fx.Node] | None:
+    """What was joined, taken apart where it was joined."""
+    d = call.axis(call.args["dim"])
+    held = _spans(call.nodes[0], d)
+    return [n for n, _ in held] if held and [n for _, n in held] == [val.shape[d] for val in call.results] else None
+
+
+def _part(call: Call, emit: Emit) -> fx.Node | None:
+    d, start = call.axis(call.args["dim"]), call.args["start"] or 0
+    held, at = _spans(call.nodes[0], d) or [], 0
+    if call.args["step"] != 1 or not all(isinstance(n, int) for n in (start, *(size for _, size in held))):
         return None
-    pieces, d = Call(source), call.axis(dims[0])
-    if not _one_kind(pieces) or not 1 < len(pieces.nodes) <= MOST:
-        return None
-    if source.target is aten.stack.default:
-        if pieces.axis(pieces.args["dim"], call.vals[0].dim()) != d:
-            return None
-        terms = pieces.nodes
-    else:
-        if pieces.axis(pieces.args["dim"]) != d or any(expr(val.shape[d]) != 1 for val in pieces.vals):
-            return None
-        terms = [emit(aten.squeeze.dim, n, d) for n in pieces.nodes]
-    return [emit(aten.unsqueeze.default, n, d) for n in terms] if call.args["keepdim"] else terms
+    start = start + call.vals[0].shape[d] if start < 0 else start
+    for n, size in held:
+        if at == start and size == call.out.shape[d]:
+            return n
+        at += size
+    return None
 
 
 def _one_kind(call: Call) -> bool:
@@ -147,15 +237,28 @@ def _one_kind(call: Call) -> bool:
     return all(isinstance(v, Tensor) and v.is_floating_point() and v.dtype == held[0].dtype for v in held)
 
 
+def _one_dtype(call: Call) -> bool:
+    return len({val.dtype for val in call.vals}) == 1
+
+
 FORMS: dict[Any, Form] = {
     aten.new_zeros.default: _filled(0.0),
     aten.new_ones.default: _filled(1.0),
     aten.addcmul.default: _added(aten.mul.Tensor),
     aten.addcdiv.default: _added(aten.div.Tensor),
+    aten.lerp.Scalar: _toward,
+    aten.lerp.Tensor: _toward,
+    aten.baddbmm.default: _plus_product(aten.bmm.default),
+    aten.addmm.default: _plus_product(aten.mm.default),
     aten.pad.default: _padded,
     aten.constant_pad_nd.default: _padded,
     aten.sum.dim_IntList: _summed,
     aten.mean.dim: _averaged,
+    aten.unbind.int: _each,
+    aten.select.int: _one,
+    aten.split.Tensor: _apart,
+    aten.split_with_sizes.default: _apart,
+    aten.slice.Tensor: _part,
 }
 
 __all__ = ["normalize"]

@@ -22,7 +22,7 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
     "sum of a stack, last": (lambda x, y: torch.stack([x, y, x], -1).sum(-1), [ADD, ADD]),
     "sum of a stack, kept": (
         lambda x, y: torch.stack([x, y], 1).sum(1, keepdim=True),
-        ["aten.unsqueeze.default", "aten.unsqueeze.default", ADD],
+        [ADD, "aten.unsqueeze.default"],
     ),
     "mean of a stack": (lambda x, y: torch.stack([x, y]).mean(0), [ADD, DIV]),
     "sum of a cat": (
@@ -44,7 +44,52 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
     "new_zeros": (lambda x, y: x.new_zeros(2, 3, 1), ["aten.full.default"]),
     "plus zeros": (lambda x, y: x + torch.zeros(2, 3, 4) + y, [ADD]),
     "times ones": (lambda x, y: x * y.new_ones(4), []),
-    "two kinds": (lambda x, y: torch.addcmul(x, x, y.double()), ["aten.to.dtype", "aten.addcmul.default"]),
+    "two kinds": (lambda x, y: torch.addcmul(x, x, y.double()), ["aten._to_copy.default", "aten.addcmul.default"]),
+    "sum through a permute": (lambda x, y: torch.einsum("s...->...", torch.stack([x, y])), [ADD]),
+    "sum of parts": (lambda x, y: torch.cat([x, y], -1).unflatten(-1, (2, 4)).sum(-2), [ADD]),
+    "sum of rows": (
+        lambda x, y: torch.hstack([x[:, None], y[:, None]]).sum(1),
+        ["aten.unsqueeze.default"] * 2 + ["aten.squeeze.dim"] * 2 + [ADD],
+    ),
+    "stack, unbound": (lambda x, y: sum(torch.stack([x, y], 1).unbind(1)), [ADD, ADD]),
+    "cat, cut again": (lambda x, y: torch.cat([x, y], 1)[:, 3:] + torch.cat([y, x], -1).chunk(2, -1)[1], [ADD]),
+    "cat, cut elsewhere": (lambda x, y: torch.cat([x, y], 1)[:, 2:5], ["aten.cat.default", "aten.slice.Tensor"]),
+    "lerp": (lambda x, y: torch.lerp(x, y, 0.3), ["aten.sub.Tensor", MUL, ADD]),
+    "baddbmm": (
+        lambda x, y: torch.baddbmm(x, torch.ones(2, 3, 3), y, beta=0.5, alpha=2.0),
+        ["aten.ones.default", "aten.bmm.default", MUL, MUL, ADD],
+    ),
+    "baddbmm of nothing": (
+        lambda x, y: torch.baddbmm(torch.empty(2, 3, 3), x, y.mT, beta=0, alpha=2.0),
+        ["aten.transpose.int", "aten.bmm.default", MUL],
+    ),
+    "addmm": (
+        lambda x, y: torch.addmm(x.flatten(0, 1), y.flatten(0, 1), torch.ones(4, 4)),
+        ["aten.reshape.default", "aten.reshape.default", "aten.ones.default", "aten.mm.default", ADD],
+    ),
+    "a bias": (
+        lambda x, y: torch.addmm(torch.ones(4), x.flatten(0, 1), torch.ones(4, 4)),
+        ["aten.ones.default", "aten.reshape.default", "aten.ones.default", "aten.addmm.default"],
+    ),
+    "broadcast": (lambda x, y: torch.add(*torch.broadcast_tensors(x, y)), [ADD]),
+    "lists": (lambda x, y: torch._foreach_add([x], [y])[0], [ADD]),
+    "out": (lambda x, y: torch.add(x, y, out=torch.empty_like(x)), [ADD]),
+    "subtract": (lambda x, y: torch.subtract(x, y, alpha=-1), ["aten.sub.Tensor"]),
+    "true_divide": (lambda x, y: torch.true_divide(x, y), [DIV]),
+    "multiply": (lambda x, y: torch.multiply(x, y), [MUL]),
+    "at least": (lambda x, y: torch.atleast_3d(x) + y, [ADD]),
+    "to itself": (lambda x, y: x.to(y).type_as(y).contiguous() + y, [ADD]),
+    "dropout in eval": (lambda x, y: F.dropout(x, 0.5, training=False) + y, [ADD]),
+    "swapaxes": (lambda x, y: x.swapaxes(0, 1), ["aten.transpose.int"]),
+    "mT": (lambda x, y: x.mT, ["aten.transpose.int"]),
+    "movedim": (lambda x, y: x.movedim(0, -1), ["aten.permute.default"]),
+    "narrow": (lambda x, y: x.narrow(1, 1, 2), ["aten.slice.Tensor"]),
+    "tensor_split": (lambda x, y: x.tensor_split(2, -1)[1], ["aten.slice.Tensor"]),
+    "concatenate": (lambda x, y: torch.concatenate([x, y]), ["aten.cat.default"]),
+    "tile": (lambda x, y: x.tile(2, 1, 1), ["aten.repeat.default"]),
+    "square": (lambda x, y: x.square(), ["aten.pow.Tensor_Scalar"]),
+    "less_equal": (lambda x, y: torch.less_equal(x, y), ["aten.le.Tensor"]),
+    "clip": (lambda x, y: torch.clip(x, 0, 1), ["aten.clamp.default"]),
 }  # fmt: skip
 
 

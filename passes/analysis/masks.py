@@ -24,7 +24,7 @@ from tome_fx.ops import LEFT_OUT
 from ..algebra.axes import Dim, leaves
 from ..find_attention import AttentionSite
 from ..rules import Call, find
-from ..rules.base import SHAPED, UNKNOWN, op_name, sources
+from ..rules.base import UNKNOWN, op_name, sources
 from ..rules.contraction import Contraction
 from ..rules.facts import Facts
 from ..rules.joins import CatRule
@@ -34,9 +34,7 @@ from ..rules.views import ExpandRule, PermuteRule, RepeatRule, ViewRule
 
 aten = torch.ops.aten
 VIEWS = ViewRule, PermuteRule, ExpandRule, RepeatRule
-_PASS = (aten.to, aten._to_copy, aten.clone, aten.contiguous, aten.detach, aten.alias, aten.type_as, aten.dropout)
-_ADD, _SUBTRACT = (aten.add,), (aten.sub, aten.subtract)
-_MULTIPLY, _DIVIDE = (aten.mul, aten.multiply), (aten.div, aten.divide, aten.true_divide)
+_PASS = (aten._to_copy, aten.clone, aten.detach, aten.alias, aten.dropout)
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ def masked_by_place(site: AttentionSite, facts: Facts) -> bool:
 _PLACED = {aten.slice_scatter, aten.select_scatter, aten.diagonal_scatter, aten.as_strided_scatter, aten.index_put,
            aten.index_fill, aten.index_copy, aten.index_add, aten.scatter, aten.scatter_add, aten.masked_scatter,
            aten.constant_pad_nd, aten.pad, aten.cat}  # fmt: skip
-_CUTS = {aten.slice, aten.select, aten.narrow, aten.split, aten.split_with_sizes, aten.chunk, aten.unbind,
+_CUTS = {aten.slice, aten.select, aten.split, aten.split_with_sizes, aten.unbind,
          aten.as_strided}  # fmt: skip
 
 
@@ -187,8 +185,6 @@ def _aside(way: list[fx.Node], facts: Facts) -> Iterator[tuple[Call, int, fx.Nod
         for i, n in enumerate(facts.calls[node].nodes if node in facts.calls else ()):
             if n in on_it or (node is way[0] and n in begin):
                 continue
-            while n in facts.calls and n.target in SHAPED:
-                n = facts.calls[n].nodes[0]
             yield facts.calls[node], i, n
 
 
@@ -265,7 +261,7 @@ class _Reader:
         elif parts is not None and i == parts[1]:
             low = scale is not None and parts[2] is not None and parts[2] * scale <= LEFT_OUT
             self.term(term, (LEFT_OUT if parts[3] else -LEFT_OUT) if low else None)
-        elif _packet(call) in _MULTIPLY and self._is_mask(term):
+        elif _packet(call) is aten.mul and self._is_mask(term):
             self._factors[term] = None
         else:
             self.term(term, _shares(call, scale)[i])
@@ -275,7 +271,7 @@ class _Reader:
         for call, i, term in _aside(way, self.facts):
             parts = _mask_parts(call)
             zeroes = parts is not None and i == parts[1] and parts[2] == 0
-            if (zeroes or _packet(call) in _MULTIPLY) and self._is_mask(term):
+            if (zeroes or _packet(call) is aten.mul) and self._is_mask(term):
                 self._factors[term] = None
             elif find(call) is UNKNOWN:
                 self._unknown(term)
@@ -370,9 +366,9 @@ def _shares(call: Call, scale: float | None) -> list[float | None]:
 def _named_factors(call: Call) -> dict[str, float]:
     a, packet = call.args, _packet(call)
     alpha = a.get("alpha", 1)
-    if packet in _ADD:
+    if packet is aten.add:
         return {"self": 1.0, "other": alpha}
-    if packet in _SUBTRACT:
+    if packet is aten.sub:
         return {"self": 1.0, "other": -alpha}
     if packet is aten.rsub:
         return {"self": -alpha, "other": 1.0}
@@ -380,10 +376,10 @@ def _named_factors(call: Call) -> dict[str, float]:
         return {"self": -1.0}
     if packet in (aten.baddbmm, aten.addmm):
         return {"self": a["beta"]}
-    if packet in _MULTIPLY:
+    if packet is aten.mul:
         numbers = {own: scalar(a[other]) for own, other in (("self", "other"), ("other", "self"))}
         return {own: number for own, number in numbers.items() if number is not None}
-    number = scalar(a["other"]) if packet in _DIVIDE else None
+    number = scalar(a["other"]) if packet is aten.div else None
     return {"self": 1 / number} if number else {}
 
 

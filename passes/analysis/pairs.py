@@ -132,7 +132,7 @@ class Pairs:
         users = [n for n in node.users if n in self.facts.calls]
         packets = {getattr(n.target, "overloadpacket", None) for n in users}
         computed = any(other not in self.facts.constant for n in users for other in self.facts.calls[n].nodes)
-        return computed and bool(packets & {aten.mul, aten.multiply})
+        return computed and aten.mul in packets
 
     def _free(self, axis: Dim, length: int) -> Tensor:
         """bool [length]: the tokens of an axis that may merge."""

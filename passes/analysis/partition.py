@@ -22,7 +22,7 @@ from .masks import VIEWS, token_dims, varies_with
 from .special import special
 
 aten = torch.ops.aten
-_SUMS = {aten.add.Tensor, aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default}
+_SUMS = {aten.add.Tensor, aten._to_copy.default, aten.clone.default}
 
 Room = tuple[tuple[int, ...], ...]
 """How many tokens may merge: of each part, for all windows that differ."""

@@ -242,7 +242,7 @@ class Traced:
         return self._call(aten.detach.default)
 
     def to(self, dtype: torch.dtype) -> Traced:
-        return self if dtype is self.dtype else self._call(aten.to.dtype, dtype)
+        return self if dtype is self.dtype else self.builder.call(aten._to_copy.default, self, dtype=dtype)
 
     def sum(self, dims: Sequence[int], *, keepdim: bool) -> Traced:
         return self._call(aten.sum.dim_IntList, list(dims), keepdim)

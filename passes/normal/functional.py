@@ -221,7 +221,7 @@ class _Functionaliser:
             if self._learns(node):
                 self.learned.add(node)
             names = _mutated(node)
-            target = node.args[0] if names else None
+            target = node.kwargs.get("out", node.args[0] if node.args else None) if names else None
             node.args = fx.map_arg(node.args, self._now)
             node.kwargs = fx.map_arg(node.kwargs, self._now)
             if target is not None:
@@ -246,8 +246,10 @@ class _Functionaliser:
     def _write(self, node: fx.Node, target: Any, names: list[str]) -> None:
         """Give `target` the value that the in-place `node` writes, and its base and other views what follows."""
         schema = _schema(node)
-        if len(names) != 1 or schema.arguments[0].name != names[0] or not isinstance(target, fx.Node):
+        if len(names) != 1 or names[0] not in (schema.arguments[0].name, "out") or not isinstance(target, fx.Node):
             raise CaptureError(f"the in-place op {schema.name} writes to more than its first argument")
+        if names[0] == "out" and node.meta["val"].shape != target.meta["val"].shape:
+            raise CaptureError(f"{schema.name} gives its out= another shape")
         views = list(self.parent)
         self.value[target] = self._functional(node, target)
         self.parent[node] = target
@@ -273,21 +275,31 @@ class _Functionaliser:
         schema = _schema(node)
         held = target.meta["val"]
         if node.target is aten.copy_.default:
-            out: Any = node.args[1]
-            given = out.meta["val"]
-            if given.device != held.device:
-                out = self.emit(aten.to.device, out, held.device, held.dtype)
-            elif given.dtype != held.dtype:
-                out = self.emit(aten.to.dtype, out, held.dtype)
-            return self.emit(aten.expand_as.default, out, target) if out.meta["val"].shape != held.shape else out
+            out = self._as(node.args[1], held)
+            if out.meta["val"].shape == held.shape:
+                return out
+            sizes = [n if isinstance(n, int) else self.emit(aten.sym_size.int, target, d)
+                     for d, n in enumerate(held.shape)]  # fmt: skip
+            return self.emit(aten.expand.default, out, sizes)
         space, name = schema.name.split("::")
-        packet = getattr(getattr(torch.ops, space), _FUNCTIONAL.get(name, name.rstrip("_")), None)
-        overload = getattr(packet, schema.overload_name or "default", None)
-        overload = _FUNCTIONAL_OVERLOAD.get(node.target, overload)
+        kwargs = {name: value for name, value in node.kwargs.items() if name != "out"}
+        if kwargs.keys() != node.kwargs.keys():
+            overload = _without_out(node.target)
+        else:
+            packet = getattr(getattr(torch.ops, space), _FUNCTIONAL.get(name, name.rstrip("_")), None)
+            overload = getattr(packet, schema.overload_name or "default", None)
+            overload = _FUNCTIONAL_OVERLOAD.get(node.target, overload)
         if overload is None or overload._schema.is_mutable:
             raise CaptureError(f"the in-place op {schema.name} has no form that returns a new value")
-        out = self.emit(overload, *node.args, **node.kwargs)
-        return self.emit(aten.to.dtype, out, held.dtype) if out.meta["val"].dtype != held.dtype else out
+        return self._as(self.emit(overload, *node.args, **kwargs), held)
+
+    def _as(self, node: Any, held: Tensor) -> fx.Node:
+        """A value in the dtype, and on the device, of another."""
+        own = node.meta["val"]
+        if own.device == held.device and own.dtype == held.dtype:
+            return node
+        where = {} if own.device == held.device else {"device": held.device}
+        return self.emit(aten._to_copy.default, node, dtype=held.dtype, **where)
 
     def _again(self, view: fx.Node, base: fx.Node) -> fx.Node:
         """A view taken anew of its base; the result of an in-place op is its target."""
@@ -328,6 +340,14 @@ class _Functionaliser:
         if view in self.unclear:
             several = view.args[0] if view.target is operator.getitem else view
             raise CaptureError(f"a write to a tensor of which {several.target} gives a view is left as it is")  # type: ignore[union-attr]
+
+
+def _without_out(target: Any) -> Any:
+    """The overload that returns what this one writes to `out`."""
+    wanted = [(a.name, str(a.type)) for a in target._schema.arguments if a.name != "out"]
+    packet = target.overloadpacket
+    found = (getattr(packet, name) for name in packet.overloads())
+    return next((op for op in found if [(a.name, str(a.type)) for a in op._schema.arguments] == wanted), None)
 
 
 def _cut(whole: Tensor, taken: Tensor) -> tuple[int, int, int, int] | None:

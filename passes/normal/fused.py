@@ -1,8 +1,8 @@
-"""fused: torch's fused inference ops, and joins by other names, as the ops that they are made of."""
+"""fused: torch's fused inference ops as the ops that they are made of."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -111,24 +111,7 @@ def _encoder_layer(
     return norm2(x + feed_forward(x))
 
 
-def _stacked(dim: int, least: Callable[..., Any]) -> Callable[[Sequence[Tensor]], Tensor]:
-    """hstack and its kin as the cat that they are."""
-
-    def run(tensors: Sequence[Tensor]) -> Tensor:
-        whole = [least(t) for t in tensors]
-        return torch.cat(whole, min(dim, whole[0].dim() - 1))
-
-    return run
-
-
-_ROWS, _DEEP = _stacked(0, torch.atleast_2d), _stacked(2, torch.atleast_3d)
-_COLUMNS = _stacked(1, lambda t: t.reshape(t.numel(), 1) if t.dim() < 2 else t)
-
 EXPANSIONS: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys((torch.hstack, aten.hstack.default), _stacked(1, torch.atleast_1d)),
-    **dict.fromkeys((torch.vstack, torch.row_stack, aten.vstack.default, aten.row_stack.default), _ROWS),
-    **dict.fromkeys((torch.dstack, aten.dstack.default), _DEEP),
-    **dict.fromkeys((torch.column_stack, aten.column_stack.default), _COLUMNS),
     torch._native_multi_head_attention: _multi_head_attention,
     aten._native_multi_head_attention.default: _multi_head_attention,
     torch._transformer_encoder_layer_fwd: _encoder_layer,

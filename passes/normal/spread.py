@@ -30,7 +30,7 @@ from ..rules.views import PermuteRule, ViewRule
 
 aten = torch.ops.aten
 
-_EXPANDS = {aten.expand.default, aten.expand_as.default, aten.broadcast_to.default}
+_EXPANDS = {aten.expand.default}
 _BIASED = {aten.scaled_dot_product_attention.default: 3, aten.baddbmm.default: 0, aten.addmm.default: 0}
 """Products, and which of their operands broadcasts."""
 _UNLIKE = {aten.copy.default}
@@ -306,7 +306,6 @@ class _Narrower:
 
 _REPEATS: dict[Any, Callable[[_Narrower, Call], _Spread | None]] = {
     aten.repeat.default: _Narrower._repeated,
-    aten.tile.default: _Narrower._repeated,
     aten.repeat_interleave.self_int: _Narrower._interleaved,
     aten.cat.default: _Narrower._stacked,
     aten.stack.default: _Narrower._stacked,

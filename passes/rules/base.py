@@ -91,10 +91,6 @@ def tensors_of(value: Any) -> tuple[Tensor, ...]:
     return ()
 
 
-SHAPED = frozenset(getattr(torch.ops.aten, name).default for name in ("expand_as", "view_as", "reshape_as", "type_as"))
-"""Ops that read only shape and dtype of their second operand."""
-
-
 FILLED = frozenset(
     getattr(torch.ops.aten, f"{new}{name}{like}").default
     for name in ("full", "ones", "zeros")
@@ -105,7 +101,7 @@ FILLED = frozenset(
 
 def sources(node: fx.Node, operands: Sequence[fx.Node]) -> Sequence[fx.Node]:
     """Those of a node's operands whose values it reads."""
-    return operands[: 1 if node.target in SHAPED else 0 if node.target in FILLED else None]
+    return operands[: 0 if node.target in FILLED else None]
 
 
 def result_read(getitem: fx.Node) -> int | None:
@@ -264,7 +260,6 @@ register(GetItem(), operator.getitem)
 
 __all__ = [
     "FILLED",
-    "SHAPED",
     "UNKNOWN",
     "Call",
     "Decision",

@@ -38,7 +38,7 @@ class CatRule(Rule):
 
     @staticmethod
     def dim(call: Call) -> int:
-        return call.axis(call.args.get("dim", call.args.get("axis", 0)), call.out.dim())
+        return call.axis(call.args["dim"], call.out.dim())
 
     def pieces(self, call: Call) -> list[int]:
         """The operands that hold anything: `x[:, :0]` is left out, and so is the legacy empty 1-d tensor."""
@@ -218,9 +218,9 @@ def _pad(call: Call, facts: Facts) -> Signature:
     return Signature((letters,), (out,), {d: Role.MIX for d in padded}, frozenset({0}))
 
 
-register(CatRule(), aten.cat.default, aten.concat.default, aten.concatenate.default)
+register(CatRule(), aten.cat.default)
 register(StackRule(), aten.stack)
-register(SignatureRule(_gather), aten.gather, aten.scatter, aten.scatter_add, aten.take_along_dim)
+register(SignatureRule(_gather), aten.gather, aten.scatter, aten.scatter_add)
 register(SignatureRule(_index_write), aten.index_add, aten.index_copy)
 # A write to an input of the graph, at its end: the caller's tensor has full length.
 register(Rule(), aten.copy_)

@@ -28,20 +28,18 @@ aten = torch.ops.aten
 # Homogeneous of degree one in their first operand: f(size * x) = size * f(x) for size > 0.
 _HOMOGENEOUS = (
     aten.neg, aten.abs, aten.relu, aten.leaky_relu, aten.clone, aten.contiguous, aten.detach, aten.alias,
-    aten.lift_fresh, aten.lift_fresh_copy, aten.to, aten._to_copy, aten.dropout, aten.native_dropout,
-    aten.feature_dropout, aten.alpha_dropout, aten.positive, aten.real, aten.imag, aten.zeros_like, aten.empty_like,
+    aten.lift_fresh, aten.lift_fresh_copy, aten._to_copy, aten.dropout, aten.native_dropout, aten.feature_dropout,
+    aten.alpha_dropout, aten.real, aten.imag, aten.zeros_like, aten.empty_like,
 )  # fmt: skip
 # Pointwise in effect though not by tag, or by tag only in some releases of torch.
 _LIKE = (
     "ones_like", "full_like", "rand_like", "randn_like", "bernoulli", "gelu", "silu", "mish", "softplus", "hardtanh",
-    "hardswish", "relu6", "elu", "selu", "celu", "logit", "nan_to_num", "clip", "clamp", "isnan", "isinf", "isfinite",
-    "isneginf", "bitwise_not", "logical_not", "fill", "copy", "rrelu", "log_sigmoid", "square", "float_power",
-    "__and__", "__or__", "__xor__", "rsub", "true_divide", "multiply", "divide", "subtract", "greater", "less",
-    "greater_equal", "less_equal", "not_equal", "special_expit", "masked_fill",
+    "hardswish", "elu", "celu", "logit", "nan_to_num", "clamp", "isnan", "isinf", "isneginf", "bitwise_not",
+    "logical_not", "fill", "copy", "rrelu", "log_sigmoid", "rsub", "masked_fill",
 )  # fmt: skip
-_ADD = (aten.add, aten.sub, aten.rsub, aten.subtract)
-_MULTIPLY = (aten.mul, aten.multiply)
-_DIVIDE = (aten.div, aten.true_divide, aten.divide)
+_ADD = (aten.add, aten.sub, aten.rsub)
+_MULTIPLY = (aten.mul,)
+_DIVIDE = (aten.div,)
 
 
 def _packet(call: Call) -> Any:
@@ -87,8 +85,6 @@ def _fill(call: Call, facts: Facts, i: int, additive: bool) -> Fill:
 def _pairs(node: fx.Node, facts: Facts) -> bool:
     """Whether a term of the scores holds one axis of tokens twice, or queries and keys, and no merge keeps what it
     says."""
-    while node.target is aten.expand_as.default:  # it says what it said before
-        node = node.args[0]  # type: ignore[assignment]
     dims = [leaves(dim) for dim in facts.dims(node)]
     both = [(a, b) for a in range(len(dims)) for b in range(len(dims)) if dims[a] and a != b
             and ((a < b and dims[a] == dims[b]) or (dims[a], dims[b]) in facts.attends)]  # fmt: skip
@@ -195,26 +191,10 @@ def scalar(value: Any, key: str = "constant") -> float | None:
     if value.target in (aten.full_like.default, aten.new_full.default):
         number = value.args[-1]
         return float(number) if _number(number) else None  # type: ignore[arg-type]
-    if value.target in (aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.to.dtype, aten._to_copy.default,
+    if value.target in (aten.lift_fresh_copy.default, aten.lift_fresh.default, aten._to_copy.default,
                         aten.detach.default, aten.clone.default, aten.expand.default):  # fmt: skip
         return scalar(value.args[0], key)
     return None
-
-
-def _expand_as(call: Call, facts: Facts) -> Signature:
-    rank = call.out.dim()
-    frame: tuple[Letter, ...] = tuple(("f", k - rank) for k in range(rank))
-    ins = tuple(frame[rank - v.dim() :] for v in call.vals)
-    return Signature(
-        ins, (frame,), linear=frozenset({0}), frame=frame, fills={0: _fill(call, facts, 0, False), 1: Fill.NONE}
-    )
-
-
-def _type_as(call: Call, facts: Facts) -> Signature:
-    """Reads only the dtype of its second operand."""
-    letters: tuple[Letter, ...] = tuple(range(call.out.dim()))
-    seen = tuple(("seen", d) for d in range(call.vals[1].dim()))
-    return Signature((letters, seen), (letters,), linear=frozenset({0}))
 
 
 def _shape_only(call: Call, facts: Facts) -> Signature:
@@ -293,8 +273,6 @@ register(
     MaskRule(), aten.masked_fill, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar
 )
 register(POINTWISE, *_HOMOGENEOUS, *_present(_LIKE))
-register(SignatureRule(_expand_as), aten.expand_as)
-register(SignatureRule(_type_as), aten.type_as)
 register(POINTWISE, aten.zero, aten.floor_divide)
 register(SignatureRule(_shape_only), aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_full)
 

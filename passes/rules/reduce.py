@@ -191,7 +191,7 @@ register(WeightedReduce(), aten.sum.dim_IntList, aten.sum.default, aten.mean.dim
 register(SignatureRule(_reduction(Role.MAX)), aten.amax, aten.amin)
 register(SignatureRule(_reduction(Role.MIX)), aten.var, aten.std, aten.prod.dim_int, aten.any,
          aten.all, aten.argmax, aten.argmin, aten.max.dim, aten.min.dim, aten.max.default, aten.min.default,
-         aten.var_mean, aten.median)  # fmt: skip
+         aten.var_mean, aten.std_mean, aten.median)  # fmt: skip
 register(Norm2(), aten.linalg_vector_norm, aten.norm.ScalarOpt_dim, aten.norm.ScalarOpt_dim_dtype)
 SOFTMAX = {aten.softmax.int, aten._softmax.default}
 """Ops that normalise along one dim, their second argument."""

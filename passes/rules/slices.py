@@ -46,13 +46,10 @@ class Span:
 
     @classmethod
     def of(cls, call: Call) -> Span:
-        """What a slice, narrow or slice_scatter reads or writes."""
+        """What a slice or slice_scatter reads or writes."""
         a = call.args
         d = call.axis(a.get("dim", 0))
         size = size_expr(call.vals[0].shape[d])
-        if "length" in a:  # narrow
-            start, _ = _bounds(a["start"], None, size)
-            return cls(d, start, start + size_expr(call.out.shape[d]), size)
         return cls(d, *_bounds(a.get("start"), a.get("end"), size), size, a.get("step") or 1)
 
     @property
@@ -200,7 +197,7 @@ class SelectRule(Rule):
 
 
 class SplitRule(Rule):
-    """split, chunk, unbind, tensor_split: along a merged axis it needs it whole; otherwise a slice for each piece."""
+    """split, unbind: along a merged axis it needs it whole; otherwise a slice for each piece."""
 
     def __init__(self, *, keeps_dim: bool) -> None:
         self.keeps_dim = keeps_dim
@@ -306,9 +303,8 @@ class ScatterSlice(SignatureRule):
         return base.slice_scatter(src, d, span.start, base.shape[d] - span.behind)
 
 
-register(SliceRule(), aten.slice.Tensor, aten.narrow.default)
+register(SliceRule(), aten.slice.Tensor)
 register(SelectRule(), aten.select.int)
-register(SplitRule(keeps_dim=True), aten.split.Tensor, aten.split.sizes, aten.split_with_sizes, aten.chunk,
-         aten.tensor_split.sections, aten.tensor_split.indices)  # fmt: skip
+register(SplitRule(keeps_dim=True), aten.split.Tensor, aten.split_with_sizes)
 register(SplitRule(keeps_dim=False), aten.unbind.int)
 register(ScatterSlice(_scatter_slice), aten.slice_scatter, aten.select_scatter)

@@ -70,12 +70,7 @@ class PermuteRule(Rule):
         rank, a = call.vals[0].dim(), call.args
         if "dims" in a:
             return [call.axis(d) for d in a["dims"]]
-        if "dim0" in a or "axis0" in a:
-            i, j = (call.axis(a[k]) for k in (("dim0", "dim1") if "dim0" in a else ("axis0", "axis1")))
-        elif "source" in a:
-            return _moved(rank, a["source"], a["destination"])
-        else:  # t, mT, numpy_T, adjoint: the last two dims
-            i, j = rank - 2, rank - 1
+        i, j = (call.axis(a["dim0"]), call.axis(a["dim1"])) if "dim0" in a else (rank - 2, rank - 1)  # t
         order = list(range(rank))
         if rank > 1:
             order[i], order[j] = order[j], order[i]
@@ -89,18 +84,8 @@ class PermuteRule(Rule):
         return Decision((ins[0],), (tuple(ins[0][d] for d in self.order(call)),))
 
 
-def _moved(rank: int, source: Any, destination: Any) -> list[int]:
-    src = [s % rank for s in ([source] if isinstance(source, int) else source)]
-    dst = [d % rank for d in ([destination] if isinstance(destination, int) else destination)]
-    order: list[int | None] = [None] * rank
-    for s, d in zip(src, dst, strict=True):
-        order[d] = s
-    rest = iter(k for k in range(rank) if k not in src)
-    return [next(rest) if k is None else k for k in order]
-
-
 class ExpandRule(Rule):
-    """expand, broadcast_to: a size-1 dim that grows is a new axis of its own until it meets another value."""
+    """expand: a size-1 dim that grows is a new axis of its own until it meets another value."""
 
     def axes(self, call: Call, facts: Facts) -> tuple[Dims, ...]:
         dims, lead = facts.dims(call.nodes[0]), call.out.dim() - call.vals[0].dim()
@@ -179,11 +164,9 @@ class ComplexRule(Rule):
 
 
 register(ViewRule(), aten.view.default, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.squeeze,
-         aten.unsqueeze, aten.view_copy.default, aten._reshape_copy, aten.reshape_as, aten.view_as,
-         aten._reshape_alias)  # fmt: skip
-register(PermuteRule(), aten.permute, aten.transpose.int, aten.t, aten.movedim, aten.moveaxis, aten.swapaxes,
-         aten.swapdims, aten.numpy_T, aten.mT, aten.adjoint, aten.matrix_H)  # fmt: skip
-register(ExpandRule(), aten.expand, aten.broadcast_to)
-register(RepeatRule(), aten.repeat, aten.tile)
+         aten.unsqueeze, aten.view_copy.default, aten._reshape_copy, aten._reshape_alias)  # fmt: skip
+register(PermuteRule(), aten.permute, aten.transpose.int, aten.t)
+register(ExpandRule(), aten.expand)
+register(RepeatRule(), aten.repeat)
 register(RepeatRule(within=True), aten.repeat_interleave.self_int)
 register(ComplexRule(), aten.view_as_complex, aten.view_as_real)

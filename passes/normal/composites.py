@@ -1,0 +1,66 @@
+"""composites: what torch itself makes of other ops is captured as those, wherever no rule reads it whole.
+
+    subtract -> sub    movedim -> permute    x.to(x) -> x    chunk -> split    atleast_3d -> unsqueeze
+    dropout in eval -> nothing    einsum of one operand -> permute, sum
+    _foreach_add(xs, ys) -> [add(x, y), ...]
+
+AOTAutograd would take the same ops apart in the same way, later.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..rules.base import rule_for
+
+aten = torch.ops.aten
+_LOOPS = ("lstm", "gru", "rnn")
+"""Ops that would be as many ops as a sequence has steps."""
+_EACH = "_foreach_"
+
+
+@functools.cache
+def composites() -> dict[Any, Callable[..., Any]]:
+    """What stands for each such op, as `make_fx` takes it."""
+    table: dict[Any, Callable[..., Any]] = {aten.einsum.default: _einsum}
+    for dropout in (aten.dropout, aten.feature_dropout, aten.alpha_dropout):
+        table[dropout.default] = _dropout
+    table[aten.contiguous.default] = aten.contiguous.default.decompose
+    for name in torch._C._dispatch_get_all_op_names():
+        space, _, rest = name.partition("::")
+        packet, _, overload = rest.partition(".")
+        if space != "aten" or any(loop in packet for loop in _LOOPS):
+            continue
+        if packet.startswith(_EACH):
+            op = getattr(getattr(aten, packet), overload or "default")
+            table[op] = functools.partial(_each, packet.removeprefix(_EACH))
+        elif torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd"):
+            op = getattr(getattr(aten, packet), overload or "default")
+            if rule_for(op) is None and any("Tensor" in str(result.type) for result in op._schema.returns):
+                table[op] = op.decompose
+    return table
+
+
+def _einsum(equation: str, operands: Any, **kwargs: Any) -> Any:
+    one = len(operands) == 1
+    return aten.einsum.default.decompose(equation, operands, **kwargs) if one else NotImplemented
+
+
+def _dropout(x: Any, p: float, train: bool) -> Any:
+    """In eval, and at p = 0, nothing."""
+    return NotImplemented if train and p else x
+
+
+def _each(name: str, *args: Any, **kwargs: Any) -> Any:
+    """An op over lists, list element by list element."""
+    first = args[0]
+    rows = [[a[i] if isinstance(a, (list, tuple)) else a for a in args] for i in range(len(first))]
+    found = [getattr(torch.Tensor, name)(*row, **kwargs) for row in rows]
+    return None if name.endswith("_") else found
+
+
+__all__ = ["composites"]
