@@ -65,11 +65,11 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
     ),
     "addmm": (
         lambda x, y: torch.addmm(x.flatten(0, 1), y.flatten(0, 1), torch.ones(4, 4)),
-        ["aten.reshape.default", "aten.reshape.default", "aten.ones.default", "aten.mm.default", ADD],
+        ["aten.flatten.using_ints", "aten.flatten.using_ints", "aten.ones.default", "aten.mm.default", ADD],
     ),
     "a bias": (
         lambda x, y: torch.addmm(torch.ones(4), x.flatten(0, 1), torch.ones(4, 4)),
-        ["aten.ones.default", "aten.reshape.default", "aten.ones.default", "aten.addmm.default"],
+        ["aten.ones.default", "aten.flatten.using_ints", "aten.ones.default", "aten.addmm.default"],
     ),
     "broadcast": (lambda x, y: torch.add(*torch.broadcast_tensors(x, y)), [ADD]),
     "lists": (lambda x, y: torch._foreach_add([x], [y])[0], [ADD]),
