@@ -31,7 +31,7 @@ from ..rules.views import PermuteRule, ViewRule
 aten = torch.ops.aten
 
 _EXPANDS = {aten.expand.default}
-_BIASED = {aten.scaled_dot_product_attention.default: 3, aten.baddbmm.default: 0, aten.addmm.default: 0}
+_SDPA, _MASK = aten.scaled_dot_product_attention.default, 3
 """Products, and which of their operands broadcasts."""
 _UNLIKE = {aten.copy.default}
 """Pointwise ops whose operands do not all broadcast."""
@@ -68,8 +68,8 @@ class _Narrower:
                 continue
             if not isinstance(node.target, torch._ops.OpOverload):
                 continue
-            if node.target in _BIASED:
-                self._read_narrow(Call(node), [_BIASED[node.target]])
+            if node.target is _SDPA:
+                self._read_narrow(Call(node), [_MASK])
                 continue
             found = self._spread(node) if gives_one_value(node.target) else None
             if found is not None and found.same:
@@ -272,7 +272,7 @@ class _Narrower:
             if held is None or not held.same:
                 continue
             before, shapes[i] = shapes[i], held.narrow
-            if node.target not in _BIASED and _broadcast(shapes[:read]) != _shape(node):
+            if node.target is not _SDPA and _broadcast(shapes[:read]) != _shape(node):
                 shapes[i] = before
                 continue
             name = call.operands[i][0][0]
