@@ -32,7 +32,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .normal.composites import composites
 from .normal.functional import functionalise, is_impure
 from .normal.fused import EXPANSIONS
-from .normal.regions import CaptureError, cut_out, enters_vmap, retrace, vmap_stretch
+from .normal.regions import CaptureError, SpelledOut, cut_out, enters_vmap, retrace, vmap_stretch
 from .normalize import normalize
 
 aten = torch.ops.aten
@@ -215,7 +215,7 @@ class _Tracer(fx.Interpreter):
         stretch = vmap_stretch(first)
         body, inputs, outputs = cut_out(self.module, stretch)
         values = [self.env[n] if n in self.env else self.run_node(n) for n in inputs]
-        plain = retrace(lambda *args: fx.Interpreter(body).run(*args, enable_io_processing=False), values)
+        plain = retrace(lambda *args: SpelledOut(body).run(*args, enable_io_processing=False), values)
         self.env.update(dict.fromkeys(stretch))
         self.env.update(zip(outputs, fx.Interpreter(plain).run(*values), strict=True))
         return self.env[first]

@@ -10,11 +10,13 @@
 | `addcmul(x, a, b, value=c)`, `addcdiv`                  | `add(x, mul(a, b), alpha=c)`, `add(x, div(a, b), ...)`   |
 | `lerp(x, y, w)`                                         | `add(x, mul(sub(y, x), w))`                              |
 | `baddbmm(x, a, b, beta=c, alpha=d)`, `addmm` of rows    | `add(mul(x, c), mul(bmm(a, b), d))`                      |
+| attention, norms, convolutions as below autograd        | as above it: `scaled_dot_product_attention`, `conv2d`    |
 | `pad(x, (m, 0))`                                        | `cat([full(m), x], -1)`                                  |
 | the sum of what stands side by side along a dim         | adds: `add(x, y)`                                        |
 | the mean of it                                          | adds, divided: `div(add(x, y), 2)`                       |
 | one of it (`unbind`, `split`, `select`, `slice`)        | itself: `x`                                              |
 | what is the same along a dim, spread out                | its row (`normal/spread.py`)                             |
+| views of the same shape, `x * 1.0`, `x + 0`             | `x`                                                      |
 | numbers that change nothing                             | left out (`normal/idle.py`)                              |
 
 Side by side stand the operands of a `stack`, a `cat`, and of permutes and views of them.
@@ -74,6 +76,22 @@ def _by_table(graph: fx.Graph, mode: FakeTensorMode) -> None:
 
 Form = Callable[[Call, Emit], "fx.Node | list[fx.Node] | None"]
 """What stands for the result of a call, or for each of its results."""
+
+
+def _itself(call: Call, emit: Emit) -> fx.Node | None:
+    """A view of the same shape."""
+    before, after = (list(map(expr, val.shape)) for val in (call.vals[0], call.out))
+    return call.nodes[0] if before == after else None
+
+
+def _changed_by(neutral: float) -> Form:
+    """Arithmetic with the number that changes nothing."""
+
+    def form(call: Call, emit: Emit) -> fx.Node | None:
+        same = call.vals[0].dtype == call.out.dtype and not isinstance(call.args["other"], bool)
+        return call.nodes[0] if same and len(call.nodes) == 1 and call.args["other"] == neutral else None
+
+    return form
 
 
 def _filled(number: float) -> Form:
@@ -143,6 +161,50 @@ def _plus_product(product: Any) -> Form:
         return emit(aten.add.Tensor, call.nodes[0] if beta == 1 else emit(aten.mul.Tensor, call.nodes[0], beta), out)
 
     return form
+
+
+def _whole(form: Form) -> Form:
+    """What is read of an op with several results is the first."""
+
+    def first(call: Call, emit: Emit) -> list[fx.Node] | None:
+        if any(user.args[1] != 0 for user in call.node.users if user.users):
+            return None
+        found = form(call, emit)
+        return [found] * len(call.node.meta["val"]) if isinstance(found, fx.Node) else None
+
+    return first
+
+
+def _attention(call: Call, emit: Emit) -> fx.Node:
+    a = call.args
+    options: dict[str, Any] = {"dropout_p": a.get("dropout_p") or 0.0, "is_causal": a.get("is_causal") or False}
+    mask = a.get("attn_mask", a.get("attn_bias"))
+    options |= {} if mask is None else {"attn_mask": mask}
+    options |= {} if a.get("scale") is None else {"scale": a["scale"]}
+    return emit(aten.scaled_dot_product_attention.default, *call.nodes[:3], **options)
+
+
+def _layer_norm(call: Call, emit: Emit) -> fx.Node:
+    a = call.args
+    return emit(aten.layer_norm.default, a["input"], a["normalized_shape"], a["weight"], a["bias"], a["eps"])
+
+
+def _convolution(call: Call, emit: Emit) -> fx.Node | None:
+    a, spatial = call.args, call.vals[0].dim() - 2
+    if a["transposed"] or spatial not in _CONVOLUTIONS:
+        return None
+    rest = (a["stride"], a["padding"], a["dilation"], a["groups"])
+    return emit(_CONVOLUTIONS[spatial], a["input"], a["weight"], a["bias"], *rest)
+
+
+_CONVOLUTIONS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+# What is left of attention below autograd (vmap, exported programs), as far as this release of torch has it.
+_ATTENTIONS = [
+    getattr(aten, f"_scaled_dot_product_{name}").default
+    for name in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention",
+                 "fused_attention_overrideable", "attention_math", "attention_math_for_mps")
+    if hasattr(aten, f"_scaled_dot_product_{name}")
+]  # fmt: skip
 
 
 # -- values side by side -----------------------------------------------------------------------------------------------
@@ -242,6 +304,14 @@ def _one_dtype(call: Call) -> bool:
 
 
 FORMS: dict[Any, Form] = {
+    **dict.fromkeys(_ATTENTIONS, _whole(_attention)),
+    **dict.fromkeys(
+        (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default), _itself
+    ),
+    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar), _changed_by(1)),
+    **dict.fromkeys((aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar), _changed_by(0)),
+    aten.native_layer_norm.default: _whole(_layer_norm),
+    aten.convolution.default: _convolution,
     aten.new_zeros.default: _filled(0.0),
     aten.new_ones.default: _filled(1.0),
     aten.addcmul.default: _added(aten.mul.Tensor),

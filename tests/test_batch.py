@@ -13,6 +13,7 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import tome_fx
 from tests import strategies
 from tests import test_branch as branch
 from tests import test_joined_keys as joined
@@ -87,3 +88,70 @@ def test_two_streams() -> None:
 def test_keys_among_others(form: str) -> None:
     torch.manual_seed(0)
     assert_apart(redraw(joined.Net(form)), (torch.randn(BATCH, joined.N, joined.D),), R)
+
+
+class OneByOne(nn.Module):
+    """Attention sample by sample, beside the others on one stream: `by` an index or a slice."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.by, self.norm, self.qkv, self.out = by, nn.LayerNorm(32), nn.Linear(32, 96), nn.Linear(32, 32)
+        self.mlp = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        attend = nn.functional.scaled_dot_product_attention
+        if self.by == "index":
+            y = torch.stack([attend(q[i], k[i], v[i]) for i in range(len(x))])
+        else:
+            y = torch.cat([attend(q[i : i + 1], k[i : i + 1], v[i : i + 1]) for i in range(len(x))])
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.mlp(x)
+
+
+@pytest.mark.filterwarnings("ignore::tome_fx.ToMeWarning")
+@pytest.mark.parametrize("placement", ["auto", "stream", "branch"])
+@pytest.mark.parametrize("by", ["index", "slice"])
+def test_attention_sample_by_sample(by: str, placement: str) -> None:
+    """An attention that sees one sample of the stream beside it must not group the tokens of the others."""
+    torch.manual_seed(0)
+    model, x = redraw(OneByOne(by)).eval(), torch.randn(2, 40, 32)
+    fast = torch.compile(model, backend=tome_fx.tome_backend(r=8, inner="eager", placement=placement))
+    with torch.no_grad():
+        moved = (fast(x)[0] - fast(torch.cat([x[:1], torch.randn(1, 40, 32)]))[0]).abs().max()
+    assert moved < 1e-6
+
+
+def test_vmap_over_samples() -> None:
+    """vmap merges as the batch does."""
+    model, (x, *_) = build(Spec(batch=BATCH, readout="mean"))
+    backend = tome_fx.tome_backend(r=R, inner="eager", placement="stream")
+    with torch.no_grad():
+        want = torch.compile(model, backend=backend)(x)
+        plain = tome_fx.reports()[-1].tokens
+        got = torch.compile(lambda x: torch.vmap(lambda row: model(row[None])[0])(x), backend=backend)(x)
+    assert tome_fx.reports()[-1].tokens == plain
+    torch.testing.assert_close(got, want)
+
+
+def test_ensembles() -> None:
+    """Models whose weights are stacked and that vmap runs at once merge as each does alone."""
+    spec = Spec(batch=BATCH, readout="mean")
+    models, (x, *_) = [build(spec)[0] for _ in range(3)], build(spec)[1]
+    with torch.no_grad():
+        for i, model in enumerate(models):
+            for weight in model.parameters():
+                weight += 0.02 * i * torch.randn_like(weight)
+    weights, buffers = torch.func.stack_module_state(models)
+    base = models[0]
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return torch.vmap(lambda w, b: torch.func.functional_call(base, (w, b), (x,)))(weights, buffers)
+
+    backend = tome_fx.tome_backend(r=R, inner="eager", placement="stream")
+    with torch.no_grad():
+        got = torch.compile(run, backend=backend)(x)
+        tokens = tome_fx.reports()[-1].tokens
+        want = [torch.compile(model, backend=backend)(x) for model in models]
+    assert tokens == tome_fx.reports()[-1].tokens
+    torch.testing.assert_close(got, torch.stack(want), rtol=1e-4, atol=1e-4)

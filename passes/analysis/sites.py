@@ -64,8 +64,9 @@ def place(node: fx.Node) -> str:
 
 
 def _clean(path: str) -> str:
-    """`L['self']._modules['blocks']._modules['0'].attn` -> `blocks.0.attn`."""
-    path = re.sub(r"^L\['\w+'\](\[\d+\])?", "", path)  # the local that the model is in
+    """`L['self']._modules['blocks']._modules['0'].attn`, `getattr(G['model'].blocks, '0').attn` -> `blocks.0.attn`."""
+    path = re.sub(r"getattr\((.*?), '(\w+)'\)", r"\1.\2", path)
+    path = re.sub(r"^[GL]\['\w+'\](\[\d+\])?|^G\.\w+", "", path)  # the variable that the model is in
     for junk in (".__dict__", "._modules", "['", "']", "self."):
         path = path.replace(junk, "." if junk in ("['",) else "")
     parts = [p for p in path.split(".") if p and p not in ("_orig_mod",)]

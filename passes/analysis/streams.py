@@ -20,7 +20,7 @@ from tome_fx.report import SkipReason
 
 from ..algebra.axes import Atom, Dim, count_of, leaves, locate, size_of
 from ..rules import Call, find
-from ..rules.base import sources
+from ..rules.base import Role, sources
 from ..rules.contraction import Contraction
 from ..rules.facts import Facts
 from ..rules.pointwise import POINTWISE
@@ -69,7 +69,8 @@ def residuals(site: AttentionSite, facts: Facts, tokens: Dim) -> Iterator[Spot |
     for node, others in _adds_after(site, facts):
         for other in others:
             stream = origin(other, site.k.node, facts)
-            if facts.leads(stream, site.k.node) and holds(facts, node, tokens) and holds(facts, stream, tokens):
+            held = holds(facts, node, tokens) and holds(facts, stream, tokens)
+            if facts.leads(stream, site.k.node) and held and not _strangers(site, node, facts):
                 yield Spot(merge=node, stream=stream)
             elif facts.leads(other, site.k.node):
                 yield None
@@ -98,6 +99,7 @@ def merge_point(site: AttentionSite, facts: Facts, tokens: Dim) -> Spot | SkipRe
     for spot in residuals(site, facts, tokens):
         if spot is None:
             why = "where its output is added its tokens do not stand in one dim of the residual stream"
+            why += ", or beside samples that it does not see"
             return SkipReason("no residual add", site.name, why)
         return _past_parallel_branch(spot, facts, tokens)
     return SkipReason("no residual add", site.name, "its output is never added to a value that it was computed from")
@@ -178,7 +180,23 @@ def branch_point(site: AttentionSite, facts: Facts, tokens: Dim) -> Spot | SkipR
 def _strangers(site: AttentionSite, node: fx.Node, facts: Facts) -> bool:
     """Whether a value has samples of which the attention sees one: they would all merge as that one."""
     seen = facts.leaves_of(site.q.node) | facts.leaves_of(site.k.node)
-    return bool(facts.leaves_of(node) - seen - facts.features)
+    unseen = facts.leaves_of(node) - seen - facts.features
+    return bool(unseen) and not unseen <= _combined(site, facts)
+
+
+def _combined(site: AttentionSite, facts: Facts) -> set[Atom]:
+    """The leaves that products on the way to the keys sum over: features, though weights that are inputs made them."""
+    found: set[Atom] = set()
+    for node in facts.reach.nodes[: facts.reach.index[site.k.node] + 1]:
+        call = facts.calls.get(node)
+        if call is None or not isinstance(rule := find(call), Contraction) or not facts.leads(node, site.k.node):
+            continue
+        sig = rule.signature(call, facts)
+        for n, letters in zip(call.nodes, sig.ins, strict=True):
+            dims = facts.dims(n)
+            summed = [d for d, x in enumerate(letters) if x is not None and sig.role(x) is Role.SUM]
+            found |= {leaf for d in summed for leaf in leaves(dims[d])}
+    return found
 
 
 __all__ = ["Spot", "branch_point", "holds", "length_of", "merge_point", "pooled", "residuals", "stream_beside",

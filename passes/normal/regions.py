@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+
+aten = torch.ops.aten
 
 
 class CaptureError(Exception):
@@ -26,6 +28,24 @@ def retrace(run: Callable[..., Any], values: Sequence[Any]) -> fx.GraphModule:
     """
     with torch._C.DisableTorchFunction(), disable_proxy_modes_tracing():  # the trace around this must not see it
         return make_fx(run, tracing_mode="real")(*values)
+
+
+class SpelledOut(fx.Interpreter):
+    """Runs a graph with attention as products and a softmax: vmap takes a fused one sample by sample."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(_attention if target in _FUSED else target, args, kwargs)
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, **options: Any
+) -> Tensor:  # fmt: skip
+    math = aten._scaled_dot_product_attention_math.default.decompose
+    return math(query, key, value, attn_mask, dropout_p, is_causal, None, **options)[0]
+
+
+_FUSED = {torch.nn.functional.scaled_dot_product_attention, aten.scaled_dot_product_attention.default}
 
 
 ENTERS, LEAVES = "_vmap_increment_nesting", "_vmap_decrement_nesting"
@@ -65,4 +85,4 @@ def cut_out(owner: torch.nn.Module, stretch: Sequence[fx.Node]) -> tuple[fx.Grap
     return fx.GraphModule(owner, graph), inputs, outputs
 
 
-__all__ = ["CaptureError", "cut_out", "enters_vmap", "retrace", "vmap_stretch"]
+__all__ = ["CaptureError", "SpelledOut", "cut_out", "enters_vmap", "retrace", "vmap_stretch"]

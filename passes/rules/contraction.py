@@ -276,6 +276,13 @@ def _pool(spatial: int) -> Callable[[Call, Facts], Signature]:
     return signature
 
 
+def _sampled(call: Call, facts: Facts) -> Signature:
+    """grid_sampler: every place of the grid reads the picture on its own (deformable attention: one for each query)."""
+    places = tuple(("at", d) for d in range(call.vals[1].dim() - 2))
+    picture = ("n", "c", *((None,) * (call.vals[0].dim() - 2)))
+    return Signature((picture, ("n", *places, None)), (("n", "c", *places),))
+
+
 register(Contraction(_linear), aten.linear)
 register(Contraction(_matmul), aten.matmul, aten.mm, aten.bmm, aten.mv, aten.dot)
 register(Contraction(_added), aten.addmm, aten.baddbmm)
@@ -286,6 +293,7 @@ register(Convolution(2), aten.conv2d)
 register(Convolution(3), aten.conv3d)
 register(Attention(), aten.scaled_dot_product_attention)
 register(SignatureRule(_embedding), aten.embedding)
+register(SignatureRule(_sampled), aten.grid_sampler_2d, aten.grid_sampler_3d, aten.cudnn_grid_sampler)
 register(SignatureRule(_pool(1)), aten.adaptive_avg_pool1d, aten.avg_pool1d, aten.max_pool1d, aten.upsample_nearest1d,
          aten.upsample_linear1d)  # fmt: skip
 register(SignatureRule(_pool(2)), aten.adaptive_avg_pool2d, aten.avg_pool2d, aten.max_pool2d, aten.upsample_bilinear2d,

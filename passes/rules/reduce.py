@@ -193,7 +193,7 @@ register(SignatureRule(_reduction(Role.MIX)), aten.var, aten.std, aten.prod.dim_
          aten.all, aten.argmax, aten.argmin, aten.max.dim, aten.min.dim, aten.max.default, aten.min.default,
          aten.var_mean, aten.std_mean, aten.median)  # fmt: skip
 register(Norm2(), aten.linalg_vector_norm, aten.norm.ScalarOpt_dim, aten.norm.ScalarOpt_dim_dtype)
-SOFTMAX = {aten.softmax.int, aten._softmax.default}
+SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 """Ops that normalise along one dim, their second argument."""
 register(Softmax("softmax"), *SOFTMAX)
 register(Softmax("log_softmax"), aten.log_softmax.int, aten._log_softmax)
