@@ -72,18 +72,21 @@ class Plan:
     r: Any = None
     asked: dict[int, int] = field(default_factory=dict)
 
+    def chains(self) -> list[list[int]]:
+        """The sites whose merges follow each other on one stream."""
+        chains: dict[int, list[int]] = {}
+        for merge in self.merges.values():
+            chains.setdefault(merge.step.chain()[0].site, []).append(merge.step.site)
+        return list(chains.values())
+
     def losing(self) -> list[int]:
         """The sites that cost more than they save.
 
         A branch stands for itself. On the stream the schedule is the user's: its merges must pay together, and each of
         them save more FLOPs than comparing its tokens takes.
         """
-        bill = self.bill
-        chains: dict[int, list[int]] = {}
-        for merge in self.merges.values():
-            chains.setdefault(merge.step.chain()[0].site, []).append(merge.step.site)
-        lost = []
-        for sites in chains.values():
+        bill, lost = self.bill, []
+        for sites in self.chains():
             pays = sum(bill.saved[site] for site in sites) > sum(map(bill.total, sites))
             lost += [site for site in sites if not pays or bill.saved[site] <= bill.compared[site]]
         return lost
@@ -147,17 +150,22 @@ def _profitable(facts: Facts, blocks: list[Block], schedule: Any) -> Plan:
         # Branches do not depend on each other. Of merges on the stream the worst first: the others may pay without it.
         branches = [site for site in losing if blocks[site].branch]
         for site in branches or [min(losing, key=lambda s: plan.bill.saved[s] - plan.bill.total(s))]:
-            dropped.append(_unpaid(blocks[site], site, plan.bill))
+            dropped.append(_unpaid(blocks[site], site, plan))
             active.remove(site)
 
 
-def _unpaid(block: Block, site: int, bill: Bill) -> SkipReason:
-    """Why a block does not merge that costs more than it saves."""
+def _unpaid(block: Block, site: int, plan: Plan) -> SkipReason:
+    """Why a block does not merge that costs more than it saves, itself or with the others of its chain."""
+    bill = plan.bill
     if not block.branch and bill.at[site][0] < NO_PRODUCT * elements_of(block.merge):
         return SkipReason("nothing to save", block.name, "no product is computed on its tokens after it")
     anyway = "branch" if block.branch else "stream"
-    why = f"merging costs as much as {bill.total(site):.2g} FLOPs, {bill.spends(site)}, and saves"
-    why += f' {bill.saved[site]:.2g}; a larger r may pay, and placement="{anyway}" merges all the same'
+    chain = next(sites for sites in plan.chains() if site in sites)
+    alone = bill.saved[site] <= bill.total(site) or len(chain) == 1
+    whose = "merging" if alone else f"merging here and at {len(chain) - 1} other places on the same stream"
+    spent, saved = (sum(map(of, [site] if alone else chain)) for of in (bill.total, bill.saved.__getitem__))
+    why = f"{whose} costs as much as {spent:.2g} FLOPs, {bill.spends(site)}, and saves {saved:.2g}"
+    why += f'; a larger r may pay, and placement="{anyway}" merges all the same'
     return SkipReason("MLP does not pay" if block.mlp else "does not pay", block.name, why)
 
 

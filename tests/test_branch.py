@@ -11,6 +11,7 @@ from hypothesis import given, note, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import tome_fx
 from tests import strategies
 from tests.models import ATTENTION, LAYOUT, MASK, Spec, build, redraw
 from tests.palette import LossyMatch, assert_lossless, equalize, palette_grid, palette_input, palette_tokens, run
@@ -292,3 +293,42 @@ def test_gradients_flow_through_a_branch() -> None:
     out.square().mean().backward()
     assert report.merged_sites == 2
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+JOINS: dict[str, Any] = {
+    "add": torch.add,
+    "lerp": lambda x, y: torch.lerp(x, y, 0.3),
+    "maximum": torch.maximum,
+    "hypot": torch.hypot,
+    "index_add": lambda x, y: x.index_add(1, torch.arange(x.shape[1]), y),
+    "sample by sample": lambda x, y: torch.stack([a + b for a, b in zip(x, y, strict=True)]),
+}
+
+
+class Joined(nn.Module):
+    """A block whose residual is joined in some other way than by an add."""
+
+    def __init__(self, join: Any) -> None:
+        super().__init__()
+        self.join, self.embed, self.qkv, self.out = join, nn.Linear(32, 32), nn.Linear(32, 96), nn.Linear(32, 32)
+        self.norm, self.mlp = nn.LayerNorm(32), nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = self.join(x, self.out(y))
+        return self.join(x, self.mlp(x))
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_a_branch_ends_where_its_output_meets_the_stream(name: str) -> None:
+    """However they are joined: no token loses its own residual. Before, all but adds merged the stream from the block's
+    input on."""
+    torch.manual_seed(0)
+    model, x = redraw(Joined(JOINS[name])).eval(), torch.randn(2, 96, 32)
+    with torch.no_grad():
+        out = tome_fx.rewrite(model, (x,), r=8, placement="branch")(x)
+    assert tome_fx.check(model, (x,), r=8, placement="branch").error < 1e-9
+    apart = torch.cdist(out[0], out[0]).fill_diagonal_(1.0)
+    assert apart.min() > 1e-6

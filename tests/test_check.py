@@ -432,3 +432,14 @@ def test_what_is_no_call_is_named(call: Any) -> None:
         call(Causal(), torch.randn(2, 36, 32))
     with pytest.raises(TypeError, match="model must be a module or a function, got str"):
         call("vit_tiny", (torch.randn(2, 36, 32),))
+
+
+def test_a_merge_at_an_input_of_the_graph() -> None:
+    """A block alone, whose tokens are its input: the first branch merges there. Before, it was told as broken."""
+    from tests.test_find_sums import Block
+
+    torch.manual_seed(0)
+    model = redraw(Block(torch.nn.functional.scaled_dot_product_attention)).eval()
+    model.norm1 = nn.Identity()
+    found = tome_fx.check(model, (torch.randn(2, 40, 32),), r=6, placement="branch")
+    assert found.merges and found.error < 1e-9 and found.moved > 1e-3

@@ -59,6 +59,9 @@ PAIRS: dict[str, Attend] = {
     "heads folded": lambda q, k, v: torch.bmm(
         torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).mul(0.25).sigmoid(), v.flatten(0, 1)
     ).view_as(v),
+    "heads in the queries": lambda q, k, v: (
+        torch.sigmoid(q.flatten(1, 2) @ k[:, 0].mT * 0.25) @ v[:, 0]
+    ).unflatten(1, (H, -1)),
     "transposed": lambda q, k, v: (v.mT @ (k @ q.mT).mul(0.25).sigmoid()).mT,
 }
 LINEAR: dict[str, Attend] = {
@@ -67,6 +70,9 @@ LINEAR: dict[str, Attend] = {
     "counted": counted,
     "softmax apart": lambda q, k, v: q.softmax(-1) @ (k.softmax(-2).mT @ v),
     "einsum": lambda q, k, v: torch.einsum("bhnd,bhde->bhne", phi(q), torch.einsum("bhnd,bhne->bhde", phi(k), v) / 40),
+    "einsum of three": lambda q, k, v: torch.einsum(
+        "bhnd,bhde,bhn->bhne", phi(q), phi(k).mT @ v, 1 / torch.einsum("bhnd,bhd->bhn", phi(q), phi(k).sum(2))
+    ),
     "values first": lambda q, k, v: ((v.mT @ k.relu()) @ q.relu().mT).mT / k.shape[2],
     "scaled between": lambda q, k, v: q @ ((k.mT @ v) * 0.1),
     "performer": Performer(),
@@ -130,12 +136,31 @@ def test_it_takes_the_keys_before_their_feature_map() -> None:
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
+def gates(k: Tensor) -> Tensor:
+    """Sums of decays that the tokens give, for each pair (Mamba-2 in its quadratic form)."""
+    total = -F.softplus(k.mean(-1)).cumsum(-1)
+    return total[..., :, None] - total[..., None, :]
+
+
+def in_chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What was before the chunk is the running sum less the chunk's own."""
+    own = k.mT @ v
+    return (q @ (own.cumsum(2) - own) + (q @ k.mT).tril() @ v).flatten(2, 3) / N
+
+
 MASKED: dict[str, Attend] = {
     # of q, k, v and keep, float [B, N]
     "tril of weights": lambda q, k, v, m: torch.sigmoid(q @ k.mT).tril() @ v,
     "times tril": lambda q, k, v, m: torch.sigmoid(q @ k.mT) * torch.ones(N, N).tril() @ v,
     "scores filled": lambda q, k, v, m: torch.sigmoid((q @ k.mT).masked_fill(torch.ones(N, N).triu(1) > 0, -1e9)) @ v,
     "zeros filled": lambda q, k, v, m: (q @ k.mT).masked_fill(torch.ones(N, N).triu(1) > 0, 0.0) @ v,
+    "tril of gates": lambda q, k, v, m: (q @ k.mT * gates(k).exp().tril()) @ v / N,
+    "tril of other scores": lambda q, k, v, m: (torch.sigmoid(q @ k.mT) * (k @ q.mT).tril()) @ v / N,
+    "less its triangle": lambda q, k, v, m: ((q @ k.mT) - (q @ k.mT).triu(1)) @ v / N,
+    "chunks, less their own": lambda q, k, v, m: in_chunks(*(x.unflatten(2, (-1, 8)) for x in (q, k, v))),
+    "probabilities times gates": lambda q, k, v, m: F.normalize(
+        (q @ k.mT * 0.1).softmax(-1) * gates(k).clamp(max=0).exp().tril(), 1, -1
+    ) @ v,
     "cumulated": lambda q, k, v, m: (phi(q)[..., None, :] @ (phi(k)[..., None] * v[..., None, :]).cumsum(2))[..., 0, :],
 }
 PADDED: dict[str, Attend] = {

@@ -165,6 +165,8 @@ VIEWS: dict[str, Fn] = {
     "index": lambda x, *_: x[:, [0, 5, 5, 2]],
     "index_both": lambda x, *_: x[[0, 1], [3, 4]],
     "index_select": lambda x, *_: x.index_select(1, torch.tensor([7, 1])),
+    "gather_as": lambda x, *_: x.gather(1, torch.arange(N).flip(0)[None, :, None].expand_as(x)),
+    "scatter_as": lambda x, *_: torch.zeros_like(x).scatter(1, torch.arange(N).roll(3)[None, :, None].expand_as(x), x),
     "gather": lambda x, *_: x.gather(1, torch.arange(N).flip(0).view(1, N, 1).expand(B, N, D)),
     "take_along": lambda x, *_: torch.take_along_dim(x, torch.tensor([[[1]], [[2]]]), 1),
     "bool_batch": lambda x, *_: x[torch.tensor([1])],

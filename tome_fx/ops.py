@@ -345,9 +345,9 @@ def merge_aten(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor,
     """`merge`, spelled out."""
     dim = assign.dim() - 1
     slot = assign.gather(dim, moved)
-    share = size_out.gather(dim, slot)
-    share = share.reciprocal() if size is None else size.gather(dim, moved) / share
     wide = torch.promote_types(x.dtype, torch.float32)
+    share = size_out.gather(dim, slot).to(wide)
+    share = share.reciprocal() if size is None else size.gather(dim, moved).to(wide) / share
     out = x.gather(dim, _index(keep, x)).to(wide)
     joining = x.gather(dim, _index(moved, x)).to(wide) - out.gather(dim, _index(slot, x))
     return out.scatter_add(dim, _index(slot, x), joining * _column(share, x)).to(x.dtype)

@@ -182,11 +182,15 @@ class _Runner:
         ends: dict[fx.Node, list[fx.Node]] = {}
         for source, node in last.items():
             ends.setdefault(node, []).append(source)
+        for node in (given := self.graph.find_nodes(op="placeholder")):
+            value = next(left)
+            self.env[node] = _wide(value) if self.exact else value
+        for node in given:  # a merge at one of them may read another
+            self.env[node] = self.after(node, self.env[node])
         for node in self.graph.nodes:
             if node.op == "placeholder":
-                value = next(left)
-                self.env[node] = _wide(value) if self.exact else value
-            elif node.op == "output":
+                continue
+            if node.op == "output":
                 read = self.operands(node)
                 outputs = [read.get(n, self.env[n]) if isinstance(n, fx.Node) else n for n in tree_leaves(node.args[0])]
             elif node.target is aten.copy_.default:

@@ -92,6 +92,29 @@ def masked_by_place(site: AttentionSite, facts: Facts) -> bool:
                     low &= any(_is_cut(n, on_it, facts) for n in operands)
                 if low or any(_cut_low(n, on_it, facts, after) for n in operands):
                     return True
+        if any(_placed_in(n, site, facts) for *_, n in _aside(way, facts)):
+            return True
+    return False
+
+
+def _placed_in(root: fx.Node, site: AttentionSite, facts: Facts) -> bool:
+    """Whether a factor or term of the scores that the model computes for each pair has a triangle cut out of it, or
+    zeros written to it."""
+    tokens = {*site.q.axis(facts), *site.k.axis(facts)}
+    todo, seen = [root], set[fx.Node]()
+    while todo:
+        node = todo.pop()
+        if node in seen or node in facts.constant or node not in facts.calls:
+            continue
+        seen.add(node)
+        call, held = facts.calls[node], facts.dims(node)
+        pairs = sum(bool(tokens & set(leaves(dim))) for dim in held) > 1
+        if pairs and _packet(node) in (aten.tril, aten.triu):
+            return True
+        written = pairs and _packet(node) in _PLACED
+        if written and (_has_low(node, True) or any(n in facts.constant and _low(n, facts, True) for n in call.nodes)):
+            return True
+        todo += [] if isinstance(find(call), Contraction) else call.nodes
     return False
 
 

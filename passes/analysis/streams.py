@@ -7,6 +7,7 @@ residual stream does not.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,9 +22,10 @@ from tome_fx.report import SkipReason
 from ..algebra.axes import Atom, Dim, count_of, leaves, locate, size_of
 from ..rules import Call, find
 from ..rules.base import Role, sources
-from ..rules.contraction import Contraction
+from ..rules.contraction import Attention, Contraction, Convolution
 from ..rules.facts import Facts
 from ..rules.pointwise import POINTWISE
+from ..rules.slices import SelectRule, SliceRule, SplitRule
 from ..rules.views import PermuteRule, ViewRule
 from .sites import AttentionSite
 from .values import size_hint
@@ -70,7 +72,7 @@ def residuals(site: AttentionSite, facts: Facts, tokens: Dim) -> Iterator[Spot |
         for other in others:
             stream = origin(other, site.k.node, facts)
             held = holds(facts, node, tokens) and holds(facts, stream, tokens)
-            if facts.leads(stream, site.k.node) and held and not _strangers(site, node, facts):
+            if facts.leads(stream, site.k.node) and held and not _strangers(site, node, facts, tokens):
                 yield Spot(merge=node, stream=stream)
             elif facts.leads(other, site.k.node):
                 yield None
@@ -119,13 +121,31 @@ def _past_parallel_branch(spot: Spot, facts: Facts, tokens: Dim) -> Spot:
 
 
 def stream_beside(site: AttentionSite, facts: Facts) -> fx.Node | None:
-    """The stream that the output of a site is added to."""
-    for _, others in _adds_after(site, facts):
-        for other in others:
-            stream = origin(other, site.q.node, facts)
-            if facts.leads(stream, site.q.node):
-                return stream
+    """What the queries come from that the output of a site meets first, whatever joins them but a product."""
+    for node in facts.reach.nodes[facts.reach.index[site.out] + 1 :]:
+        call = facts.calls.get(node)
+        if call is None or len(call.nodes) < 2 or not facts.leads(site.out, node) or _multiplies(call):
+            continue
+        for other in call.nodes:
+            if not facts.leads(site.out, other):
+                stream = origin(_whole(other, facts), site.q.node, facts)
+                if facts.leads(stream, site.q.node):
+                    return stream
     return None
+
+
+def _whole(node: fx.Node, facts: Facts) -> fx.Node:
+    """What a value is a part of."""
+    while True:
+        call = facts.calls.get(node.all_input_nodes[0] if node.target is operator.getitem else node)
+        if call is None or not isinstance(find(call), (SelectRule, SliceRule, SplitRule)):
+            return node
+        node = call.nodes[0]
+
+
+def _multiplies(call: Call) -> bool:
+    packet = getattr(call.target, "overloadpacket", None)
+    return packet in (aten.mul, aten.div) or isinstance(find(call), (Contraction, Convolution, Attention))
 
 
 def pooled(site: AttentionSite, facts: Facts, tokens: Dim) -> bool:
@@ -162,7 +182,7 @@ def branch_point(site: AttentionSite, facts: Facts, tokens: Dim) -> Spot | SkipR
             break
         if not isinstance(node.meta.get("val"), torch.Tensor):
             continue
-        if not holds(facts, node, tokens) or _strangers(site, node, facts):
+        if not holds(facts, node, tokens) or _strangers(site, node, facts, tokens):
             break
         best = node
     # Without a projection on the way there is nothing to save before the attention, and keys are the better metric.
@@ -177,10 +197,10 @@ def branch_point(site: AttentionSite, facts: Facts, tokens: Dim) -> Spot | SkipR
     return Spot(merge=best, stream=best, branch=True)
 
 
-def _strangers(site: AttentionSite, node: fx.Node, facts: Facts) -> bool:
+def _strangers(site: AttentionSite, node: fx.Node, facts: Facts, tokens: Dim) -> bool:
     """Whether a value has samples of which the attention sees one: they would all merge as that one."""
     seen = facts.leaves_of(site.q.node) | facts.leaves_of(site.k.node)
-    unseen = facts.leaves_of(node) - seen - facts.features
+    unseen = facts.leaves_of(node) - seen - facts.features - set(tokens)
     return bool(unseen) and not unseen <= _combined(site, facts)
 
 

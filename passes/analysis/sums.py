@@ -85,12 +85,17 @@ class _Finder:
     def _of_tokens(self, axis: Dim) -> bool:
         return bool(axis) and not self.facts.features & set(axis)
 
+    def _queries(self, product: _Product, i: int) -> list[int]:
+        """The dims of an operand that have tokens which the other has not; heads may be folded into them."""
+        axes = [(d, set(self._axis(product.node(i), d))) for d in product.own[i]]
+        return [d for d, axis in axes if axis - self.facts.features]
+
     def of_pairs(self, product: _Product) -> AttentionSite | None:
         """Where one operand has a weight for every query and key."""
         if not self._of_tokens(product.axis):
             return None
         for i in (0, 1):
-            queries = [d for d in product.own[i] if self._of_tokens(self._axis(product.node(i), d))]
+            queries = self._queries(product, i)
             values = product.own[1 - i]
             if len(queries) != 1 or not values:
                 continue
@@ -146,14 +151,19 @@ class _Finder:
                 continue
             for i in (0, 1):
                 # The queries are the operand that has tokens of its own and shares the features of the keys.
-                spots = [d for d in reader.own[i] if self._of_tokens(self._axis(reader.node(i), d))]
+                spots = self._queries(reader, i)
                 keys = [j for j in (0, 1) if reader.axis in own[j]]
-                if len(spots) == 1 and keys and reader.node(1 - i) in {*seen, product.call.node}:
+                if len(spots) == 1 and keys and self._only_mapped(product.call.node, reader.node(1 - i)):
                     (j, *_) = keys
                     key, value = (Operand(product.node(n), product.at[n], tuple(product.own[n])) for n in (j, 1 - j))
                     query = Operand(reader.node(i), spots[0], (reader.at[i],))
                     return _site(query, self._raw(key), value, node)
         return None
+
+    def _only_mapped(self, product: fx.Node, node: fx.Node) -> bool:
+        """Whether a value is a product mapped entry by entry, and nothing else of it: no running sum of chunks."""
+        way = self.facts.reach.between(product, node)
+        return bool(way) and all(n in self.facts.calls and elementwise(find(self.facts.calls[n])) for n in way[1:])
 
     def _raw(self, operand: Operand) -> Operand:
         """Keys before their feature map."""

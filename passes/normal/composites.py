@@ -46,8 +46,17 @@ def composites() -> dict[Any, Callable[..., Any]]:
 
 
 def _einsum(equation: str, operands: Any, **kwargs: Any) -> Any:
-    one = len(operands) == 1
-    return aten.einsum.default.decompose(equation, operands, **kwargs) if one else NotImplemented
+    """Of one operand, permutes and sums; of more than two, one product after the other."""
+    if len(operands) == 1:
+        return aten.einsum.default.decompose(equation, operands, **kwargs)
+    terms, arrow, out = equation.replace(" ", "").partition("->")
+    first, second, *rest = terms.split(",")
+    if not rest or "." in equation or not arrow:
+        return NotImplemented
+    later = {*out, *"".join(rest)}
+    kept = "".join(c for c in dict.fromkeys(first + second) if c in later)
+    product = torch.einsum(f"{first},{second}->{kept}", *operands[:2])
+    return torch.einsum(",".join([kept, *rest]) + f"->{out}", product, *operands[2:])
 
 
 def _dropout(x: Any, p: float, train: bool) -> Any:
