@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .algebra.axes import Dim, fresh_dims, leaves, same, size_of, unify
 from .algebra.axes import expr as size_expr
-from .algebra.axes import fresh_dims, leaves, same, size_of, unify
 from .analysis.pairs import Pairs, elementwise
 from .analysis.provenance import origins
 from .analysis.reach import Reach
@@ -42,7 +42,7 @@ def infer_axes(graph: fx.Graph, model_input: Sequence[bool], held: Mapping[fx.No
     model_input: for each placeholder, whether it varies from call to call. held: the values of some that do not.
     """
     facts = Facts(graph, buffers={n for n, value in held.items() if not isinstance(value, torch.nn.Parameter)})
-    angles = _Angles(facts)
+    angles, made = _Angles(facts), list[tuple[Dim, Dim]]()
     varies = iter(model_input)
     values = Values(held, facts.constant)
     for node in graph.nodes:
@@ -66,9 +66,9 @@ def infer_axes(graph: fx.Graph, model_input: Sequence[bool], held: Mapping[fx.No
         rule = find(call)
         facts.axes[node] = rule.axes(call, facts)
         if isinstance(rule, (Contraction, Convolution)) and any(n in facts.constant for n in call.nodes):
-            _note_channels(call, rule, facts)
+            made += _note_channels(call, rule, facts)
         elif isinstance(rule, (SliceRule, SplitRule, CatRule)) or call.target in _PADS:
-            _note_made_channels(call, facts)
+            _note_made_channels(call, facts, made)
         _note_uniform(call, rule, facts)
         _note_reads(call, facts, values)
         if any(v.dtype is torch.bool for v in results) or (
@@ -136,16 +136,20 @@ class _Angles:
             facts.angles.add(node)
 
 
-def _note_channels(call: Call, rule: SignatureRule, facts: Facts) -> None:
-    """Axes that a weight brings into a product: they are features, never tokens."""
+def _note_channels(call: Call, rule: SignatureRule, facts: Facts) -> list[tuple[Dim, Dim]]:
+    """Note the axes that a weight brings into a product: they are features, never tokens. Returns them, each with what
+    stands beside it."""
     sig = rule.signature(call, facts)
     weights: set[Any] = set()
     others: set[Any] = set()
     for node, letters in zip(call.nodes, sig.ins, strict=True):
         (weights if node in facts.constant and _is_weight(node) else others).update(letters)
-    for letter, dim in zip(sig.outs[0], facts.dims(call.node), strict=True):
-        if letter in weights - others and call.node not in facts.constant:
-            facts.channels.append(dim)
+    if call.node in facts.constant:
+        return []
+    dims = list(zip(sig.outs[0], facts.dims(call.node), strict=True))
+    found = [dim for letter, dim in dims if letter in weights - others]
+    facts.channels += found
+    return [(dim, tuple(x for letter, own in dims if letter not in weights for x in own)) for dim in found]
 
 
 def _is_weight(node: fx.Node) -> bool:
@@ -199,9 +203,13 @@ LISTED = 1024
 _PADS = {aten.pad.default, aten.constant_pad_nd.default}
 
 
-def _note_made_channels(call: Call, facts: Facts) -> None:
-    """A piece of a feature axis is one too, and so is one that was padded or joined with others."""
+def _note_made_channels(call: Call, facts: Facts, made: Sequence[tuple[Dim, Dim]]) -> None:
+    """A piece of a feature axis is one too, and so is one that was padded or joined with others. Not so of what a
+    weight gives to each head: a table of relative positions is cut to the number of the tokens.
+
+    made: axes that weights brought into products, and what stands beside each."""
     features = {leaf for dim in facts.channels for leaf in leaves(dim)}
+    features -= {leaf for dim, beside in made if features & set(leaves(beside)) for leaf in leaves(dim)}
     before = facts.dims(call.nodes[0])
     for after in facts.axes[call.node]:
         if len(after) == len(before):

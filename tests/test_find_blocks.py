@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import tome_fx
 from tests.models import redraw
 from tests.palette import assert_lossless, compiled, distance
 from tests.strategies import thinned
@@ -132,3 +133,23 @@ def test_a_sample_without_keys(dtype: torch.dtype, low: Any) -> None:
     with torch.no_grad():
         error = distance(compiled(model, 8, placement="stream")(x), model(x))
     assert error < {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 2e-4}[dtype], f"{error:.0e}"
+
+
+def shifted(table: Tensor) -> Attend:
+    """Relative keys, shifted from distances to places (music transformer, BoTNet): cut out of a table's product."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        b, h, n, _ = q.shape
+        far = F.pad(q @ table.mT, (0, 1)).flatten(2)  # [B, H, N * 2N]
+        near = F.pad(far, (0, n - 1)).view(b, h, n + 1, 2 * n - 1)[:, :, :n, n - 1 :]
+        return ((q @ k.mT + near) * 0.25).softmax(-1) @ v
+
+    return attend
+
+
+def test_relative_keys_are_no_channels() -> None:
+    """What is cut from the product with a table has as many places as there are keys: they are tokens all the same."""
+    table = torch.randn(2 * N - 1, D // H) * 0.1
+    with torch.no_grad():
+        torch.compile(net(shifted(table)), backend=tome_fx.tome_backend(r=6, inner="eager"))(tokens())
+    assert "attention over channels" not in {s.kind for s in tome_fx.reports()[-1].skipped}
