@@ -31,6 +31,7 @@ Its folders are what they are made of. Each imports only from those before it:
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -94,8 +95,19 @@ class Result:
         return any(given & set(leaves(merge.block.tokens)) for merge in self.plan.merges.values())
 
 
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Little of what passes make is garbage before they end, and a collection walks all that the process holds."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
+@_no_collector()
 def run_pipeline(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig) -> Result:
     """All passes over one graph.
 
