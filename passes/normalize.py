@@ -16,6 +16,7 @@
 | the mean of it                                          | adds, divided: `div(add(x, y), 2)`                       |
 | one of it (`unbind`, `split`, `select`, `slice`)        | itself: `x`                                              |
 | what is the same along a dim, spread out                | its row (`normal/spread.py`)                             |
+| `stack([x, x])`, `cat([x, x])`                          | `expand(unsqueeze(x))`, flattened for a cat              |
 | views of the same shape, `x * 1.0`, `x + 0`             | `x`                                                      |
 | numbers that change nothing                             | left out (`normal/idle.py`)                              |
 
@@ -293,6 +294,18 @@ def _part(call: Call, emit: Emit) -> fx.Node | None:
     return None
 
 
+def _beside_itself(call: Call, emit: Emit) -> fx.Node | None:
+    """One value several times is spread out."""
+    k, new = len(call.nodes), call.target is aten.stack.default
+    if len(set(call.nodes)) != 1 or k < 2 or not all(isinstance(n, int) for n in call.out.shape):
+        return None
+    d = call.axis(call.args["dim"], call.out.dim())
+    own = list(call.vals[0].shape)
+    row = emit(aten.unsqueeze.default, call.nodes[0], d)
+    out = emit(aten.clone.default, emit(aten.expand.default, row, [*own[:d], k, *own[d:]]))
+    return out if new else emit(aten.reshape.default, out, list(call.out.shape))
+
+
 def _one_kind(call: Call) -> bool:
     """Whether operands and result are floats of one dtype. (In half precision a form may round once more.)"""
     held = [*call.vals, *call.results]
@@ -320,6 +333,8 @@ FORMS: dict[Any, Form] = {
     aten.lerp.Tensor: _toward,
     aten.baddbmm.default: _plus_product(aten.bmm.default),
     aten.addmm.default: _plus_product(aten.mm.default),
+    aten.cat.default: _beside_itself,
+    aten.stack.default: _beside_itself,
     aten.pad.default: _padded,
     aten.constant_pad_nd.default: _padded,
     aten.sum.dim_IntList: _summed,

@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from passes.capture import capture
 
 ADD, MUL, DIV = "aten.add.Tensor", "aten.mul.Tensor", "aten.div.Tensor"
+SPREAD = ["aten.reshape.default", "aten.expand.default", "aten.clone.default", "aten.reshape.default"]
 FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
     # of x and y, [2, 3, 4]: (spelling, the ops of its form)
     "addcmul": (lambda x, y: torch.addcmul(x, x, y), [MUL, ADD]),
@@ -51,7 +52,7 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
         lambda x, y: torch.hstack([x[:, None], y[:, None]]).sum(1),
         ["aten.unsqueeze.default"] * 2 + ["aten.squeeze.dim"] * 2 + [ADD],
     ),
-    "stack, unbound": (lambda x, y: sum(torch.stack([x, y], 1).unbind(1)), [ADD, ADD]),
+    "stack, unbound": (lambda x, y: sum(torch.stack([x, y], 1).unbind(1)), [ADD]),
     "cat, cut again": (lambda x, y: torch.cat([x, y], 1)[:, 3:] + torch.cat([y, x], -1).chunk(2, -1)[1], [ADD]),
     "cat, cut elsewhere": (lambda x, y: torch.cat([x, y], 1)[:, 2:5], ["aten.cat.default", "aten.slice.Tensor"]),
     "lerp": (lambda x, y: torch.lerp(x, y, 0.3), ["aten.sub.Tensor", MUL, ADD]),
@@ -86,7 +87,23 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
     "narrow": (lambda x, y: x.narrow(1, 1, 2), ["aten.slice.Tensor"]),
     "tensor_split": (lambda x, y: x.tensor_split(2, -1)[1], ["aten.slice.Tensor"]),
     "concatenate": (lambda x, y: torch.concatenate([x, y]), ["aten.cat.default"]),
-    "tile": (lambda x, y: x.tile(2, 1, 1), ["aten.repeat.default"]),
+    "tile": (lambda x, y: x.tile(2, 1, 1), SPREAD),
+    "repeat": (lambda x, y: x.repeat(1, 3, 1), SPREAD),
+    "repeat_interleave": (
+        lambda x, y: x.repeat_interleave(3, 1),
+        ["aten.unsqueeze.default", "aten.expand.default", "aten.clone.default", "aten.flatten.using_ints"],
+    ),
+    "beside itself": (lambda x, y: torch.cat([x, x], 1), ["aten.unsqueeze.default", *SPREAD[1:]]),
+    "below autograd": (
+        lambda x, y: torch.ops.aten.native_layer_norm(x, [4], None, None, 1e-5)[0],
+        ["aten.layer_norm.default"],
+    ),
+    "below autograd, attention": (
+        lambda x, y: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(x[None], y[None], x[None])[0],
+        ["aten.unsqueeze.default"] * 3 + ["aten.scaled_dot_product_attention.default"],
+    ),
+    "times one": (lambda x, y: x * 1.0 + 0 + y / 1, [ADD]),
+    "view of its shape": (lambda x, y: x.view(2, 3, 4) + y.expand(2, 3, 4), [ADD]),
     "square": (lambda x, y: x.square(), ["aten.pow.Tensor_Scalar"]),
     "less_equal": (lambda x, y: torch.less_equal(x, y), ["aten.le.Tensor"]),
     "clip": (lambda x, y: torch.clip(x, 0, 1), ["aten.clamp.default"]),

@@ -30,10 +30,10 @@ from ..rules.facts import Facts
 from ..rules.joins import CatRule
 from ..rules.pointwise import MaskRule, scalar
 from ..rules.reduce import Softmax, reduced_dims
-from ..rules.views import ExpandRule, PermuteRule, RepeatRule, ViewRule
+from ..rules.views import ExpandRule, PermuteRule, ViewRule
 
 aten = torch.ops.aten
-VIEWS = ViewRule, PermuteRule, ExpandRule, RepeatRule
+VIEWS = ViewRule, PermuteRule, ExpandRule
 _PASS = (aten._to_copy, aten.clone, aten.detach, aten.alias, aten.dropout)
 
 

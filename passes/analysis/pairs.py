@@ -20,12 +20,12 @@ from ..rules.base import Rule, sources
 from ..rules.facts import Facts
 from ..rules.joins import CatRule, StackRule
 from ..rules.pointwise import POINTWISE, MaskRule
-from ..rules.views import ExpandRule, PermuteRule, RepeatRule, ViewRule
+from ..rules.views import ExpandRule, PermuteRule, ViewRule
 from .special import special
 from .values import GAP, LEFT_OUT, Values, ruled_out, rules_none_out, tells_apart
 
 aten = torch.ops.aten
-_PLACED = ViewRule, PermuteRule, ExpandRule, RepeatRule
+_PLACED = ViewRule, PermuteRule, ExpandRule
 _SUMS = {aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor}
 _LOGS = {aten.log.default, aten.log2.default, aten.log1p.default, aten.log10.default}
 

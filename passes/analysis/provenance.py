@@ -26,7 +26,7 @@ from ..rules.pointwise import POINTWISE, MaskRule
 from ..rules.reduce import Softmax
 from ..rules.signature import SignatureRule
 from ..rules.slices import ScatterSlice, SelectRule, SliceRule, SplitRule
-from ..rules.views import ExpandRule, PermuteRule, RepeatRule, ViewRule
+from ..rules.views import ExpandRule, PermuteRule, ViewRule
 from .values import Values, size_hint
 
 aten = torch.ops.aten
@@ -34,7 +34,7 @@ NUMBER, WEIGHT, INPUT = 0, 1, 2
 LARGEST = 2**30
 """Elements of a value whose entries are told apart."""
 
-_PLACING = (ViewRule, PermuteRule, ExpandRule, RepeatRule, CatRule, StackRule, SliceRule, SelectRule, SplitRule,
+_PLACING = (ViewRule, PermuteRule, ExpandRule, CatRule, StackRule, SliceRule, SelectRule, SplitRule,
             ScatterSlice)  # fmt: skip
 _PLACES = {aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.index_put.default,
            aten.index_copy.default, aten.scatter.src, aten.constant_pad_nd.default, aten.pad.default, aten.flip.default,

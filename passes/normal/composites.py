@@ -29,6 +29,7 @@ def composites() -> dict[Any, Callable[..., Any]]:
     table: dict[Any, Callable[..., Any]] = {aten.einsum.default: _einsum}
     for dropout in (aten.dropout, aten.feature_dropout, aten.alpha_dropout):
         table[dropout.default] = _dropout
+    table[aten.repeat.default] = _repeat
     table[aten.contiguous.default] = aten.contiguous.default.decompose
     for name in torch._C._dispatch_get_all_op_names():
         space, _, rest = name.partition("::")
@@ -62,6 +63,18 @@ def _einsum(equation: str, operands: Any, **kwargs: Any) -> Any:
 def _dropout(x: Any, p: float, train: bool) -> Any:
     """In eval, and at p = 0, nothing."""
     return NotImplemented if train and p else x
+
+
+def _repeat(x: torch.Tensor, repeats: Any) -> Any:
+    """A dim of n, repeated k times, is [k, n]."""
+    shape = [*[1] * (len(repeats) - x.dim()), *x.shape]
+    if any(isinstance(k, int) and k == 0 for k in repeats):
+        return NotImplemented
+    counts = list(zip(repeats, shape, strict=True))
+    once = [isinstance(k, int) and k == 1 for k in repeats]
+    before = [n for (_, size), one in zip(counts, once, strict=True) for n in ((size,) if one else (1, size))]
+    after = [n for (k, size), one in zip(counts, once, strict=True) for n in ((size,) if one else (k, size))]
+    return x.reshape(before).expand(after).clone().reshape([k * n for k, n in counts])
 
 
 def _each(name: str, *args: Any, **kwargs: Any) -> Any:

@@ -83,8 +83,6 @@ class _Narrower:
         if node.target in _EXPANDS:
             return self._expanded(node)
         call = Call(node)
-        if node.target in _REPEATS:
-            return _REPEATS[node.target](self, call)
         rule = find(call)
         if (rule is POINTWISE or isinstance(rule, MaskRule)) and node.target not in _UNLIKE:
             return self._pointwise(call)
@@ -218,48 +216,6 @@ class _Narrower:
             return _Spread(held.row, shape, held.same if shape[d] != 1 else held.same - {d})
         return _Spread(self._again(call.node, {call.nodes[0]: held}), shape, held.same)
 
-    def _repeated(self, call: Call) -> _Spread | None:
-        """repeat: a dim of n, repeated k times, is [k, n]."""
-        times = call.args["repeats"] if "repeats" in call.args else call.args["dims"]
-        rank = max(len(times), call.vals[0].dim())
-        times = [*[1] * (rank - len(times)), *times]
-        return self._times(call, list(range(rank - call.vals[0].dim())), times, first=True)
-
-    def _interleaved(self, call: Call) -> _Spread | None:
-        """repeat_interleave by a number: [n, k]."""
-        if call.args["dim"] is None:
-            return None
-        d, rank = call.axis(call.args["dim"]), call.vals[0].dim()
-        return self._times(call, [], [call.args["repeats"] if i == d else 1 for i in range(rank)], first=False)
-
-    def _stacked(self, call: Call) -> _Spread | None:
-        """A value beside itself."""
-        if len(set(call.nodes)) != 1:
-            return None
-        new = call.node.target is aten.stack.default
-        rank = call.vals[0].dim() + new
-        d = call.axis(call.args["dim"], rank)
-        times = [len(call.nodes) if i == d else 1 for i in range(rank)]
-        return self._times(call, [d] if new else [], times, first=True)
-
-    def _times(self, call: Call, new: list[int], times: Sequence[Any], first: bool) -> _Spread | None:
-        """What repeats its operand, given dims of 1 at `new`: each dim of n so many times."""
-        source = call.nodes[0]
-        held = self.spread.get(source)
-        if held is None or held.shape != _shape(source):
-            held = _Spread(lambda: source, _shape(source), frozenset())
-        sizes = list(zip(held.shape, held.narrow, strict=True))
-        for d in new:
-            sizes.insert(d, (1, 1))
-        if not sizes or not all(isinstance(n, int) and n for pair in (times, *sizes) for n in pair):
-            return None
-        # Each dim as the two that it falls into, those of size 1 left out: (size, size of the row).
-        pairs = [[(k, 1), pair] if first else [pair, (k, 1)] for k, pair in zip(times, sizes, strict=True)]
-        kept = [[p for p in pair if p[0] != 1] or [(1, 1)] for pair in pairs]
-        shape, narrow = zip(*(p for pair in kept for p in pair), strict=True)
-        row = cache(lambda: self._reshaped(call.node, held.row(), narrow))
-        return _Spread(row, shape, frozenset(d for d, n in enumerate(shape) if n != narrow[d]))
-
     # The new graph.
 
     def _read_narrow(self, call: Call, places: Iterable[int]) -> None:
@@ -302,14 +258,6 @@ class _Narrower:
         if _shape(source) == tuple(sizes):
             return source
         return self._emit(origin, aten.reshape.default, source, list(sizes))
-
-
-_REPEATS: dict[Any, Callable[[_Narrower, Call], _Spread | None]] = {
-    aten.repeat.default: _Narrower._repeated,
-    aten.repeat_interleave.self_int: _Narrower._interleaved,
-    aten.cat.default: _Narrower._stacked,
-    aten.stack.default: _Narrower._stacked,
-}
 
 
 def _shape(node: fx.Node) -> Shape:

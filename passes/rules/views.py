@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..algebra.axes import Dims, fresh, fresh_dims, leaves, quotient, regroup
+from ..algebra.axes import Dims, fresh, fresh_dims, leaves, regroup
 from ..algebra.axes import expr as size_expr
 from ..algebra.layout import Layout, Run, plain
 from .base import Call, Decision, Emitter, Rule, register
@@ -117,40 +117,6 @@ def _size(call: Call, d: int) -> Any:
     return size_expr(call.vals[0].shape[d]) if d >= 0 else 1
 
 
-class RepeatRule(Rule):
-    """repeat: a dim repeated k times is [k, dim]; repeat_interleave by a number: [dim, k]."""
-
-    def __init__(self, *, within: bool = False) -> None:
-        self.within = within
-
-    def axes(self, call: Call, facts: Facts) -> tuple[Dims, ...]:
-        if self.within and call.args["dim"] is None:  # of the flattened tensor
-            return super().axes(call, facts)
-        lead = call.out.dim() - call.vals[0].dim()
-        old = (*([()] * lead), *facts.dims(call.nodes[0]))
-        out = []
-        for d, size in enumerate(call.out.shape):
-            before = _size(call, d - lead)
-            if size_expr(size) == before:
-                out.append(old[d])
-            elif before == 1:
-                out.append(fresh(size_expr(size)))
-            else:
-                times = quotient(size_expr(size), before)
-                parts = (fresh(times), old[d]) if times is not None else (fresh(size_expr(size)), ())
-                out.append((*parts[1], *parts[0]) if self.within else (*parts[0], *parts[1]))
-        return (tuple(out),)
-
-    def plan(self, call: Call, ins: Sequence[Layout], facts: Facts) -> Decision:
-        if self.within and call.args["dim"] is None:
-            return super().plan(call, ins, facts)
-        lead = call.out.dim() - call.vals[0].dim()
-        grown = {d - lead for d, s in enumerate(call.out.shape) if size_expr(s) != _size(call, d - lead)}
-        kept = tuple(() if d in grown else runs for d, runs in enumerate(ins[0]))
-        why = ((0, "repeats the token axis"),) if kept != ins[0] else ()
-        return Decision((kept,), ((*plain(lead), *kept),), why)
-
-
 class ComplexRule(Rule):
     """view_as_complex / view_as_real: the trailing pair of numbers is one, everything else maps."""
 
@@ -167,6 +133,4 @@ register(ViewRule(), aten.view.default, aten.reshape, aten._unsafe_view, aten.fl
          aten.unsqueeze, aten.view_copy.default, aten._reshape_copy, aten._reshape_alias)  # fmt: skip
 register(PermuteRule(), aten.permute, aten.transpose.int, aten.t)
 register(ExpandRule(), aten.expand)
-register(RepeatRule(), aten.repeat)
-register(RepeatRule(within=True), aten.repeat_interleave.self_int)
 register(ComplexRule(), aten.view_as_complex, aten.view_as_real)
