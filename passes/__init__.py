@@ -22,11 +22,14 @@ Its folders are what they are made of. Each imports only from those before it:
 | folder      | holds                                                                                      |
 |-------------|--------------------------------------------------------------------------------------------|
 | `algebra/`  | axes (dims as products of atoms) and layouts (what is merged)                              |
-| `building/` | new graphs and new nodes: traced values, merge steps at run time, groups                   |
+| `building/` | new graphs and new nodes: traced values                                                    |
 | `rules/`    | how merging moves through each op; `facts.py`: what is known of a graph                    |
 | `analysis/` | answers about a graph: what masks say, where tokens come from, where streams meet, costs   |
+| `merging/`  | merges in the new graph: values with layouts, steps at run time, the groups of each merge  |
 | `normal/`   | the parts of `capture` and `normalize`                                                     |
-| `inner/`    | what runs between AOTAutograd and Inductor: token counts as symbols, so layers share kernels |
+
+and, after all passes, `inner/`: what runs between AOTAutograd and Inductor. Token counts become symbols there, so that
+layers share kernels.
 """
 
 from __future__ import annotations

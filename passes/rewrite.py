@@ -27,11 +27,11 @@ from torch.fx._lazy_graph_module import _make_graph_module  # inside torch.compi
 from .algebra.axes import Dims, leaves
 from .algebra.layout import Layout, Run, is_plain, plain
 from .analysis.reach import only_summed
-from .building.groups import Groups
-from .building.laid import Laid, dim_size, spread
-from .building.steps import Steps
 from .building.trace import Builder, Traced
 from .capture import Captured
+from .merging.groups import Groups
+from .merging.laid import Laid, dim_size, spread
+from .merging.steps import Steps
 from .normal.functional import is_impure
 from .plan import Merge, Plan
 from .rules import Call, find

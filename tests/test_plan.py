@@ -13,7 +13,7 @@ from tests.models import redraw
 from tests.palette import assert_lossless, equalize, palette_grid
 from tests.test_mlps import Block, Net
 from tome_fx.passes.analysis import costs
-from tome_fx.passes.building.steps import Steps
+from tome_fx.passes.merging.steps import Steps
 
 
 class Table(nn.Module):

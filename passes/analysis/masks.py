@@ -22,7 +22,6 @@ from torch import fx
 from tome_fx.ops import LEFT_OUT
 
 from ..algebra.axes import Dim, leaves
-from ..find_attention import AttentionSite
 from ..rules import Call, find
 from ..rules.base import UNKNOWN, op_name, sources
 from ..rules.contraction import Contraction
@@ -31,6 +30,7 @@ from ..rules.joins import CatRule
 from ..rules.pointwise import MaskRule, scalar
 from ..rules.reduce import Softmax, reduced_dims
 from ..rules.views import ExpandRule, PermuteRule, ViewRule
+from .sites import AttentionSite
 
 aten = torch.ops.aten
 VIEWS = ViewRule, PermuteRule, ExpandRule

@@ -12,9 +12,9 @@ from ..algebra.layout import Run, Step, plain
 from ..analysis.blocks import PAPERS, Block
 from ..analysis.masks import KeyMask, token_dims
 from ..analysis.sites import Operand
+from ..building.trace import Traced
 from .laid import Laid, dim_size, spot, token_spots
 from .steps import StepTensors
-from .trace import Traced
 
 if TYPE_CHECKING:
     from ..plan import Merge

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..algebra.axes import Atom, Dim, Dims, leaves, size_of
 from ..algebra.layout import DimLayout, Layout, Run, plain
-from .trace import Builder, Traced
+from ..building.trace import Builder, Traced
 
 Factor = tuple[int, Any]
 """The dim that it stands in, and a leaf, a Run, or None for a dim of size 1."""

@@ -13,9 +13,9 @@ from tome_fx.config import ToMeConfig
 
 from ..algebra.axes import Dims, leaves
 from ..algebra.layout import Layout, Run, Step, is_plain
+from ..building.trace import Builder, Traced, cat
 from ..rules.base import Fill
 from .laid import Laid, spread
-from .trace import Builder, Traced, cat
 
 aten = torch.ops.aten
 tome = torch.ops.tome
