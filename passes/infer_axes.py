@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from math import prod
 from typing import Any
 
 import torch
@@ -24,14 +23,14 @@ from .analysis.provenance import origins
 from .analysis.reach import Reach
 from .analysis.values import Values
 from .rules import Call, find, tensors_of
-from .rules.base import FILLED, UNKNOWN, Role, Rule, result_read, sources
+from .rules.base import UNKNOWN, Role, Rule, result_read, sources
 from .rules.contraction import Attention, Contraction, Convolution
 from .rules.facts import Facts
 from .rules.joins import CatRule
 from .rules.reduce import Softmax
 from .rules.signature import SignatureRule
 from .rules.slices import SliceRule, SplitRule
-from .rules.views import ExpandRule, PermuteRule, ViewRule
+from .rules.views import PermuteRule, ViewRule
 
 aten = torch.ops.aten
 
@@ -69,7 +68,6 @@ def infer_axes(graph: fx.Graph, model_input: Sequence[bool], held: Mapping[fx.No
             made += _note_channels(call, rule, facts)
         elif isinstance(rule, (SliceRule, SplitRule, CatRule)) or call.target in _PADS:
             _note_made_channels(call, facts, made)
-        _note_uniform(call, rule, facts)
         _note_reads(call, facts, values)
         if any(v.dtype is torch.bool for v in results) or (
             elementwise(rule) and any(n in facts.decided for n in sources(node, call.nodes))
@@ -216,55 +214,6 @@ def _note_made_channels(call: Call, facts: Facts, made: Sequence[tuple[Dim, Dim]
             facts.channels += [
                 new for old, new in zip(before, after, strict=True) if new is not old and features & set(leaves(old))
             ]
-
-
-def _note_uniform(call: Call, rule: Rule, facts: Facts) -> None:
-    """Dims along which a value is the same everywhere: made by expand, kept by pointwise ops and views."""
-    found: set[int] = set()
-    if call.target in FILLED:
-        found = set(range(call.out.dim()))
-    elif isinstance(rule, ExpandRule):
-        lead = call.out.dim() - call.vals[0].dim()
-        found = {
-            d
-            for d, dim in enumerate(call.out.shape)
-            if d < lead or not same(size_expr(dim), size_expr(call.vals[0].shape[d - lead]))
-        }
-        found |= {d + lead for d in facts.uniform.get(call.nodes[0], ())}
-    elif not any(n in facts.uniform for n in call.nodes):
-        return
-    elif isinstance(rule, PermuteRule):
-        held = facts.uniform.get(call.nodes[0], frozenset())
-        found = {k for k, d in enumerate(rule.order(call)) if d in held}
-    elif isinstance(rule, ViewRule):
-        found = _same_place(call, facts.uniform.get(call.nodes[0], frozenset()))
-    elif isinstance(rule, SignatureRule):
-        sig = rule.signature(call, facts)
-        moving = {
-            letter
-            for n, letters in zip(call.nodes, sig.ins, strict=True)
-            for d, letter in enumerate(letters)
-            if facts.varies(n, d)
-        }
-        found = {
-            d
-            for d, letter in enumerate(sig.outs[0])
-            if letter is not None and sig.role(letter) is Role.MAP and letter not in moving
-        }
-    if found:
-        facts.uniform[call.node] = frozenset(found)
-
-
-def _same_place(call: Call, dims: frozenset[int]) -> set[int]:
-    """The dims of a view that are dims of its source: same size, and as many elements behind."""
-    before = [size_expr(s) for s in call.vals[0].shape]
-    after = [size_expr(s) for s in call.out.shape]
-    return {
-        k
-        for d in dims
-        for k in range(len(after))
-        if same(before[d], after[k]) and same(prod(before[d + 1 :]), prod(after[k + 1 :]))
-    }
 
 
 _ANGULAR = {aten.sin.default, aten.cos.default, aten.polar.default}

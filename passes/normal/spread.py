@@ -24,7 +24,7 @@ from ..algebra.axes import expr
 from ..analysis.values import gives_one_value, same_along
 from ..building.emit import Emit
 from ..rules import Call, find
-from ..rules.base import sources
+from ..rules.base import FILLED, sources
 from ..rules.pointwise import POINTWISE, MaskRule
 from ..rules.views import PermuteRule, ViewRule
 
@@ -80,6 +80,8 @@ class _Narrower:
     def _spread(self, node: fx.Node) -> _Spread | None:
         if (value := self.known(node)) is not None:
             return self._of_value(node, value)
+        if node.target in FILLED:
+            return self._filled(node)
         if node.target in _EXPANDS:
             return self._expanded(node)
         call = Call(node)
@@ -110,8 +112,7 @@ class _Narrower:
 
         def row() -> fx.Node:
             if value.numel() == 1:
-                own, sizes = node.meta["val"], [1] * len(shape)
-                return self._emit(node, aten.full.default, sizes, value.item(), dtype=own.dtype, device=own.device)
+                return self._number(node, value.item())
             found = node
             for d in sorted(same):
                 with self.emit.after(found):
@@ -119,6 +120,19 @@ class _Narrower:
             return found
 
         return _Spread(cache(row), shape, same)
+
+    def _filled(self, node: fx.Node) -> _Spread | None:
+        """One number everywhere."""
+        names = str(node.target).split(".")[1]
+        fill = 1 if "ones" in names else 0 if "zero" in names else Call(node).args["fill_value"]
+        shape = _shape(node)
+        row = cache(lambda: self._number(node, fill))
+        return None if isinstance(fill, fx.Node) else _Spread(row, shape, frozenset(range(len(shape))))
+
+    def _number(self, node: fx.Node, number: Any) -> fx.Node:
+        """A number in the place of a node, with its rank."""
+        own = node.meta["val"]
+        return self._emit(node, aten.full.default, [1] * own.dim(), number, dtype=own.dtype, device=own.device)
 
     def _expanded(self, node: fx.Node) -> _Spread:
         source: fx.Node = node.args[0]  # type: ignore[assignment]

@@ -27,9 +27,9 @@ class Facts:
     """What the analyses know of a graph.
 
     axes: dims of every tensor result of every node. calls: the bound call of every node that runs an op on tensors.
-    constant: nodes that depend on no model input. scores: nodes on the way to a softmax. uniform: dims along which a
-    value is the same everywhere. decided: values that a bool tensor went into. given: inputs of the model, and what was
-    made of them without a product. origins: axes that are slices: (axis, of which, from, to). mixed: values with
+    constant: nodes that depend on no model input. scores: nodes on the way to a softmax. decided: values that a bool
+    tensor went into. given: inputs of the model, and what was made of them without a product. origins: axes that are
+    slices: (axis, of which, from, to). mixed: values with
     entries of several origins (`provenance.py`). joins: axes that were concatenated, and the axis it made. channels:
     axes that come from a weight. cuts: reads of a part of an axis, (value, axis, from, to), and writes to one,
     (None, ...). buffers: the model's buffers. attends: axes of queries and of keys whose scores stand open. special:
@@ -45,7 +45,6 @@ class Facts:
     calls: dict[fx.Node, Call] = field(default_factory=dict)
     constant: set[fx.Node] = field(default_factory=set)
     scores: set[fx.Node] = field(default_factory=set)
-    uniform: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
     decided: set[fx.Node] = field(default_factory=set)
     given: set[fx.Node] = field(default_factory=set)
     slices: dict[tuple, Any] = field(default_factory=dict)
@@ -87,10 +86,8 @@ class Facts:
         return [[leaves(part) for part in parts] for parts, whole in self.joins if leaves(whole) == leaves(axis)]
 
     def varies(self, node: fx.Node, d: int) -> bool:
-        """Whether a value may differ along a dim."""
-        val = node.meta["val"]
-        d %= val.dim()
-        return size_expr(val.shape[d]) != 1 and d not in self.uniform.get(node, ())
+        """Whether a value may differ along a dim. (In normal form what is the same along one has size 1 there.)"""
+        return size_expr(node.meta["val"].shape[d]) != 1
 
     def told(self, node: fx.Node) -> bool:
         """Whether a value says of single tokens what the caller, a comparison or a constant mask said: no model
