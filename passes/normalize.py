@@ -14,6 +14,7 @@
 | `pad(x, (m, 0))`                                        | `cat([full(m), x], -1)`                                  |
 | the sum of what stands side by side along a dim         | adds: `add(x, y)`                                        |
 | the mean of it                                          | adds, divided: `div(add(x, y), 2)`                       |
+| one of its running sums (`cumsum`)                      | adds: `add(x, y)`                                        |
 | one of it (`unbind`, `split`, `select`, `slice`)        | itself: `x`                                              |
 | what is the same along a dim, spread out                | its row (`normal/spread.py`)                             |
 | `stack([x, x])`, `cat([x, x])`                          | `expand(unsqueeze(x))`, flattened for a cat              |
@@ -26,6 +27,7 @@ Side by side stand the operands of a `stack`, a `cat`, and of permutes and views
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -221,6 +223,10 @@ def _pieces(node: fx.Node, d: int, emit: Emit) -> list[fx.Node] | None:
     if node.target is aten.cat.default and all(expr(val.shape[d]) == 1 for val in call.vals if val.dim() > d):
         joined = call.axis(call.args["dim"]) == d and _one_dtype(call)
         return [emit(aten.squeeze.dim, n, d) for n in call.nodes] if joined else None
+    if node.target is aten.cumsum.default and call.axis(call.args["dim"]) == d and _one_kind(call):
+        inner = _pieces(call.nodes[0], d, emit)
+        few = inner is not None and len(inner) <= MOST
+        return list(accumulate(inner, lambda x, y: emit(aten.add.Tensor, x, y))) if inner and few else None
     if isinstance(rule, PermuteRule):
         order = rule.order(call)
         rest = [k - (k > order[d]) for k in order if k != order[d]]

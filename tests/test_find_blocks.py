@@ -53,6 +53,8 @@ ADDS: dict[str, Any] = {
     "contiguous": lambda x, y: x.contiguous() + y, "eval dropout": lambda x, y: F.dropout(x, 0.5, False) + y,
     "stack": lambda x, y: torch.stack([x, y]).sum(0), "stack last": lambda x, y: torch.stack([y, x], -1).sum(-1),
     "cat": lambda x, y: torch.cat([x[None], y[None]]).sum(0), "list": lambda x, y: sum([x, y]),
+    "running": lambda x, y: torch.stack([x, y]).cumsum(0)[1],
+    "running inside": lambda x, y: torch.stack([y, x], 2).cumsum(2)[:, :, -1],
     "mean": lambda x, y: torch.stack([x, y]).mean(0) * 2, "minus": lambda x, y: x - (-y),
     "from": lambda x, y: torch.rsub(-y, x), "alpha": lambda x, y: torch.add(x, y, alpha=0.5),
     "addcmul": lambda x, y: torch.addcmul(x, y, torch.full((D,), 0.3)), "in place": lambda x, y: x.clone().add_(y),

@@ -174,3 +174,13 @@ def test_what_does_not_fit_is_named(change: Any, message: str) -> None:
 def test_what_is_no_operator_is_named() -> None:
     with pytest.raises(TypeError, match="expected, not"):
         tome_fx.register_rule(torch.relu, "...->...")
+
+
+@pytest.mark.parametrize(
+    ("signature", "options", "message"),
+    [("bnd,d->bnd", {"mix": "m"}, "does not have"), ("bnn,n->bnn", {}, "stand twice")],
+)
+def test_letters_that_say_nothing(signature: str, options: dict[str, str], message: str) -> None:
+    """Before, a letter that the signature lacks was taken in silence."""
+    with pytest.raises(ValueError, match=message):
+        tome_fx.register_rule(norm_unknown, signature, **options)

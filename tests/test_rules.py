@@ -181,6 +181,10 @@ VIEWS: dict[str, Fn] = {
     "as_grid": lambda x, *_: x.mT.reshape(B, D, 4, 6),
     "roll": lambda x, *_: x.roll(2, 1),
     "flip": lambda x, *_: x.flip(1),
+    "diagonal_channels": lambda x, *_: x.unflatten(-1, (4, 2)).diagonal(1, -2, -1),
+    "diagonal_of_tokens": lambda x, *_: gram(x).diagonal(0, 1, 2),
+    "diagonal_across": lambda x, *_: x.unflatten(-1, (4, 2)).diagonal(-2, 1, 3),
+    "diagonal_of_samples": lambda x, *_: (x[:, None] * x).diagonal(0, 0, 1),
     "roll_channels": lambda x, *_: x.roll(2, 2),
     "pad_tokens": lambda x, *_: F.pad(x, (0, 0, 1, 0)),
     "pad_channels": lambda x, *_: F.pad(x, (1, 1)),
@@ -402,8 +406,8 @@ FAMILIES = {
     "inplace": INPLACE,
     "sizes": SIZES,
 }
-RARE = "as_strided _cdist_forward _fft_r2c _trilinear aminmax bucketize count_nonzero cumprod diagonal kthvalue"
-RARER = "index_fill index_put zero linalg_cross logcumsumexp median quantile rot90 unfold"
+RARE = "as_strided _cdist_forward _fft_r2c _trilinear aminmax bucketize count_nonzero kthvalue"
+RARER = "index_fill index_put linalg_cross logcumsumexp quantile rot90 unfold"
 NO_RULE = {f"aten.{name}" for name in f"{RARE} {RARER}".split()}
 """Ops of the tables that may lack a rule, as no model of the zoo has them behind a merge: they are unmerged as unknown.
 What is not listed must have one, if only "needs every token"."""

@@ -34,7 +34,8 @@ def register_rule(op: Any, signature: str, *, sum: str = "", max: str = "", mix:
     mix: letters along which an entry depends on others in any other way (the features of a norm). Tokens on such a dim
         are unmerged before the operator.
 
-    Raises ValueError for a signature that does not fit the operator. The rule holds for every later compilation.
+    Raises ValueError for a signature that does not fit the operator; its ranks are seen when a model is compiled. The
+    rule holds for every later compilation.
     """
     targets = _overloads(op)
     terms, arrow, outs = (part.strip() for part in signature.replace(" ", "").partition("->"))
@@ -50,6 +51,13 @@ def register_rule(op: Any, signature: str, *, sum: str = "", max: str = "", mix:
                 f"register_rule: {target} takes {len(own)} tensors ({', '.join(own)}) and gives {len(results)}, the "
                 f"signature {signature!r} has {len(terms.split(','))} and {len(outs.split(','))}"
             )
+    strange = sorted(c for c in names if c not in terms)
+    if strange:
+        raise ValueError(f"register_rule: sum=, max= or mix= name {strange}, which {signature!r} does not have")
+    each = [*terms.split(","), *outs.split(",")]
+    twice = sorted({c for term in each for c in term if c.isalpha() and term.count(c) > 1})
+    if twice:
+        raise ValueError(f"register_rule: {twice} stand twice in one term of {signature!r}: give each dim a letter")
     lost = {c for c in terms if c.isalpha() and c not in outs and c not in names}
     if lost:
         raise ValueError(

@@ -210,6 +210,14 @@ def _index(call: Call, facts: Facts) -> Signature:
     return Signature((letters, *rest), (out,), {d: Role.MIX})
 
 
+def _diagonal(call: Call, facts: Facts) -> Signature:
+    """Two dims become a last one of its own, the others map."""
+    two = {call.axis(call.args[name]) for name in ("dim1", "dim2")}
+    letters = tuple(None if d in two else d for d in range(call.vals[0].dim()))
+    kept = tuple(d for d in letters if d is not None)
+    return Signature((letters,), ((*kept, None),), linear=frozenset({0}))
+
+
 def _pad(call: Call, facts: Facts) -> Signature:
     rank, pads = call.vals[0].dim(), call.args["pad"]
     padded = {rank - 1 - k // 2 for k, amount in enumerate(pads) if not (isinstance(amount, int) and amount == 0)}
@@ -226,4 +234,5 @@ register(SignatureRule(_index_write), aten.index_add, aten.index_copy)
 register(Rule(), aten.copy_)
 register(SignatureRule(_index_select), aten.index_select)
 register(SignatureRule(_index), aten.index.Tensor)
+register(SignatureRule(_diagonal), aten.diagonal.default)
 register(SignatureRule(_pad), aten.constant_pad_nd, aten.pad)
