@@ -141,7 +141,10 @@ def _note_channels(call: Call, rule: SignatureRule, facts: Facts) -> list[tuple[
     weights: set[Any] = set()
     others: set[Any] = set()
     for node, letters in zip(call.nodes, sig.ins, strict=True):
-        (weights if node in facts.constant and _is_weight(node) else others).update(letters)
+        if node not in facts.constant:
+            others.update(letters)
+        elif _is_weight(node):
+            weights.update(letters)
     if call.node in facts.constant:
         return []
     dims = list(zip(sig.outs[0], facts.dims(call.node), strict=True))

@@ -155,3 +155,28 @@ def test_relative_keys_are_no_channels() -> None:
     with torch.no_grad():
         torch.compile(net(shifted(table)), backend=tome_fx.tome_backend(r=6, inner="eager"))(tokens())
     assert "attention over channels" not in {s.kind for s in tome_fx.reports()[-1].skipped}
+
+
+class ZeroedBias(nn.Module):
+    """Keys without a bias: a part of the joint one is zeroed in each call (Swin v2), and queries that are normalised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.out, self.qkv = nn.LayerNorm(D), nn.Linear(D, D), nn.Linear(D, 3 * D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.qkv.bias.clone()
+        bias[D : 2 * D].zero_()
+        y = F.linear(self.norm(x), self.qkv.weight, bias)
+        q, k, v = y.unflatten(-1, (3, H, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v)
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+def test_a_computed_bias_hides_no_features() -> None:
+    """What a weight makes are features, whatever its bias was made of: the branch begins before the projection."""
+    model = redraw(nn.Sequential(ZeroedBias(), ZeroedBias())).eval()
+    report = assert_lossless(model, (tokens(),), 6, sites=2, placement="branch")
+    gm = tome_fx.rewrite(model, (tokens(),), r=6, placement="branch")
+    products = [n for n in gm.graph.nodes if n.target is torch.ops.aten.linear.default]
+    assert {n.meta["val"].shape[1] for n in products} == {N - 6}, report
