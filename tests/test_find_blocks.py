@@ -158,7 +158,7 @@ def test_relative_keys_are_no_channels() -> None:
 
 
 class ZeroedBias(nn.Module):
-    """Keys without a bias: a part of the joint one is zeroed in each call (Swin v2), and queries that are normalised."""
+    """Keys without a bias: a part of the joint one is zeroed in each call (Swin v2); queries are normalised."""
 
     def __init__(self) -> None:
         super().__init__()
