@@ -212,6 +212,10 @@ def _note_made_channels(call: Call, facts: Facts, made: Sequence[tuple[Dim, Dim]
     features = {leaf for dim in facts.channels for leaf in leaves(dim)}
     features -= {leaf for dim, beside in made if features & set(leaves(beside)) for leaf in leaves(dim)}
     before = facts.dims(call.nodes[0])
+    if isinstance(find(call), CatRule):  # tokens that come out of one row are joined with others that do not
+        d = CatRule.dim(call)
+        if not all(n in facts.constant or features & set(leaves(facts.dims(n)[d])) for n in call.nodes):
+            return
     for after in facts.axes[call.node]:
         if len(after) == len(before):
             facts.channels += [

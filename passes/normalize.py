@@ -272,7 +272,13 @@ def _averaged(call: Call, emit: Emit) -> fx.Node | None:
 
 
 def _each(call: Call, emit: Emit) -> list[fx.Node] | None:
-    return _pieces(call.nodes[0], call.axis(call.args["dim"]), emit)
+    return _pieces(call.nodes[0], call.axis(call.args["dim"]), emit) if _only_taken(call.nodes[0]) else None
+
+
+def _only_taken(join: fx.Node) -> bool:
+    """Whether nobody reads values together: else what is taken from them is a part of that stream."""
+    takes = (aten.unbind.int, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, aten.slice.Tensor)
+    return all(user.target in takes for user in join.users)
 
 
 def _one(call: Call, emit: Emit) -> fx.Node | None:
@@ -283,13 +289,13 @@ def _one(call: Call, emit: Emit) -> fx.Node | None:
 def _apart(call: Call, emit: Emit) -> list[fx.Node] | None:
     """What was joined, taken apart where it was joined."""
     d = call.axis(call.args["dim"])
-    held = _spans(call.nodes[0], d)
+    held = _spans(call.nodes[0], d) if _only_taken(call.nodes[0]) else None
     return [n for n, _ in held] if held and [n for _, n in held] == [val.shape[d] for val in call.results] else None
 
 
 def _part(call: Call, emit: Emit) -> fx.Node | None:
     d, start = call.axis(call.args["dim"]), call.args["start"] or 0
-    held, at = _spans(call.nodes[0], d) or [], 0
+    held, at = (_spans(call.nodes[0], d) if _only_taken(call.nodes[0]) else None) or [], 0
     if call.args["step"] != 1 or not all(isinstance(n, int) for n in (start, *(size for _, size in held))):
         return None
     start = start + call.vals[0].shape[d] if start < 0 else start
@@ -308,7 +314,8 @@ def _beside_itself(call: Call, emit: Emit) -> fx.Node | None:
     d = call.axis(call.args["dim"], call.out.dim())
     own = list(call.vals[0].shape)
     row = emit(aten.unsqueeze.default, call.nodes[0], d)
-    out = emit(aten.clone.default, emit(aten.expand.default, row, [*own[:d], k, *own[d:]]))
+    out = emit(aten.expand.default, row, [*own[:d], k, *own[d:]])
+    out = emit(aten.clone.default, out, memory_format=torch.contiguous_format)
     return out if new else emit(aten.reshape.default, out, list(call.out.shape))
 
 

@@ -74,7 +74,8 @@ def _repeat(x: torch.Tensor, repeats: Any) -> Any:
     once = [isinstance(k, int) and k == 1 for k in repeats]
     before = [n for (_, size), one in zip(counts, once, strict=True) for n in ((size,) if one else (1, size))]
     after = [n for (k, size), one in zip(counts, once, strict=True) for n in ((size,) if one else (k, size))]
-    return x.reshape(before).expand(after).clone().reshape([k * n for k, n in counts])
+    whole = x.reshape(before).expand(after).clone(memory_format=torch.contiguous_format)
+    return whole.reshape([k * n for k, n in counts])
 
 
 def _each(name: str, *args: Any, **kwargs: Any) -> Any:
