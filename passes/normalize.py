@@ -39,6 +39,7 @@ from .algebra.axes import expr
 from .building.emit import Emit
 from .normal.idle import drop_idle, numbers
 from .normal.join_writes import join_writes
+from .normal.memory import Outputs
 from .normal.spread import narrow_spread
 from .rules import Call, find
 from .rules.views import PermuteRule, ViewRule
@@ -51,6 +52,7 @@ MOST = 8
 
 def normalize(graph: fx.Graph, mode: FakeTensorMode, impure: Callable[[fx.Node], bool]) -> None:
     """Rewrite in place. impure: the nodes that stay though nobody reads them."""
+    outputs = Outputs(graph)
     _by_table(graph, mode)
     graph.eliminate_dead_code(is_impure_node=impure)
     join_writes(graph)
@@ -58,6 +60,7 @@ def normalize(graph: fx.Graph, mode: FakeTensorMode, impure: Callable[[fx.Node],
     narrow_spread(graph, mode, known.get)
     graph.eliminate_dead_code(is_impure_node=impure)
     drop_idle(graph, known)
+    outputs.keep_apart(Emit(graph, mode))
     graph.eliminate_dead_code(is_impure_node=impure)
 
 
@@ -70,7 +73,6 @@ def _by_table(graph: fx.Graph, mode: FakeTensorMode) -> None:
         with emit.before(node):
             new = form(Call(node), emit)
         if isinstance(new, fx.Node):
-            new.meta.setdefault("val", node.meta["val"])
             node.replace_all_uses_with(new)
         elif new is not None:
             for user in list(node.users):
@@ -217,7 +219,8 @@ def _pieces(node: fx.Node, d: int, emit: Emit) -> list[fx.Node] | None:
     """The values that stand side by side along dim d of a value, each without that dim; None where there are none."""
     if node.op != "call_function":
         return None
-    call, rule = Call(node), find(Call(node))
+    call = Call(node)
+    rule = find(call)
     if node.target is aten.stack.default and call.axis(call.args["dim"], call.out.dim()) == d:
         return call.nodes if _one_dtype(call) else None
     if node.target is aten.cat.default and all(expr(val.shape[d]) == 1 for val in call.vals if val.dim() > d):

@@ -44,7 +44,7 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
     "pad, cut": (lambda x, y: F.pad(x, (-1, 0)), ["aten.pad.default"]),
     "new_zeros": (lambda x, y: x.new_zeros(2, 3, 1), ["aten.full.default"]),
     "plus zeros": (lambda x, y: x + torch.zeros(2, 3, 4) + y, [ADD]),
-    "times ones": (lambda x, y: x * y.new_ones(4), []),
+    "times ones": (lambda x, y: x * y.new_ones(4), ["aten.clone.default"]),  # an output of its own
     "two kinds": (lambda x, y: torch.addcmul(x, x, y.double()), ["aten._to_copy.default", "aten.addcmul.default"]),
     "sum through a permute": (lambda x, y: torch.einsum("s...->...", torch.stack([x, y])), [ADD]),
     "sum of parts": (lambda x, y: torch.cat([x, y], -1).unflatten(-1, (2, 4)).sum(-2), [ADD]),
@@ -118,3 +118,37 @@ def test_the_form_of_a_spelling(name: str) -> None:
     ops = [str(n.target) for n in gm.graph.nodes if n.op == "call_function"]
     assert ops == form
     torch.testing.assert_close(gm(x, y), spelling(x, y))
+
+
+def written(x: Tensor) -> tuple[Tensor, Tensor]:
+    before = x * 1.0
+    return x.add_(1.0) * 2, before
+
+
+def twice(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = x.exp()
+    return y, y + 0
+
+
+OWN: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "plus nothing": lambda x: (x * 2, x + 0),
+    "times ones": lambda x: (x * 2, x * torch.ones(4)),
+    "one of a stack": lambda x: (x * 2, torch.stack([x, x * 3]).unbind()[0]),
+    "a view": lambda x: (x * 2, (x + 0).mT),
+    "written later": written,
+    "given twice": twice,
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_outputs_keep_memory_of_their_own(name: str) -> None:
+    """What the caller or the graph writes to one tensor reaches no other, though in normal form both are one value."""
+    x = torch.randn(2, 3, 4)
+    gm = capture(make_fx(OWN[name], pre_dispatch=True)(x.clone()), [x.clone()]).gm
+    mine, theirs = x.clone(), x.clone()
+    got, want = gm(mine), OWN[name](theirs)
+    for a, b in zip((mine, *got), (theirs, *want), strict=True):
+        torch.testing.assert_close(a, b)
+    held = mine.clone(), got[0].clone()
+    got[1].add_(100.0)
+    assert torch.equal(mine, held[0]) and torch.equal(got[0], held[1])

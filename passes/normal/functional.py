@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..algebra.axes import expr
 from ..building.emit import Emit
 from ..rules.base import tensors_of
+from .memory import storage
 from .regions import CaptureError
 
 aten = torch.ops.aten
@@ -72,10 +73,6 @@ def _mutated(node: fx.Node) -> list[str]:
     return [a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
-def _storage(value: Tensor) -> int:
-    return value.untyped_storage()._cdata
-
-
 def _viewed(node: fx.Node) -> fx.Node | None:
     """The operand whose memory a node's result shares."""
     own = node.meta.get("val")
@@ -86,7 +83,7 @@ def _viewed(node: fx.Node) -> fx.Node | None:
         sources = sources[0].all_input_nodes
     for source in sources:
         held = source.meta.get("val")
-        if isinstance(held, Tensor) and _storage(held) == _storage(own):
+        if isinstance(held, Tensor) and storage(held) == storage(own):
             return source
     return None
 

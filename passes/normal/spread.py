@@ -30,7 +30,6 @@ from ..rules.views import PermuteRule, ViewRule
 
 aten = torch.ops.aten
 
-_EXPANDS = {aten.expand.default}
 _SDPA, _MASK = aten.scaled_dot_product_attention.default, 3
 """Products, and which of their operands broadcasts."""
 _UNLIKE = {aten.copy.default}
@@ -82,7 +81,7 @@ class _Narrower:
             return self._of_value(node, value)
         if node.target in FILLED:
             return self._filled(node)
-        if node.target in _EXPANDS:
+        if node.target is aten.expand.default:
             return self._expanded(node)
         call = Call(node)
         rule = find(call)
