@@ -14,6 +14,7 @@ from dataclasses import replace
 from torch import fx
 
 from .algebra.axes import Dim, leaves
+from .analysis.reach import nearest
 from .analysis.sites import AttentionSite, Operand, place, tells_pairs
 from .analysis.sums import find_sums
 from .fuse_attention import sdpa
@@ -119,39 +120,31 @@ def _values(softmax: fx.Node, out: Call, axis: Dim, facts: Facts) -> Operand | N
 
 
 def _product_above(node: fx.Node, axis: Dim, facts: Facts) -> Call | None:
-    todo, seen = [node], set[fx.Node]()
-    while todo:
-        node = todo.pop(0)
-        if node in seen or node not in facts.calls:
-            continue
-        seen.add(node)
-        call = facts.calls[node]
+    def onward(call: Call) -> list[fx.Node]:
+        # The axis may be spread over several dims on the way (keys as rows and columns of a grid).
+        return [n for n in call.nodes if set(axis) <= facts.leaves_of(n)]
+
+    for call in nearest([node], onward, facts):
         factors = call.nodes[-2:]  # an einsum of one operand is no product
         if isinstance(find(call), Contraction) and len(factors) > 1 and not facts.constant & set(factors):
             return call
-        # The axis may be spread over several dims on the way (keys as rows and columns of a grid).
-        todo += [n for n in call.nodes if set(axis) <= facts.leaves_of(n)]
     return None
 
 
 def _product_below(node: fx.Node, axis: Dim, facts: Facts) -> Call | None:
-    todo, seen = list(node.users), set[fx.Node]()
-    while todo:
-        node = todo.pop(0)
-        if node.target is operator.getitem:  # one of the pieces of a split
-            todo += list(node.users)
-        if node in seen or node not in facts.calls:
-            continue
-        seen.add(node)
-        call = facts.calls[node]
+    def readers(node: fx.Node) -> list[fx.Node]:
+        # Through the pieces of a split.
+        return [n for user in node.users for n in (user.users if user.target is operator.getitem else [user])]
+
+    for call in nearest(readers(node), lambda call: readers(call.node), facts):
         rule = find(call)
-        if isinstance(rule, Contraction):
-            sig = rule.signature(call, facts)
-            for source, letters in zip(call.nodes, sig.ins, strict=True):
-                for dim, letter in zip(facts.dims(source), letters, strict=True):
-                    if letter is not None and sig.role(letter) is Role.SUM and leaves(dim) == axis:
-                        return call
-        todo += list(node.users)
+        if not isinstance(rule, Contraction):
+            continue
+        sig = rule.signature(call, facts)
+        for source, letters in zip(call.nodes, sig.ins, strict=True):
+            for dim, letter in zip(facts.dims(source), letters, strict=True):
+                if letter is not None and sig.role(letter) is Role.SUM and leaves(dim) == axis:
+                    return call
     return None
 
 

@@ -30,6 +30,7 @@ from ..rules.joins import CatRule
 from ..rules.pointwise import MaskRule, scalar
 from ..rules.reduce import Softmax, reduced_dims
 from ..rules.views import ExpandRule, PermuteRule, ViewRule
+from .reach import nearest
 from .sites import AttentionSite
 
 aten = torch.ops.aten
@@ -101,20 +102,18 @@ def _placed_in(root: fx.Node, site: AttentionSite, facts: Facts) -> bool:
     """Whether a factor or term of the scores that the model computes for each pair has a triangle cut out of it, or
     zeros written to it."""
     tokens = {*site.q.axis(facts), *site.k.axis(facts)}
-    todo, seen = [root], set[fx.Node]()
-    while todo:
-        node = todo.pop()
-        if node in seen or node in facts.constant or node not in facts.calls:
+
+    def onward(call: Call) -> list[fx.Node]:
+        return [] if isinstance(find(call), Contraction) else [n for n in call.nodes if n not in facts.constant]
+
+    for call in nearest([] if root in facts.constant else [root], onward, facts):
+        if sum(bool(tokens & set(leaves(dim))) for dim in facts.dims(call.node)) < 2:
             continue
-        seen.add(node)
-        call, held = facts.calls[node], facts.dims(node)
-        pairs = sum(bool(tokens & set(leaves(dim))) for dim in held) > 1
-        if pairs and _packet(node) in (aten.tril, aten.triu):
+        if _packet(call) in (aten.tril, aten.triu):
             return True
-        written = pairs and _packet(node) in _PLACED
-        if written and (_has_low(node, True) or any(n in facts.constant and _low(n, facts, True) for n in call.nodes)):
+        filled = (n for n in call.nodes if n in facts.constant)
+        if _packet(call) in _PLACED and (_has_low(call.node, True) or any(_low(n, facts, True) for n in filled)):
             return True
-        todo += [] if isinstance(find(call), Contraction) else call.nodes
     return False
 
 

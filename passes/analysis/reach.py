@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import networkx as nx
@@ -73,6 +74,17 @@ class Reach:
         return found
 
 
+def nearest(start: Iterable[fx.Node], onward: Callable[[Call], Iterable[fx.Node]], facts: Facts) -> Iterator[Call]:
+    """The calls from some nodes on, the nearest first, each once. onward: the nodes to go to from one."""
+    todo, seen = list(start), set[fx.Node]()
+    while todo:
+        node = todo.pop(0)
+        if node not in seen and node in facts.calls:
+            seen.add(node)
+            yield facts.calls[node]
+            todo += onward(facts.calls[node])
+
+
 def only_summed(node: fx.Node, tokens: frozenset[Atom], facts: Facts) -> bool:
     """Whether all that reads a value sums over these leaves of its axes, after homogeneous ops at most."""
     return all(user in facts.calls and _sums(facts.calls[user], node, tokens, facts) for user in node.users)
@@ -98,4 +110,4 @@ def _sums(call: Call, node: fx.Node, tokens: frozenset[Atom], facts: Facts) -> b
     return not goes_on or only_summed(call.node, tokens, facts)
 
 
-__all__ = ["Reach", "only_summed"]
+__all__ = ["Reach", "nearest", "only_summed"]

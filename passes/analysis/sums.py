@@ -13,7 +13,7 @@ features. Attention over channels has a softmax between the two products and is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import fx
@@ -27,6 +27,7 @@ from ..rules.pointwise import POINTWISE
 from ..rules.reduce import Softmax
 from ..rules.views import PermuteRule
 from .pairs import elementwise
+from .reach import nearest
 from .sites import AttentionSite, Operand, place
 
 
@@ -118,36 +119,25 @@ class _Finder:
 
     def _scores(self, node: fx.Node, query: Dim, key: Dim) -> _Product | None:
         """The product of queries and keys that weights are made of, value by value."""
-        todo, seen = [node], set[fx.Node]()
-        while todo:
-            node = todo.pop(0)
-            if node in seen or node not in self.facts.calls:
-                continue
-            seen.add(node)
-            call = self.facts.calls[node]
-            product = self.product(call)
-            if product is not None and not self._of_tokens(product.axis):
-                return product
-            if elementwise(find(call)):
-                held = {*query, *key}
-                todo += [n for n in sources(node, call.nodes) if held <= self.facts.leaves_of(n)]
-        return None
+        held = {*query, *key}
+
+        def onward(call: Call) -> list[fx.Node]:
+            operands = sources(call.node, call.nodes) if elementwise(find(call)) else ()
+            return [n for n in operands if held <= self.facts.leaves_of(n)]
+
+        products = map(self.product, nearest([node], onward, self.facts))
+        return next((found for found in products if found is not None and not self._of_tokens(found.axis)), None)
 
     def linear(self, product: _Product) -> AttentionSite | None:
         """Where keys and values are summed over the tokens first."""
         own = [[self._axis(product.node(i), d) for d in product.own[i]] for i in (0, 1)]
         if not self._of_tokens(product.axis) or any(self._of_tokens(x) for axes in own for x in axes):
             return None
-        todo, seen = list(product.call.node.users), set[fx.Node]()
-        while todo:
-            node = todo.pop(0)
-            if node in seen or node not in self.facts.calls:
-                continue
-            seen.add(node)
-            call = self.facts.calls[node]
-            reader = self.product(call)
+        def onward(call: Call) -> Iterable[fx.Node]:
+            return call.node.users if self.product(call) is None and elementwise(find(call)) else ()
+
+        for reader in map(self.product, nearest(product.call.node.users, onward, self.facts)):
             if reader is None:
-                todo += node.users if elementwise(find(call)) else ()
                 continue
             for i in (0, 1):
                 # The queries are the operand that has tokens of its own and shares the features of the keys.
@@ -157,7 +147,7 @@ class _Finder:
                     (j, *_) = keys
                     key, value = (Operand(product.node(n), product.at[n], tuple(product.own[n])) for n in (j, 1 - j))
                     query = Operand(reader.node(i), spots[0], (reader.at[i],))
-                    return _site(query, self._raw(key), value, node)
+                    return _site(query, self._raw(key), value, reader.call.node)
         return None
 
     def _only_mapped(self, product: fx.Node, node: fx.Node) -> bool:
