@@ -276,11 +276,6 @@ def _joined(site: AttentionSite, facts: Facts, queries: Dim) -> list[tuple[Spot,
 def _longest(site: AttentionSite, facts: Facts, streams: list[tuple[Spot, Dim]]) -> Block:
     """The block of the longest of the streams that an attention joins. Raises _Left."""
     spot, tokens = max(streams, key=lambda found: _hint(length_of(found[0].merge, facts, found[1])))
-    # The merged piece is put between whole ones of known length.
-    joined = facts.joined(site.k.axis(facts))
-    others = [part for parts in joined if tokens in parts for part in parts if part != tokens]
-    if any(not isinstance(size_of(part), int) for part in others):
-        raise _Left("joined streams", "the longest of the streams that it joins stands beside others of unknown length")
     kept = special(facts, tokens)
     if why := unfit(site, size_of(tokens), kept.count):
         raise _Left(why.kind, why.detail)

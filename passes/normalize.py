@@ -18,7 +18,8 @@
 | one of it (`unbind`, `split`, `select`, `slice`)        | itself: `x`                                              |
 | what is the same along a dim, spread out                | its row (`normal/spread.py`)                             |
 | `stack([x, x])`, `cat([x, x])`                          | `expand(unsqueeze(x))`, flattened for a cat              |
-| views of the same shape, `x * 1.0`, `x + 0`             | `x`                                                      |
+| views and slices of the same shape, `x * 1.0`, `x + 0`  | `x`                                                      |
+| a slice written over all there is                       | what was written                                         |
 | numbers that change nothing                             | left out (`normal/idle.py`)                              |
 
 Side by side stand the operands of a `stack`, a `cat`, and of permutes and views of them.
@@ -297,6 +298,8 @@ def _apart(call: Call, emit: Emit) -> list[fx.Node] | None:
 
 
 def _part(call: Call, emit: Emit) -> fx.Node | None:
+    if (whole := _itself(call, emit)) is not None:
+        return whole
     d, start = call.axis(call.args["dim"]), call.args["start"] or 0
     held, at = (_spans(call.nodes[0], d) if _only_taken(call.nodes[0]) else None) or [], 0
     if call.args["step"] != 1 or not all(isinstance(n, int) for n in (start, *(size for _, size in held))):
@@ -307,6 +310,13 @@ def _part(call: Call, emit: Emit) -> fx.Node | None:
             return n
         at += size
     return None
+
+
+def _overwritten(call: Call, emit: Emit) -> fx.Node | None:
+    """All of it: what was there is not left."""
+    (before, src), own = call.vals, call.out
+    whole = list(map(expr, before.shape)) == list(map(expr, src.shape))
+    return call.nodes[1] if whole and src.dtype == own.dtype and src.device == own.device else None
 
 
 def _beside_itself(call: Call, emit: Emit) -> fx.Node | None:
@@ -360,6 +370,7 @@ FORMS: dict[Any, Form] = {
     aten.split.Tensor: _apart,
     aten.split_with_sizes.default: _apart,
     aten.slice.Tensor: _part,
+    aten.slice_scatter.default: _overwritten,
 }
 
 __all__ = ["normalize"]

@@ -104,6 +104,8 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
     ),
     "times one": (lambda x, y: x * 1.0 + 0 + y / 1, [ADD]),
     "view of its shape": (lambda x, y: x.view(2, 3, 4) + y.expand(2, 3, 4), [ADD]),
+    "all of a dim": (lambda x, y: torch.ops.aten.slice(x, 1, 0, 3) + y, [ADD]),
+    "written over": (lambda x, y: torch.slice_scatter(x, y, 1) + x, [ADD]),
     "square": (lambda x, y: x.square(), ["aten.pow.Tensor_Scalar"]),
     "less_equal": (lambda x, y: torch.less_equal(x, y), ["aten.le.Tensor"]),
     "clip": (lambda x, y: torch.clip(x, 0, 1), ["aten.clamp.default"]),

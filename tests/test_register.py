@@ -184,3 +184,30 @@ def test_letters_that_say_nothing(signature: str, options: dict[str, str], messa
     """Before, a letter that the signature lacks was taken in silence."""
     with pytest.raises(ValueError, match=message):
         tome_fx.register_rule(norm_unknown, signature, **options)
+
+
+@pytest.mark.parametrize(
+    ("signature", "message"),
+    [
+        ("bnd,nd->bnd", "'nd' stands for a tensor of 1 dims"),
+        ("bd,d->bd", "'bd' stands for a tensor of 3 dims"),
+        ("bdn,d->bdn", "along 'd' its tensors have sizes"),
+    ],
+)
+def test_a_rule_that_does_not_fit_the_tensors(signature: str, message: str) -> None:
+    """Told as the caller's, by name: before, it was an internal error to be reported, or taken in silence."""
+
+    @torch.library.custom_op("tome_test::scaled", mutates_args=())
+    def scaled(x: Tensor, weight: Tensor) -> Tensor:
+        return x * weight
+
+    scaled.register_fake(lambda x, weight: torch.empty_like(x))
+    tome_fx.register_rule(scaled, signature)
+    torch._dynamo.reset()
+    layer = nn.TransformerEncoderLayer(D, H, 2 * D, batch_first=True).eval()
+    fast = torch.compile(
+        lambda x: layer(scaled(x, torch.ones(D))), backend=tome_fx.tome_backend(r=4, inner="eager"), fullgraph=True
+    )
+    with torch.no_grad(), pytest.raises(Exception, match=f"tome_test.scaled.*{message}") as raised:
+        fast(torch.randn(2, N, D))
+    assert isinstance(raised.value.__cause__ or raised.value.inner_exception, tome_fx.RuleError)  # type: ignore[attr-defined]

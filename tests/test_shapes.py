@@ -141,7 +141,8 @@ def test_real_models_dynamic_batch(name: str) -> None:
     for batch in (2, 3, 4):
         check(fast, case.model, (palette_image(batch, 96, 16, k=3, seed=batch),), tol=3e-5)
     assert compilations(start) == 2
-    assert tome_fx.reports()[-1].merged_sites == 3
+    static, dynamic = tome_fx.reports()[start:]
+    assert dynamic.merged_sites == static.merged_sites >= 2
 
 
 class Chosen(nn.Module):

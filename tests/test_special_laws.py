@@ -585,21 +585,33 @@ class Streams(nn.Module):
 FORMS = [("cat", cut) for cut in seq.CUT] + [(join, "slices") for join in list(seq.JOIN)[1:]]
 
 
+FREE = {"nothing": (), "image": (1,), "both": (0, 1), "both and batch": (0, 1)}
+"""Of which of text and image the length is dynamic."""
+
+
 @pytest.mark.parametrize(
-    ("form", "early", "text_first", "dynamic"), grid(FORMS, [True, False], [True, False], [True, False], step=3)
+    ("form", "early", "text_first", "free"), grid(FORMS, [True, False], [True, False], list(FREE), step=3)
 )
-def test_the_longer_stream_merges(form: tuple[str, str], early: bool, text_first: bool, dynamic: bool) -> None:
-    """Case 10: of a fixed length and of a dynamic one, at the length compiled for and at another."""
-    model, text = drawn(Streams(*form, text_first, early)), palette_tokens(2, 20, D, k=3, seed=3)
-    image, other = palette_tokens(2, 64, D, k=3), palette_tokens(2, 75, D, k=3)
-    if dynamic:
-        torch._dynamo.mark_dynamic(image, 1)
-    made = Traced(model, {"stream": {"r": R, "placement": "stream"}}, dynamic=None if dynamic else False)
-    for x in (image, other) if dynamic else (image,):
+def test_the_longer_stream_merges(form: tuple[str, str], early: bool, text_first: bool, free: str) -> None:
+    """Case 10: of a fixed length and of dynamic ones, at the lengths compiled for and at others, in one graph."""
+    model = drawn(Streams(*form, text_first, early))
+
+    def inputs(batch: int, *lengths: int) -> list[Tensor]:
+        return [palette_tokens(batch, n, D, k=3, seed=n) for n in lengths]
+
+    args = inputs(2, 20, 64)
+    for i in FREE[free]:
+        torch._dynamo.mark_dynamic(args[i], 1)
+    if "batch" in free:
+        torch._dynamo.mark_dynamic(args[0], 0)
+        torch._dynamo.mark_dynamic(args[1], 0)
+    made = Traced(model, {"stream": {"r": R, "placement": "stream"}}, dynamic=None if FREE[free] else False)
+    others = {"nothing": [], "image": [(2, 20, 75)], "both": [(2, 27, 75), (2, 40, 36)]}.get(free, [(3, 27, 75)])
+    for given in (args, *(inputs(*sizes) for sizes in others)):
         with torch.no_grad():
-            want = model(text, x)
-        error = distance(made("stream", text, x), want)
-        assert error < LAW, f"{error:.0e} at {x.shape[1]} tokens\n{made.reports['stream']}"
+            want = model(*given)
+        error = distance(made("stream", *given), want)
+        assert error < LAW, f"{error:.0e} at {[x.shape for x in given]}\n{made.reports['stream']}"
     report = made.reports["stream"]
     no_internal_error(report)
     assert report.graphs == 1, f"{report.graphs} graphs"

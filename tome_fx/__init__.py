@@ -8,7 +8,7 @@ from tome_fx.check import Approximation, Check, CheckedMerge, CheckedOutput, NoL
 from tome_fx.config import ToMeConfig
 from tome_fx.explain import MergeStep, TokenTrace, explain, rewrite, trace_tokens
 from tome_fx.matching import register_matcher
-from tome_fx.register import register_attention, register_rule
+from tome_fx.register import RuleError, register_attention, register_rule
 from tome_fx.report import SiteReport, SkipReason, ToMeReport, Unmerge, clear_reports, reports
 
 # The function takes the name of its module: once imported, a module is not bound to its package again.
@@ -23,6 +23,7 @@ __all__ = [
     "CheckedOutput",
     "MergeStep",
     "NoLawError",
+    "RuleError",
     "SiteReport",
     "SkipReason",
     "ToMeBackend",

@@ -26,6 +26,7 @@ from tome_fx.passes import Result, run_pipeline
 from tome_fx.passes.inner import lengths
 from tome_fx.passes.lower import KERNELS, call_kernels
 from tome_fx.pieces import Piece, piece_of
+from tome_fx.register import RuleError
 from tome_fx.report import SkipReason, ToMeReport, record
 from tome_fx.schedule import ScheduleError
 
@@ -176,7 +177,7 @@ def transform(
     try:
         result = _run(gm, inputs, config, piece)
         rewritten = None if result.gm is None else finish(gm, result)
-    except ScheduleError:
+    except (ScheduleError, RuleError):
         raise
     except Exception:  # noqa: BLE001 - the last rung of the ladder: a bug of ours must not cost the user's result
         return None, _internal_error(config)

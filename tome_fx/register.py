@@ -21,6 +21,10 @@ from tome_fx.passes.rules.facts import Facts
 from tome_fx.passes.rules.signature import SignatureRule
 
 
+class RuleError(ValueError):
+    """A rule that was registered does not fit the tensors its operator is called with; the message says how."""
+
+
 def register_rule(op: Any, signature: str, *, sum: str = "", max: str = "", mix: str = "") -> None:
     """Say how the dims of an operator's tensors correspond, so that it runs on merged tokens.
 
@@ -34,8 +38,9 @@ def register_rule(op: Any, signature: str, *, sum: str = "", max: str = "", mix:
     mix: letters along which an entry depends on others in any other way (the features of a norm). Tokens on such a dim
         are unmerged before the operator.
 
-    Raises ValueError for a signature that does not fit the operator; its ranks are seen when a model is compiled. The
-    rule holds for every later compilation.
+    Raises ValueError for a signature that does not fit the operator. Whether it fits the tensors is seen when a model
+    is compiled: RuleError where a term has more or fewer letters than the tensor has dims, or one letter two sizes
+    (other than 1). The rule holds for every later compilation.
     """
     targets = _overloads(op)
     terms, arrow, outs = (part.strip() for part in signature.replace(" ", "").partition("->"))
@@ -70,15 +75,28 @@ def register_rule(op: Any, signature: str, *, sum: str = "", max: str = "", mix:
         results = outs.split(",")
         ranks = [val.dim() for val in (*call.vals, *call.results)]
         full, _ = parse_einsum(",".join([*given, *results]) + "->", ranks)
-        wrong = [t for t, rank in zip(full, ranks, strict=True) if len(t) != rank]
-        if wrong:
-            raise ValueError(f"register_rule: {call.target} was called with other ranks than {signature!r} says")
+        if why := _misfit(full, [val.shape for val in (*call.vals, *call.results)], mix):
+            raise RuleError(f"register_rule: {call.target} does not fit its signature {signature!r}: {why}")
         ins = tuple(tuple[Letter, ...](t) for t in full[: len(given)])
         roles: dict[Letter, Role] = {letter: role for letter, role in names.items() if any(letter in t for t in full)}
         linear = frozenset(i for i, t in enumerate(ins) if set(t) & set(sum))
         return Signature(ins, tuple(tuple[Letter, ...](t) for t in full[len(given) :]), roles, linear)
 
     register(Contraction(of) if sum else SignatureRule(of), *targets)
+
+
+def _misfit(terms: list[Any], shapes: list[torch.Size], mix: str) -> str:
+    """How tensors of these shapes are not what the terms say; empty where they are. Letters that are mixed may change in
+    size."""
+    sizes: dict[Any, int] = {}
+    for term, shape in zip(terms, shapes, strict=True):
+        if len(term) != len(shape):
+            return f"{term!r} stands for a tensor of {len(shape)} dims, {list(shape)}"
+        for letter, size in zip(term, shape, strict=True):
+            fixed = isinstance(size, int) and size != 1 and letter not in mix
+            if fixed and sizes.setdefault(letter, size) != size:
+                return f"along {letter!r} its tensors have sizes {sizes[letter]} and {size}"
+    return ""
 
 
 def register_attention(

@@ -336,7 +336,7 @@ class Groups:
     def weights(self, step: Step) -> Tensor | None:
         """[*sample, N]: what each original token weighs in a mean under the masks of keys of a merge; None: all 1."""
         base = step.base or step
-        held, (lo, hi) = self.masked.get(base), step.offset
+        held, (lo, hi) = self.masked.get(base), map(int, step.offset)
         if held is None:
             return None
         held = held[..., max(-lo, 0) : held.shape[-1] - max(-hi, 0)]

@@ -41,8 +41,21 @@ def expr(size: Size) -> Expr:
     return held if held.is_Symbol else sympy.expand(held)
 
 
+def sized(size: Expr, like: Any) -> Size:
+    """The way back: an int or an expression as a size, beside another one of the same graph."""
+    if isinstance(size, int) or size.is_Integer:
+        return int(size)
+    found: torch.SymInt = like.node.shape_env.create_symintnode(size, hint=None)
+    return found
+
+
 def same(a: Expr, b: Expr) -> bool:
     return bool(a == b) or (not (isinstance(a, int) and isinstance(b, int)) and sympy.expand(a - b) == 0)
+
+
+def at_most(a: Expr, b: Expr) -> bool:
+    """Whether a <= b for every value of the symbols: False where that is not known."""
+    return bool(a <= b) if isinstance(a, int) and isinstance(b, int) else sympy.expand(b - a).is_nonnegative is True
 
 
 def quotient(a: Expr, b: Expr) -> Expr | None:

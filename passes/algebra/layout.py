@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from .axes import Dim, Dims, Size, leaves
+from .axes import Dim, Dims, Expr, Size, at_most, leaves
+from .axes import expr as size_expr
 
 # A token axis with fewer to merge (a window, frames, the last stage of a pyramid) keeps half of them, whatever r is.
 SHORT_AXIS = 32
@@ -24,7 +25,8 @@ class Step:
 
     `shift(lo, hi)` is the same merge on an axis with `lo` more tokens in front and `hi` more behind (negative: fewer).
     A slice that drops the class token and a `cat` that puts it back cancel exactly, so that queries, keys and
-    values that took different ways hold the *same* step object.
+    values that took different ways hold the *same* step object. What is shifted by may be symbolic: text of any length
+    before an image.
     """
 
     site: int
@@ -32,33 +34,32 @@ class Step:
     sample: Dim
     before: Size
     after: Size
-    prefix: int
-    suffix: int
+    prefix: Size
+    suffix: Size
     branch: bool = False
     base: Step | None = None
-    offset: tuple[int, int] = (0, 0)
-    variants: dict[tuple[int, int], Step] = field(default_factory=dict, repr=False)
+    offset: tuple[Size, Size] = (0, 0)
+    variants: dict[tuple[Expr, Expr], Step] = field(default_factory=dict, repr=False)
     _chain: tuple[Step, ...] = field(default=(), repr=False)
 
-    def shift(self, lo: int, hi: int) -> Step:
+    def shift(self, lo: Size, hi: Size) -> Step:
         base = self.base or self
-        key = (self.offset[0] + lo, self.offset[1] + hi)
+        offset = (self.offset[0] + lo, self.offset[1] + hi)
+        key = (size_expr(offset[0]), size_expr(offset[1]))
         if key == (0, 0):
             return base
         if key not in base.variants:
-            prev = base.prev.shift(*key) if base.prev else None
-            grow = sum(key)
-            base.variants[key] = Step(
-                base.site,
-                prev,
-                base.sample,
-                base.before + grow,
-                base.after + grow,
-                base.prefix + key[0],
-                base.suffix + key[1],
-                base.branch,
+            base.variants[key] = replace(
                 base,
-                key,
+                prev=base.prev.shift(*offset) if base.prev else None,
+                before=base.before + sum(offset),
+                after=base.after + sum(offset),
+                prefix=base.prefix + offset[0],
+                suffix=base.suffix + offset[1],
+                base=base,
+                offset=offset,
+                variants={},
+                _chain=(),
             )
         return base.variants[key]
 
@@ -72,11 +73,17 @@ class Step:
         """The length of the axis before any merge."""
         return self.chain()[0].before
 
-    def fixed_prefix(self) -> int:
-        return min(step.prefix for step in self.chain())
+    def fixed_prefix(self) -> Expr:
+        return _least([step.prefix for step in self.chain()])
 
-    def fixed_suffix(self) -> int:
-        return min(step.suffix for step in self.chain())
+    def fixed_suffix(self) -> Expr:
+        return _least([step.suffix for step in self.chain()])
+
+
+def _least(sizes: Sequence[Size]) -> Expr:
+    """The one that is at most any other, whatever the symbols are; 0 where none is known to be."""
+    found = dict.fromkeys(size_expr(size) for size in sizes)
+    return next((one for one in found if all(at_most(one, other) for other in found)), 0)
 
 
 def meet(steps: Sequence[Step | None]) -> Step | None:

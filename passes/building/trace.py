@@ -24,7 +24,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from ..algebra.axes import expr
+from ..algebra.axes import Size, expr
 
 aten = torch.ops.aten
 
@@ -224,7 +224,8 @@ class Traced:
         return self._call(aten.expand.default, list(sizes))
 
     def narrow(self, d: int, start: Any, length: Any) -> Traced:
-        return self._call(aten.slice.Tensor, d, start, start + length)
+        val = self.builder.like(self.val, [[*self.shape[:d], length, *self.shape[d:][1:]]])
+        return self.builder.copy(aten.slice.Tensor, (self, d, start, start + length), {}, val)
 
     def select(self, d: int, index: Any) -> Traced:
         return self._call(aten.select.int, d, index)
@@ -260,7 +261,7 @@ class Traced:
         """float32: `yes` where this bool tensor is True, `no` elsewhere (torch.where); finite numbers stay finite."""
         return self._call(aten.where.Scalar, single(yes), single(no)).to(torch.float32)
 
-    def pad(self, pads: Sequence[int], value: float) -> Traced:
+    def pad(self, pads: Sequence[Size], value: float) -> Traced:
         return self._call(aten.constant_pad_nd.default, list(pads), value)
 
     def __add__(self, other: Any) -> Traced:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..algebra.axes import Dim, Dims, leaves, locate, size_of
+from ..algebra.axes import Dim, Dims, Size, leaves, locate, size_of
+from ..algebra.axes import expr as size_expr
 from ..algebra.layout import Run, Step, plain
 from ..analysis.blocks import PAPERS, Block
 from ..analysis.masks import KeyMask, token_dims
@@ -163,7 +164,7 @@ class Groups:
             whole = self.steps.convert(value, want)
         else:
             whole = self.env.fetch(source, want)
-        if any(ends):
+        if {size_expr(size) for size in ends} != {0}:
             whole = whole.narrow(dim, ends[0], merge.step.before)
         x, factors = Laid(whole, dims, want).factored()
         spots = [spot(factors, leaf) for leaf in leaves(merge.step.sample)]
@@ -197,7 +198,9 @@ class Groups:
         standing = self._standing(self.facts.dims(operand.node), operand.tokens, block.tokens)
         return standing is not None and set(leaves(block.sample)) <= self.facts.leaves_of(operand.node)
 
-    def _standing(self, dims: Dims, at: int | None, tokens: Dim) -> tuple[int, tuple[int, int], tuple[int, int]] | None:
+    def _standing(
+        self, dims: Dims, at: int | None, tokens: Dim
+    ) -> tuple[int, tuple[int, int], tuple[Size, Size]] | None:
         """Where the tokens stand, in dim `at` if it is given: the dim, the run of its leaves that holds them, and how
         many others that run holds before and behind them; None where they do not."""
         tokens = leaves(tokens)
@@ -209,9 +212,9 @@ class Groups:
         for parts in self.facts.joined(dims[at]):
             if parts.count(tokens) == 1:
                 i = parts.index(tokens)
-                front, behind = ([size_of(part) for part in others] for others in (parts[:i], parts[i + 1 :]))
-                if all(isinstance(size, int) for size in (*front, *behind)):
-                    return at, (0, 1), (sum(front), sum(behind))
+                ends = (sum(size_of(part) for part in others) for others in (parts[:i], parts[i + 1 :]))
+                front, behind = map(self.env.builder.size, ends)
+                return at, (0, 1), (front, behind)
         return None
 
 

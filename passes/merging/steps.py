@@ -11,7 +11,7 @@ import torch
 from tome_fx import ops  # noqa: F401 - defines the operators
 from tome_fx.config import ToMeConfig
 
-from ..algebra.axes import Dims, leaves
+from ..algebra.axes import Dims, Size, at_most, expr, leaves
 from ..algebra.layout import Layout, Run, Step, is_plain
 from ..building.trace import Builder, Traced, cat
 from ..rules.base import Fill
@@ -51,7 +51,7 @@ class Steps:
     def of(self, step: Step) -> StepTensors:
         if step not in self.held:
             assert step.base is not None, "a step is read before its merge"
-            self.held[step] = _shifted(self.of(step.base), *step.offset)
+            self.held[step] = _trimmed(_grown(self.of(step.base), step.offset), step.offset)
         return self.held[step]
 
     def size(self, step: Step) -> Traced:
@@ -170,30 +170,40 @@ class Steps:
         return self.builder.call(tome.merge.default, x, *weighed, *form)
 
 
-def _shifted(held: StepTensors, lo: int, hi: int) -> StepTensors:
-    """The same merge on an axis with `lo` more protected tokens in front and `hi` more behind (negative: fewer)."""
-    assign, keep, moved = held.assign, held.keep, held.moved
-    if lo < 0 or hi < 0:
-        front, back = max(-lo, 0), max(-hi, 0)
-        assign = assign.narrow(-1, front, assign.shape[-1] - front - back) - front
-        keep = keep.narrow(-1, front, keep.shape[-1] - front - back) - front
-        moved = moved - front
-    if lo > 0 or hi > 0:
-        front, back = max(lo, 0), max(hi, 0)
-        assign, keep = (
-            _padded(x, front, back, length) for x, length in ((assign, keep.shape[-1]), (keep, assign.shape[-1]))
-        )
-        moved = moved + front
-
-    def grown(size: Traced | None) -> Any:
-        if size is not None and (lo < 0 or hi < 0):
-            size = size.narrow(-1, max(-lo, 0), size.shape[-1] - max(-lo, 0) - max(-hi, 0))
-        return size if size is None or (lo <= 0 and hi <= 0) else size.pad((max(lo, 0), max(hi, 0)), 1.0)
-
-    return StepTensors(assign, keep, moved, grown(held.size), grown(held.before), grown(held.after))
+def _ends(offset: tuple[Size, Size], *, grow: bool) -> tuple[Size, Size]:
+    """What a shift adds (or takes away) in front and behind."""
+    lo, hi = (size if at_most(0, expr(size)) is grow else 0 for size in offset)
+    return (lo, hi) if grow else (-lo, -hi)
 
 
-def _padded(index: Traced, front: int, back: int, length: Any) -> Traced:
+def _trimmed(held: StepTensors, offset: tuple[Size, Size]) -> StepTensors:
+    """The same merge on an axis that lacks some protected tokens at its ends."""
+    ends = front, back = _ends(offset, grow=False)
+    if {expr(size) for size in ends} == {0}:
+        return held
+
+    def cut(x: Traced | None) -> Any:
+        return x if x is None else x.narrow(-1, front, x.shape[-1] - front - back)
+
+    index = (cut(held.assign) - front, cut(held.keep) - front, held.moved - front)
+    return StepTensors(*index, cut(held.size), cut(held.before), cut(held.after))
+
+
+def _grown(held: StepTensors, offset: tuple[Size, Size]) -> StepTensors:
+    """The same merge on an axis with more protected tokens at its ends."""
+    ends = front, back = _ends(offset, grow=True)
+    if {expr(size) for size in ends} == {0}:
+        return held
+
+    def more(x: Traced | None) -> Any:
+        return x if x is None else x.pad(ends, 1.0)
+
+    assign = _padded(held.assign, front, back, held.keep.shape[-1])
+    keep = _padded(held.keep, front, back, held.assign.shape[-1])
+    return StepTensors(assign, keep, held.moved + front, more(held.size), more(held.before), more(held.after))
+
+
+def _padded(index: Traced, front: Size, back: Size, length: Size) -> Traced:
     """An index into `length` places, with places that map to themselves put before and behind."""
     call, lead = index.builder.call, index.shape[:-1]
     front_part = call(aten.arange.default, front, device=index.device).expand([*lead, front])

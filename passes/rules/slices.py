@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..algebra.axes import Dim, Dims, fresh, leaves, same, unify
+from ..algebra.axes import Dim, Dims, Size, at_most, fresh, leaves, same, sized, unify
 from ..algebra.axes import expr as size_expr
-from ..algebra.layout import DimLayout, Layout, Run, covering, with_runs
+from ..algebra.layout import DimLayout, Layout, Run, Step, covering, with_runs
 from .base import Call, Decision, Emitter, Letter, Role, Rule, Signature, register
 from .facts import Facts
 from .signature import SignatureRule
@@ -36,12 +36,13 @@ def _without_samples_in(dims: Dims, layout: Layout, touched: int) -> Layout:
 
 @dataclass(frozen=True)
 class Span:
-    """`[start:stop:step]` of dim d, which has some size; ints or expressions, counted from the front."""
+    """`[start:stop:step]` of dim d, which has some size; ints or expressions, counted from the front. whole_size: the
+    size as torch has it."""
 
     d: int
     start: Any
     stop: Any
-    size: Any
+    whole_size: Size
     step: int = 1
 
     @classmethod
@@ -49,8 +50,12 @@ class Span:
         """What a slice or slice_scatter reads or writes."""
         a = call.args
         d = call.axis(a.get("dim", 0))
-        size = size_expr(call.vals[0].shape[d])
-        return cls(d, *_bounds(a.get("start"), a.get("end"), size), size, a.get("step") or 1)
+        size = call.vals[0].shape[d]
+        return cls(d, *_bounds(a.get("start"), a.get("end"), size_expr(size)), size, a.get("step") or 1)
+
+    @property
+    def size(self) -> Any:
+        return size_expr(self.whole_size)
 
     @property
     def whole(self) -> bool:
@@ -84,16 +89,19 @@ class Span:
         if self.whole:
             return layout[self.d]
         run = covering(dims, layout, self.d)
-        if run is None or self.step != 1 or not isinstance(self.start, int) or not isinstance(self.behind, int):
+        if run is None or self.step != 1:
             return None
         step = run.step
-        if self.start <= step.fixed_prefix() and self.behind <= step.fixed_suffix():
-            return (Run(0, 1, step.shift(-self.start, -self.behind), run.extensive),)
-        if isinstance(self.stop, int) and self.stop <= step.fixed_prefix():
-            return ()
-        if isinstance(self.size, int) and self.start >= self.size - step.fixed_suffix():
-            return ()
-        return None
+        if at_most(self.start, step.fixed_prefix()) and at_most(self.behind, step.fixed_suffix()):
+            return (Run(0, 1, step.shift(self.sized(-self.start), self.sized(-self.behind)), run.extensive),)
+        return () if self.in_front(step) or at_most(self.size - self.start, step.fixed_suffix()) else None
+
+    def in_front(self, step: Step) -> bool:
+        """Whether it ends before any token that merges."""
+        return at_most(self.stop, step.fixed_prefix())
+
+    def sized(self, size: Any) -> Size:
+        return sized(size, self.whole_size)
 
 
 def _bounds(start: Any, stop: Any, size: Any) -> tuple[Any, Any]:
@@ -144,11 +152,12 @@ class SliceRule(Rule):
             return env.run(call, [x])
         if span.whole:
             return x
+        start = span.sized(span.start)
         if decision.outs[0][d]:
-            return x.narrow(d, span.start, x.shape[d] - span.start - span.behind)
-        if isinstance(span.stop, int) and span.stop <= runs[0].step.fixed_prefix():
-            return x.narrow(d, span.start, span.stop - span.start)
-        return x.narrow(d, x.shape[d] - (span.size - span.start), span.stop - span.start)
+            return x.narrow(d, start, x.shape[d] - span.sized(span.size - (span.stop - span.start)))
+        if not span.in_front(runs[0].step):
+            start = x.shape[d] - span.sized(span.size - span.start)
+        return x.narrow(d, start, span.sized(span.stop - span.start))
 
 
 def with_dim(dims: Dims, d: int, dim: Dim) -> Dims:
@@ -158,10 +167,10 @@ def with_dim(dims: Dims, d: int, dim: Dim) -> Dims:
 class SelectRule(Rule):
     def _spec(self, call: Call) -> tuple[int, Any, Any]:
         d = call.axis(call.args["dim"])
-        size = size_expr(call.vals[0].shape[d])
+        size = call.vals[0].shape[d]
         index = call.args["index"]
         index = size_expr(index.meta["val"]) if hasattr(index, "meta") else index
-        return d, index + size if isinstance(index, int) and index < 0 else index, size
+        return d, index + size_expr(size) if isinstance(index, int) and index < 0 else index, size
 
     def axes(self, call: Call, facts: Facts) -> tuple[Dims, ...]:
         d, index, size = self._spec(call)
@@ -182,18 +191,17 @@ class SelectRule(Rule):
         return Decision((first,), (_drop(first, d),), why)
 
     @staticmethod
-    def _fixed(run: Run, index: Any, size: Any) -> bool:
-        if not isinstance(index, int):
-            return False
-        back = size - index
-        return index < run.step.fixed_prefix() or (isinstance(back, int) and back <= run.step.fixed_suffix())
+    def _fixed(run: Run, index: Any, size: Size) -> bool:
+        step = run.step
+        return at_most(index + 1, step.fixed_prefix()) or at_most(size_expr(size) - index, step.fixed_suffix())
 
     def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
         x = env.fetch(call.nodes[0], decision.ins[0])
         d, index, size = self._spec(call)
         if not decision.ins[0][d]:
             return env.run(call, [x])
-        return x.select(d, index if index < decision.ins[0][d][0].step.fixed_prefix() else index - size)
+        front = at_most(index + 1, decision.ins[0][d][0].step.fixed_prefix())
+        return x.select(d, sized(index if front else index - size_expr(size), size))
 
 
 class SplitRule(Rule):
@@ -214,7 +222,7 @@ class SplitRule(Rule):
 
     @staticmethod
     def _spans(call: Call, d: int) -> Iterator[Span]:
-        size, at = size_expr(call.vals[0].shape[d]), 0
+        size, at = call.vals[0].shape[d], 0
         for piece in call.results:
             stop = at + size_expr(piece.shape[d])
             yield Span(d, at, stop, size)
@@ -300,7 +308,7 @@ class ScatterSlice(SignatureRule):
         if not decision.ins[0][d]:
             return env.run(call, [base, src])
         span = Span.of(call)
-        return base.slice_scatter(src, d, span.start, base.shape[d] - span.behind)
+        return base.slice_scatter(src, d, span.sized(span.start), base.shape[d] - span.sized(span.behind))
 
 
 register(SliceRule(), aten.slice.Tensor)
