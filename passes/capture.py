@@ -29,10 +29,11 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .normal.composites import composites
+from .normal.composites import composites, is_composite
 from .normal.functional import functionalise, is_impure
 from .normal.fused import EXPANSIONS
 from .normal.regions import CaptureError, SpelledOut, cut_out, enters_vmap, retrace, vmap_stretch
+from .normal.wrappers import Path, closed, holds_wrapper, is_wrapper, opened, through, why_not
 from .normalize import normalize
 
 aten = torch.ops.aten
@@ -44,7 +45,8 @@ class Captured:
 
     gm: the graph module. fakes: one fake value per placeholder. attributes: tensor attributes and constants by name,
     for which the first `len(attributes)` placeholders stand. model_input: per placeholder, whether it varies from
-    call to call. values: the real values of constant placeholders, parameters and buffers.
+    call to call. values: the real values of constant placeholders, parameters and buffers. opened: of each input of the
+    graph that was captured, the paths to the plain tensors that stand for it (see `normal/wrappers.py`).
     """
 
     gm: fx.GraphModule
@@ -53,21 +55,30 @@ class Captured:
     model_input: list[bool]
     fake_mode: FakeTensorMode
     values: dict[fx.Node, Tensor]
+    opened: list[list[Path]]
 
 
 def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
     """Trace `gm` on fake versions of `inputs` (tensors, SymInts, numbers). Raises CaptureError with a reason."""
     mode = _fake_mode(inputs)
-    attributes = _tensor_attributes(gm)
-    values = [*(attributes.values()), *inputs]
+    whole = _tensor_attributes(gm)
+    values = [*(whole.values()), *inputs]
     if any(map(_is_distributed, values)):
         raise CaptureError("it has distributed tensors (DTensor, as tensor parallelism makes of weights)")
-    fakes = [_fakeify(v, mode) if isinstance(v, Tensor) else v for v in values]
-    count = len(attributes)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    moves = [_is_model_input(n, v) for n, v in zip(placeholders, inputs, strict=True)]
+    for value, varies in zip(values, [False] * len(whole) + moves, strict=True):
+        if is_wrapper(value) and (why := why_not(value, varies)):
+            raise CaptureError(why)
+    closed_fakes = [_fakeify(v, mode) if isinstance(v, Tensor) else v for v in values]
+    fakes = [leaf for fake in closed_fakes for _, leaf in opened(fake)]
+    attributes = {".".join((name, *path)): leaf for name, value in whole.items() for path, leaf in opened(value)}
 
     def run(*args: Any) -> Any:
-        held = dict(zip(attributes, args[:count], strict=True))
-        return _Tracer(gm, held).run(*args[count:], enable_io_processing=False)
+        leaves = iter(args)
+        given = [closed(fake, leaves) for fake in closed_fakes]
+        held = dict(zip(whole, given[: len(whole)], strict=True))
+        return _Tracer(gm, held).run(*given[len(whole) :], enable_io_processing=False)
 
     with _as_found(), mode, fx_traceback.preserve_node_meta():
         traced = make_fx(run, composites(), tracing_mode="real", pre_dispatch=True)(*fakes)
@@ -80,19 +91,20 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
     functionalise(traced, mode, learned)
     normalize(traced.graph, mode, is_impure)
     traced.recompile()
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     held = {**constants, **attributes}
-    varies = [False] * len(held) + [_is_model_input(n, v) for n, v in zip(placeholders, inputs, strict=True)]
+    plain = [(leaf, move) for value, move in zip(inputs, moves, strict=True) for _, leaf in opened(value)]
+    varies = [False] * len(held) + [move for _, move in plain]
     inside = traced.graph.find_nodes(op="placeholder")
     known = {
         node: value
-        for node, value, moves in zip(inside, [*held.values(), *inputs], varies, strict=True)
-        if type(value) in (Tensor, torch.nn.Parameter) and not moves and not value.is_meta
+        for node, value, move in zip(inside, [*held.values(), *(leaf for leaf, _ in plain)], varies, strict=True)
+        if type(value) in (Tensor, torch.nn.Parameter) and not move and not value.is_meta
     }
     for node, value in known.items():
         if value.dim() == 0 and not isinstance(value, torch.nn.Parameter):
             node.meta["held"] = value
-    return Captured(traced, [node.meta.get("val") for node in inside], held, varies, mode, known)
+    paths = [[path for path, _ in opened(value)] for value in inputs]
+    return Captured(traced, [node.meta.get("val") for node in inside], held, varies, mode, known, paths)
 
 
 @contextmanager
@@ -232,7 +244,14 @@ class _Tracer(fx.Interpreter):
             return expansion(*args, **kwargs)
         if isinstance(target, torch._ops.HigherOrderOperator):
             return self._region(target, args, kwargs)
+        if holds_wrapper(args, kwargs) or is_composite(target):
+            return through(target, args, kwargs)
         return super().call_function(target, args, kwargs)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if holds_wrapper(args, kwargs):
+            return through(lambda own, *rest, **named: getattr(own, target)(*rest, **named), args, kwargs)
+        return super().call_method(target, args, kwargs)
 
     def _region(self, target: Any, args: Any, kwargs: Any) -> Any:
         name = target.name()

@@ -25,6 +25,7 @@ from tome_fx.kernels import cpu
 from tome_fx.passes import Result, run_pipeline
 from tome_fx.passes.inner import lengths
 from tome_fx.passes.lower import KERNELS, call_kernels
+from tome_fx.passes.normal.wrappers import closed_input
 from tome_fx.pieces import Piece, piece_of
 from tome_fx.register import RuleError
 from tome_fx.report import SkipReason, ToMeReport, record
@@ -296,7 +297,7 @@ def finish(source: fx.GraphModule, result: Result) -> fx.GraphModule:
     placeholders = gm.graph.find_nodes(op="placeholder")
     originals = source.graph.find_nodes(op="placeholder")
     lifted = placeholders[: len(captured.attributes)]
-    inputs = placeholders[len(lifted) :]
+    inputs = iter(placeholders[len(lifted) :])
     for (name, value), node in zip(captured.attributes.items(), lifted, strict=True):
         _attach(gm, name, value)
         with gm.graph.inserting_after(placeholders[-1]):
@@ -304,7 +305,9 @@ def finish(source: fx.GraphModule, result: Result) -> fx.GraphModule:
         held.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(held)
         gm.graph.erase_node(node)
-    for node, original in zip(inputs, originals, strict=True):
+    for original, paths in zip(originals, captured.opened, strict=True):
+        plain = [next(inputs) for _ in paths]
+        node = plain[0] if paths == [()] else closed_input(gm, plain, paths)
         node.meta.update({k: v for k, v in original.meta.items() if k not in ("val", "example_value", "tensor_meta")})
         if hasattr(original, "_dynamo_source"):
             node._dynamo_source = original._dynamo_source

@@ -32,6 +32,7 @@ from tome_fx.passes import run_pipeline
 from tome_fx.passes.algebra.layout import Layout
 from tome_fx.passes.analysis.sites import place
 from tome_fx.passes.capture import capture
+from tome_fx.passes.normal.wrappers import opened
 from tome_fx.passes.rules import op_name
 from tome_fx.passes.rules.base import Fill
 from tome_fx.report import ToMeReport
@@ -302,7 +303,7 @@ class _Graph:
 
     def _checked(self, args: Sequence[Any]) -> Check:
         assert self.result.captured is not None
-        inputs = [*self.result.captured.attributes.values(), *args]
+        inputs = [*self.result.captured.attributes.values(), *(leaf for arg in args for _, leaf in opened(arg))]
         try:
             return _Comparison(self, inputs, exact=True).run()
         except (RuntimeError, NotImplementedError, TypeError) as error:

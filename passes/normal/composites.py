@@ -46,6 +46,13 @@ def composites() -> dict[Any, Callable[..., Any]]:
     return table
 
 
+def is_composite(target: Any) -> bool:
+    """Whether an operator of another library says of itself what ops it is made of, and no rule reads it whole."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace == "aten" or rule_for(target) is not None:
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+
+
 def _einsum(equation: str, operands: Any, **kwargs: Any) -> Any:
     """Of one operand, permutes and sums; of more than two, one product after the other."""
     if len(operands) == 1:
@@ -86,4 +93,4 @@ def _each(name: str, *args: Any, **kwargs: Any) -> Any:
     return None if name.endswith("_") else found
 
 
-__all__ = ["composites"]
+__all__ = ["composites", "is_composite"]

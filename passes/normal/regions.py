@@ -8,11 +8,13 @@ gives is run, or read, in the trace around it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+from torch.overrides import _pop_mode_temporarily
 
 aten = torch.ops.aten
 
@@ -26,7 +28,10 @@ def retrace(run: Callable[..., Any], values: Sequence[Any]) -> fx.GraphModule:
 
     The graph is still differentiable in its tensor inputs when it is run; composite ops are decomposed.
     """
-    with torch._C.DisableTorchFunction(), disable_proxy_modes_tracing():  # the trace around this must not see it
+    with ExitStack() as stack:  # the trace around this must not see it
+        for _ in range(torch._C._len_torch_function_stack()):
+            stack.enter_context(_pop_mode_temporarily())
+        stack.enter_context(disable_proxy_modes_tracing())
         return make_fx(run, tracing_mode="real")(*values)
 
 

@@ -8,12 +8,14 @@ linear attention and attention pooling right.
 from __future__ import annotations
 
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..algebra.axes import expr as size_expr
+from ..algebra.layout import Layout
 from ..building.trace import Traced
 from .base import (
     Call,
@@ -98,6 +100,30 @@ def _added(call: Call, facts: Facts) -> Signature:
     ins = (frame[len(frame) - call.vals[0].dim() :], (*batch, "m", "k"), (*batch, "k", "n"))
     fill = Fill.BIAS if call.node in facts.scores else Fill.MEAN
     return Signature(ins, (frame,), {"k": Role.SUM}, frame=frame, fills={0: fill})
+
+
+class CodedProduct(Contraction):
+    """Rows times weights, both or the weights coded: integers, 8-bit floats, packed. weight: the letters of these.
+
+    A code is no value that a size could weigh: tokens are given back before they are summed over.
+    """
+
+    def __init__(self, *weight: Letter | None) -> None:
+        super().__init__(_coded(weight))
+
+    def plan(self, call: Call, ins: Sequence[Layout], facts: Facts) -> Decision:
+        sig = self.signature(call, facts)
+        whole = replace(sig, roles=dict.fromkeys(sig.roles, Role.MIX))
+        return SignatureRule(lambda *_: whole).plan(call, ins, facts)
+
+
+def _coded(weight: tuple[Letter | None, ...]) -> Callable[[Call, Facts], Signature]:
+    def signature(call: Call, facts: Facts) -> Signature:
+        by_row = call.index("scale_a")
+        rest = (("m", None) if i == by_row and v.dim() == 2 else (None,) * v.dim() for i, v in enumerate(call.vals))
+        return Signature((("m", "k"), weight, *list(rest)[2:]), (("m", "n"),), {"k": Role.SUM})
+
+    return signature
 
 
 def _outer(call: Call, facts: Facts) -> Signature:
@@ -287,6 +313,9 @@ register(Contraction(_linear), aten.linear)
 register(Contraction(_matmul), aten.matmul, aten.mm, aten.bmm, aten.mv, aten.dot)
 register(Contraction(_added), aten.addmm, aten.baddbmm)
 register(Contraction(_einsum), aten.einsum)
+register(CodedProduct("k", "n"), aten._int_mm.default, aten._scaled_mm.default)
+register(CodedProduct("n", "k"), aten._weight_int8pack_mm)
+register(CodedProduct("n", None), aten._weight_int4pack_mm_for_cpu)
 register(SignatureRule(_outer), aten.outer.default, aten.ger.default)
 register(Convolution(1), aten.conv1d)
 register(Convolution(2), aten.conv2d)
