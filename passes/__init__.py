@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,7 +46,9 @@ from torch import fx
 from tome_fx.config import ToMeConfig
 from tome_fx.report import SkipReason, ToMeReport
 
-from .algebra.axes import leaves
+from .algebra.axes import leaves, size_of
+from .analysis.blocks import Block
+from .analysis.special import Before, before, entering, special
 from .capture import Captured, CaptureError, capture
 from .drop_unread import drop_unread
 from .find_attention import find_attention
@@ -59,7 +61,6 @@ from .lower import lower
 from .plan import Merge, Plan, make_plan, site_reports
 from .rewrite import rewrite
 from .rules import find
-from .rules.base import tensors_of
 from .rules.facts import Facts
 from .rules.reduce import Softmax
 from .verify import VerifyError, verify
@@ -73,29 +74,37 @@ PIPELINE = (
 @dataclass
 class Result:
     """gm: the rewritten graph, or None where the original is to be used. captured: the IR it came from. lengths: the
-    lengths that merges leave, each once; none where layers would gain nothing by sharing kernels. facts, plan: what the
-    passes found in the IR, where something merges."""
+    lengths that merges leave, each once; none where layers would gain nothing by sharing kernels. facts, blocks, plan:
+    what the passes found in the IR."""
 
     gm: fx.GraphModule | None
     report: ToMeReport
     captured: Captured | None = None
     lengths: list[int] = field(default_factory=list)
     facts: Facts = field(default_factory=Facts)
+    blocks: list[Block] = field(default_factory=list)
     plan: Plan = field(default_factory=Plan)
 
     @property
-    def tokens_enter(self) -> bool:
-        """Whether merged tokens are an input of the graph as they are, so that it cannot show which are special."""
-        assert self.captured is not None
-        inputs = self.captured.gm.graph.find_nodes(op="placeholder")
-        given = {
-            leaf
-            for node, varies in zip(inputs, self.captured.model_input, strict=True)
-            if varies and any(val.is_floating_point() for val in tensors_of(node.meta.get("val")))
-            for dim in self.facts.dims(node)
-            for leaf in leaves(dim)
-        }
-        return any(given & set(leaves(merge.block.tokens)) for merge in self.plan.merges.values())
+    def strange(self) -> bool:
+        """Whether tokens merge of which this graph does not show where they come from, nor graphs before it do."""
+        merged = [merge.block.tokens for merge in self.plan.merges.values()]
+        return any(entering(self.facts, tokens) and before(self.facts, tokens) is None for tokens in merged)
+
+    def after(self) -> dict[int, Before]:
+        """What a graph after this one may know of tokens that this one gives out."""
+        found: dict[int, Before] = {}
+        outputs = [n for n in self.facts.graph.output_node().all_input_nodes if n in self.facts.axes]
+        for axis in (leaves(dim) for node in outputs for dim in self.facts.dims(node)):
+            length, known = size_of(axis), before(self.facts, axis)
+            if not axis or not isinstance(length, int) or (known is None and entering(self.facts, axis)):
+                continue
+            alone = frozenset((~special(self.facts, axis).free(length)).nonzero().flatten().tolist())
+            done = [block.turn[0] + 1 for block in self.blocks if leaves(block.tokens) == axis]
+            other = found.get(length, Before())
+            blocks = max([*done, other.blocks, known.blocks if known else 0])
+            found[length] = Before(alone | other.alone, blocks)
+        return found
 
 
 @contextmanager
@@ -111,8 +120,10 @@ def _no_collector() -> Iterator[None]:
 
 
 @_no_collector()
-def run_pipeline(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig) -> Result:
-    """All passes over one graph.
+def run_pipeline(
+    gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig, known: Mapping[int, Before] | None = None
+) -> Result:
+    """All passes over one graph. known: of a piece of a model, what the pieces before it tell of tokens (`after`).
 
     Raises ValueError where the schedule does not fit, VerifyError on a bug of ours.
 
@@ -132,7 +143,7 @@ def run_pipeline(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig) 
         flatten_grids(captured.gm)
     with _timed(seconds, "infer_axes"):
         facts = infer_axes(captured.gm.graph, captured.model_input, captured.values)
-    facts.config = config
+    facts.config, facts.before = config, known or {}
     report.unknown_ops = facts.unknown
     with _timed(seconds, "find_attention"):
         facts.sites = find_attention(facts)
@@ -151,7 +162,7 @@ def run_pipeline(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig) 
             why = "its softmax is not over products of queries and keys"
             why = why if other else "no queries and keys make the weights of a sum over tokens"
             report.skipped.append(SkipReason("no attention", "", why))
-        return Result(None, report, captured)
+        return Result(None, report, captured, facts=facts, blocks=blocks, plan=plan)
     with _timed(seconds, "rewrite"):
         rewritten = rewrite(captured, facts, plan)
     if config.drop_unread:
@@ -166,7 +177,7 @@ def run_pipeline(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig) 
         lower(rewritten)
     with _timed(seconds, "verify"):
         verify(captured.gm, rewritten)
-    return Result(rewritten, report, captured, lengths_to_share(captured.gm, plan), facts, plan)
+    return Result(rewritten, report, captured, lengths_to_share(captured.gm, plan), facts, blocks, plan)
 
 
 def _unread_merges(rewritten: fx.GraphModule, plan: Plan) -> list[Merge]:

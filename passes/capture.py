@@ -67,18 +67,19 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
         raise CaptureError("it has distributed tensors (DTensor, as tensor parallelism makes of weights)")
     placeholders = gm.graph.find_nodes(op="placeholder")
     moves = [_is_model_input(n, v) for n, v in zip(placeholders, inputs, strict=True)]
-    for value, varies in zip(values, [False] * len(whole) + moves, strict=True):
-        if is_wrapper(value) and (why := why_not(value, varies)):
+    for value, given in zip(values, [False] * len(whole) + moves, strict=True):
+        if is_wrapper(value) and (why := why_not(value, given)):
             raise CaptureError(why)
     closed_fakes = [_fakeify(v, mode) if isinstance(v, Tensor) else v for v in values]
     fakes = [leaf for fake in closed_fakes for _, leaf in opened(fake)]
     attributes = {".".join((name, *path)): leaf for name, value in whole.items() for path, leaf in opened(value)}
+    leaves = [opened(value) for value in inputs]
 
     def run(*args: Any) -> Any:
-        leaves = iter(args)
-        given = [closed(fake, leaves) for fake in closed_fakes]
-        held = dict(zip(whole, given[: len(whole)], strict=True))
-        return _Tracer(gm, held).run(*given[len(whole) :], enable_io_processing=False)
+        plain = iter(args)
+        again = [closed(fake, plain) for fake in closed_fakes]
+        held = dict(zip(whole, again[: len(whole)], strict=True))
+        return _Tracer(gm, held).run(*again[len(whole) :], enable_io_processing=False)
 
     with _as_found(), mode, fx_traceback.preserve_node_meta():
         traced = make_fx(run, composites(), tracing_mode="real", pre_dispatch=True)(*fakes)
@@ -92,18 +93,18 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
     normalize(traced.graph, mode, is_impure)
     traced.recompile()
     held = {**constants, **attributes}
-    plain = [(leaf, move) for value, move in zip(inputs, moves, strict=True) for _, leaf in opened(value)]
-    varies = [False] * len(held) + [move for _, move in plain]
+    varies = [False] * len(held) + [move for own, move in zip(leaves, moves, strict=True) for _ in own]
     inside = traced.graph.find_nodes(op="placeholder")
+    real = [*held.values(), *(leaf for own in leaves for _, leaf in own)]
     known = {
         node: value
-        for node, value, move in zip(inside, [*held.values(), *(leaf for leaf, _ in plain)], varies, strict=True)
+        for node, value, move in zip(inside, real, varies, strict=True)
         if type(value) in (Tensor, torch.nn.Parameter) and not move and not value.is_meta
     }
     for node, value in known.items():
         if value.dim() == 0 and not isinstance(value, torch.nn.Parameter):
             node.meta["held"] = value
-    paths = [[path for path, _ in opened(value)] for value in inputs]
+    paths = [[path for path, _ in own] for own in leaves]
     return Captured(traced, [node.meta.get("val") for node in inside], held, varies, mode, known, paths)
 
 

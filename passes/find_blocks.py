@@ -43,7 +43,7 @@ from .analysis.masks import KeyMask, key_masks, masked_by_place, score_terms, to
 from .analysis.mlps import mlp_blocks, told_before
 from .analysis.partition import Room, parted, same_mask
 from .analysis.sites import TELLS_PAIRS, AttentionSite, tells_pairs
-from .analysis.special import special
+from .analysis.special import Before, before, special
 from .analysis.streams import Spot, branch_point, length_of, merge_point, pooled, residuals, stream_beside
 from .analysis.values import size_hint
 from .rules.facts import Facts
@@ -93,7 +93,11 @@ def _in_turn(blocks: list[Block], facts: Facts) -> list[Block]:
         depth[site] = depth[last] + 1 if last else 0
         first[site] = first[last] if last else site
     longest = {root: max(depth[s] for s in sites if first[s] is root) + 1 for root in set(first.values())}
-    return [replace(block, turn=(depth[block.site], longest[first[block.site]])) for block in blocks]
+    return [
+        replace(block, turn=(depth[block.site] + done, longest[first[block.site]] + done))
+        for block in blocks
+        for done in [(before(facts, block.tokens) or Before()).blocks]
+    ]
 
 
 def _unplaced(block: Block, facts: Facts) -> SkipReason | None:

@@ -59,20 +59,70 @@ def told(model: Any, *args: Tensor, strict: bool = False, **options: Any) -> tup
     )
 
 
-SCHEDULES = [R, 0.1, [6, 5, 4, 3], [1, 2, 3, 4, 5, 6, 7], (6, -1)]
-BREAKS = ["middle", "middle print", "middle item"]
+BREAKS = ["middle", "middle print", "middle item", "ends middle"]
+SCHEDULES = [R, 0.1, [6, 5, 4, 3], [6, 5], [1, 2, 3, 4, 5, 6, 7]]
 
 
 @pytest.mark.parametrize(("how", "r"), thinned(product(BREAKS, SCHEDULES), 2))
-def test_a_graph_break_is_told_once(how: str, r: Any) -> None:
-    """Cause, line and remedy; a list is never too long for a piece."""
-    (message,), report = told(Cut(how), torch.randn(2, N, D), r=r)
+def test_pieces_go_on(how: str, r: Any) -> None:
+    """What one piece knows of tokens the next does too: each merges as in one graph, and there is nothing to say."""
+    x = torch.randn(2, N, D)
+    for shape in (x, torch.randn(3, N, D)):
+        messages, report = told(Cut(how), shape, r=r, strict=True)
+        assert messages == []
+        assert report.graphs >= 2
+        assert report.r == r
+        whole = tome_fx.explain(Cut(""), (shape,), r=r if r != SCHEDULES[-1] else r[:4], placement="stream")
+        less = [[a - b for a, b in each.tokens] for each in (report, whole)]
+        if isinstance(r, float):  # a piece gives all tokens back at its end
+            less = [found[:2] for found in less]
+        assert less[0] == less[1]
+        assert [site.protected for site in report.sites if site.merged] == [1] * len(report.tokens)
+
+
+@pytest.mark.parametrize("how", BREAKS[:3])
+@pytest.mark.parametrize("options", [{"r": (6, -1)}, {"r": None, "flops": 0.9}], ids=str)
+def test_a_graph_break_is_told_once(how: str, options: dict[str, Any]) -> None:
+    """Cause, line and remedy, where something is lost: a schedule that needs the number of all blocks."""
+    (message,), report = told(Cut(how), torch.randn(2, N, D), **options)
     assert "piece of the model: torch.compile breaks the graph at" in message
     assert "test_pieces.py" in message
-    assert "protect=1" in message
-    assert ("schedule starts anew" in message) is not isinstance(r, (int, float))
+    assert "schedule starts anew" in message
+    assert ("capture_scalar_outputs = True" in message) is ("item" in how)
+    assert "class tokens" not in message
     assert report.graphs >= 2
-    assert report.r == r
+
+
+def test_tokens_that_no_piece_has_made() -> None:
+    """A class token that was put in front outside of all graphs."""
+
+    class Outside(Cut):
+        @torch._dynamo.disable
+        def joined(self, x: Tensor) -> Tensor:
+            return torch.cat([self.cls.expand(len(x), -1, -1), x], 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.joined(self.stem(x))
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x.mean(1))
+
+    (message,), _ = told(Outside(""), torch.randn(2, N, D))
+    assert "class tokens that come from another piece" in message
+    assert "protect=1" in message
+
+
+def test_another_size_starts_from_the_same_block() -> None:
+    """A piece that is compiled again counts from where it stands, not from where the model ended."""
+    model = Cut("middle")
+    backend = tome_fx.tome_backend(r=[6, 5, 4, 3], inner="eager", placement="stream")
+    fast = torch.compile(model, backend=backend, dynamic=False)
+    for batch in (2, 3):
+        before = len(tome_fx.reports())
+        with torch.no_grad():
+            fast(torch.randn(batch, N, D))
+        tokens = sum(tome_fx.reports()[before:], tome_fx.ToMeReport()).tokens
+        assert [a - b for a, b in tokens] == [6, 5, 4, 3]
 
 
 def test_no_word_where_nothing_is_lost() -> None:
@@ -92,7 +142,7 @@ def test_blocks_compiled_one_by_one() -> None:
 
 def test_pieces_of_strict_raise_what_matters() -> None:
     with pytest.raises(Exception, match="piece of the model"):
-        told(Cut("middle"), torch.randn(2, N, D), strict=True)
+        told(Cut("middle"), torch.randn(2, N, D), r=(6, -1), strict=True)
 
 
 class NoAttention(nn.Module):

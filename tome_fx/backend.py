@@ -177,6 +177,8 @@ def transform(
     piece = piece_of(gm, config)
     try:
         result = _run(gm, inputs, config, piece)
+        if piece.cut and result.captured is not None:
+            piece.remember(result.after())
         rewritten = None if result.gm is None else finish(gm, result)
     except (ScheduleError, RuleError):
         raise
@@ -198,11 +200,12 @@ def transform(
 def _run(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig, piece: Piece) -> Result:
     """The passes; for a piece of a model a list `r` may be longer than its blocks."""
     try:
-        return run_pipeline(gm, inputs, config)
+        return run_pipeline(gm, inputs, config, piece.known)
     except ScheduleError as error:
         if not piece.cut:
             raise
-        result = run_pipeline(gm, inputs, updated(config, {"r": list(config.r)[: error.blocks]}))  # type: ignore[arg-type]
+        shorter = updated(config, {"r": list(config.r)[: error.blocks]})  # type: ignore[arg-type]
+        result = run_pipeline(gm, inputs, shorter, piece.known)
         result.report.r = config.schedule
         return result
 
@@ -247,24 +250,30 @@ def _tell_of_piece(result: Result, config: ToMeConfig, piece: Piece) -> None:
     unless no piece has any."""
     report, model = result.report, piece.model
     model.attention |= bool(report.attention_sites)
-    found = []
-    if report.merged_sites:
-        if result.tokens_enter and config.protect == "auto":
+    found, merged = [], report.merged_sites > 0
+    if merged:
+        if result.strange and config.protect == "auto":
             found.append("class tokens that come from another piece cannot be seen here and may merge")
-        if config.flops is not None or (isinstance(config.r, tuple) and config.r):
+        if config.flops is not None or (isinstance(config.r, tuple) and (result.strange or not config.is_list)):
             found.append("the schedule starts anew in each piece")
-    elif report.attention_sites or (piece.last and not model.attention):
+    elif (report.attention_sites or (piece.last and not model.attention)) and not _only(NO_LOSS, report.skipped):
         found.append(report.summary())
     if not found or model.told or _nothing_wanted(config):
         return
     model.told = True
     _warn(
-        f"tome_backend: this graph is a piece of the model: {piece.cut}. So {'; '.join(found)}. Compile the whole "
-        "model as one graph (fullgraph=True shows what breaks it; torch._dynamo.config.capture_scalar_outputs=True "
-        "keeps numbers that are read from tensors in the graph), or say protect=1 (or how many leading tokens never "
-        "merge) and a constant r.",
+        f"tome_backend: this graph is a piece of the model: {piece.cut}. So {'; '.join(found)}. {model.remedy}"
+        + (", or say protect=1 (or how many leading tokens never merge) and a constant r." if merged else "."),
         config,
     )
+
+
+def _only(kinds: Sequence[str], reasons: Sequence[SkipReason]) -> bool:
+    return bool(reasons) and all(reason.kind in kinds for reason in reasons)
+
+
+NO_LOSS = "nothing to merge", "not read"
+"""Reasons by which nothing is lost that was asked for: the schedule is at its end, or no token is read after it."""
 
 
 def _tell_of_limit() -> None:

@@ -9,23 +9,38 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 from torch._dynamo.eval_frame import OptimizedModule
-from torch._guards import TracingContext
+from torch._guards import CompileContext, TracingContext
+
+from tome_fx.passes.analysis.special import Before
 
 
 @dataclass
 class Model:
-    """What is known of a model while its graphs are compiled: whether one had attention, whether the user was told."""
+    """What is known of a model while its graphs are compiled: whether one had attention, whether the user was told.
+
+    cut: why its graphs are pieces; empty for a model that is one graph. remedy: what to do about it. after: what each
+    frame's graph told of the tokens that it gives out, by the number of the frame.
+    """
 
     attention: bool = False
     told: bool = False
     cut: str = ""
-    """Why its graphs are pieces; empty for a model that is one graph."""
+    remedy: str = ""
+    after: dict[int, dict[int, Before]] = field(default_factory=dict)
+
+    def before(self, frame: int) -> dict[int, Before]:
+        """What graphs of the frames before one told of tokens, by how many they are: Dynamo numbers frames as they
+        run."""
+        found: dict[int, Before] = {}
+        for earlier in sorted(self.after):
+            found |= self.after[earlier] if earlier < frame else {}
+        return found
 
 
 _MODELS: weakref.WeakKeyDictionary[Any, dict[Any, Model]] = weakref.WeakKeyDictionary()
@@ -33,14 +48,24 @@ _MODELS: weakref.WeakKeyDictionary[Any, dict[Any, Model]] = weakref.WeakKeyDicti
 
 @dataclass
 class Piece:
-    """A graph as a part of its model. last: no graph break ends it."""
+    """A graph as a part of its model. last: no graph break ends it. frame: Dynamo's number of the code that it comes
+    from."""
 
     model: Model
     last: bool
+    frame: int = 0
 
     @property
     def cut(self) -> str:
         return self.model.cut
+
+    @property
+    def known(self) -> dict[int, Before]:
+        """What the pieces before this one tell of tokens."""
+        return self.model.before(self.frame) if self.cut else {}
+
+    def remember(self, after: dict[int, Before]) -> None:
+        self.model.after.setdefault(self.frame, {}).update(after)
 
 
 def piece_of(gm: fx.GraphModule, config: Any) -> Piece:
@@ -53,14 +78,33 @@ def piece_of(gm: fx.GraphModule, config: Any) -> Piece:
         model = _MODELS.setdefault(owner, {}).setdefault(config, model)
     reason = getattr(gm, "compile_subgraph_reason", None)
     broken = reason is not None and reason.graph_break
-    if not model.cut:
-        if broken:
-            model.cut = f"torch.compile breaks the graph {_where(reason)}"
-        elif reason is None:
-            model.cut = "the graph was split before it came here, as torch._dynamo.config.optimize_ddp does"
-        elif len(modules) > 1:
-            model.cut = f"{modules[-1]} is compiled by itself, inside of {modules[0]}"
-    return Piece(model, last=not broken)
+    if not model.cut and (broken or reason is None or len(modules) > 1):
+        model.cut, model.remedy = _cause(reason if broken else None, modules)
+    compiled = CompileContext.current_compile_id()
+    return Piece(model, last=not broken, frame=(compiled.frame_id or 0) if compiled is not None else 0)
+
+
+def _cause(reason: Any, modules: list[torch.nn.Module]) -> tuple[str, str]:
+    """Why a graph is a piece of its model, and what to do. reason: of the graph break that ends it, if one does."""
+    if any(type(held.get("self")).__name__ == "DDPOptimizer" for _, held in _frames()):
+        cause = "torch.compile splits the graph at the gradient buckets of DistributedDataParallel"
+        return cause, "Set torch._dynamo.config.optimize_ddp = False before the first call: it is one graph then"
+    if reason is not None:
+        remedy = "Compile the whole model as one graph (fullgraph=True shows what breaks it)"
+        if "capture_scalar_outputs" in reason.reason:
+            remedy = (
+                "Set torch._dynamo.config.capture_scalar_outputs = True: numbers that are read from tensors stay in "
+                "the graph then"
+            )
+        return f"torch.compile breaks the graph {_where(reason)}", remedy
+    if len(modules) < 2:
+        return "the graph was split before it came here", "Hand the backend the whole graph"
+    inner, outer = (type(m).__name__ for m in (modules[-1], modules[0]))
+    cause = f"{inner} is compiled by itself, inside of {outer}"
+    sharded = sys.modules.get("torch.distributed.fsdp")
+    if sharded is not None and isinstance(modules[-1], sharded.FSDPModule):
+        return f"{cause}, as fully_shard was applied to it", f"Apply fully_shard to {outer} alone: it is one graph then"
+    return cause, f"Compile {outer} instead"
 
 
 def _where(reason: Any) -> str:
@@ -72,7 +116,7 @@ def _where(reason: Any) -> str:
     return f"at {frame.filename}:{frame.lineno}{line} ({what})"
 
 
-def _owner() -> tuple[Any, list[str]]:
+def _owner() -> tuple[Any, list[torch.nn.Module]]:
     """What the user called: the outermost module that runs, or the compiled function; and the modules, outermost first,
     whose forward runs."""
     running: list[Any] = []
@@ -85,11 +129,15 @@ def _owner() -> tuple[Any, list[str]]:
         elif code.co_name == "compile_wrapper" and callable(held.get("fn")):
             function = held["fn"]
     owner = running[-1] if running else getattr(function, "__self__", function)
-    return owner, [type(m).__name__ for m in reversed(running)]
+    return owner, running[::-1]
+
+
+_READ = "_call_impl", "compile_wrapper", "compile_fn"
+"""Functions of torch whose arguments say who called."""
 
 
 def _frames() -> Iterator[tuple[Any, dict[str, Any]]]:
     frame: Any = sys._getframe(1)
     while frame is not None:
-        yield frame.f_code, frame.f_locals if frame.f_code.co_name in ("_call_impl", "compile_wrapper") else {}
+        yield frame.f_code, frame.f_locals if frame.f_code.co_name in _READ else {}
         frame = frame.f_back

@@ -86,8 +86,8 @@ def register_rule(op: Any, signature: str, *, sum: str = "", max: str = "", mix:
 
 
 def _misfit(terms: list[Any], shapes: list[torch.Size], mix: str) -> str:
-    """How tensors of these shapes are not what the terms say; empty where they are. Letters that are mixed may change in
-    size."""
+    """How tensors of these shapes are not what the terms say; empty where they are. Letters that are mixed may change
+    in size."""
     sizes: dict[Any, int] = {}
     for term, shape in zip(terms, shapes, strict=True):
         if len(term) != len(shape):

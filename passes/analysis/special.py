@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from ..algebra.axes import Dim, leaves, same, size_of
+from ..rules.base import tensors_of
 from ..rules.facts import Facts
 from .provenance import WEIGHT
 
@@ -45,6 +46,29 @@ class Special:
         return free
 
 
+@dataclass(frozen=True)
+class Before:
+    """What graphs before this one know of tokens that enter it. alone: positions of those that never merge. blocks: how
+    many blocks of the schedule they went through."""
+
+    alone: frozenset[int] = frozenset()
+    blocks: int = 0
+
+
+def entering(facts: Facts, axis: Dim) -> bool:
+    """Whether tokens are in an input of the graph as they are, so that it may not show which of them are special."""
+    inputs = (n for n in facts.graph.find_nodes(op="placeholder") if n not in facts.constant)
+    given = (n for n in inputs if any(val.is_floating_point() for val in tensors_of(n.meta.get("val"))))
+    return any(set(leaves(axis)) & facts.leaves_of(n) for n in given)
+
+
+def before(facts: Facts, axis: Dim) -> Before | None:
+    """What is known of the tokens of an axis from graphs before; None where that is nothing. Tokens are told by their
+    number: to leave more of them alone than needed is not wrong."""
+    length = size_of(leaves(axis))
+    return facts.before.get(length) if isinstance(length, int) and entering(facts, axis) else None
+
+
 def special(facts: Facts, tokens: Dim) -> Special:
     """The special tokens of an axis: those that the config names, or those that the graph shows.
 
@@ -62,7 +86,10 @@ def _special(facts: Facts, axis: Dim) -> Special:
         return Special(protect)
     if protect != "auto":
         return _of_flags(_named(protect, length)) if isinstance(length, int) else _leading(protect)
-    return _of_flags(_flags(facts, axis, length)) if isinstance(length, int) else _at_the_ends(facts, axis)
+    if not isinstance(length, int):
+        return _at_the_ends(facts, axis)
+    known = before(facts, axis) or Before()
+    return _of_flags([flag or i in known.alone for i, flag in enumerate(_flags(facts, axis, length))])
 
 
 def _named(protect: Any, length: int) -> list[bool]:
@@ -215,4 +242,4 @@ def _has_features(facts: Facts, node: fx.Node, axis: Dim) -> bool:
     return not facts.features or bool(facts.leaves_of(node) & facts.features - set(axis))
 
 
-__all__ = ["Special", "special"]
+__all__ = ["Before", "Special", "before", "entering", "special"]

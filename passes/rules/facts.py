@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from ..algebra.axes import expr as size_expr
 if TYPE_CHECKING:
     from ..analysis.pairs import Pairs
     from ..analysis.reach import Reach
-    from ..analysis.special import Special
+    from ..analysis.special import Before, Special
     from ..find_attention import AttentionSite
     from .base import Call
 
@@ -35,7 +36,8 @@ class Facts:
     (None, ...). buffers: the model's buffers. attends: axes of queries and of keys whose scores stand open. special:
     what was found of the tokens of an axis that never merge. parted: masks of pairs within whose parts alone tokens
     merge. angles: sines and cosines of positions, and what is put together from them.
-    unknown: ops without a rule, and how often they occur. config: the options.
+    unknown: ops without a rule, and how often they occur. config: the options. before: of a piece of a model, what the
+    pieces before it know of tokens, by how many they are.
 
     Known once all axes are: pairs (what masks say of pairs), reach (what is computed from what), sites (attention).
     """
@@ -60,6 +62,7 @@ class Facts:
     angles: set[fx.Node] = field(default_factory=set)
     unknown: dict[str, int] = field(default_factory=dict)
     config: ToMeConfig = field(default_factory=ToMeConfig)
+    before: Mapping[int, Before] = field(default_factory=dict)
     pairs: Pairs | None = None
     sites: list[AttentionSite] = field(default_factory=list)
 
