@@ -20,7 +20,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from tome_fx.config import ToMeConfig, updated
+from tome_fx.config import ToMeConfig, from_environment, updated
 from tome_fx.kernels import cpu
 from tome_fx.passes import Result, run_pipeline
 from tome_fx.passes.inner import lengths
@@ -137,7 +137,11 @@ def tome_backend(
 
     Raises: TypeError or ValueError on values that are not allowed. The compiled call raises ScheduleError (a
     ValueError) for a list `r` that is too long and, with `strict=True`, ToMeError.
+
+    Where neither r nor flops is given, the environment's TOME_R or TOME_FLOPS are taken, before r=16.
     """
+    if r is None and flops is None:
+        r, flops = map(from_environment().get, ("r", "flops"))
     return ToMeBackend(
         ToMeConfig(
             r=r,
@@ -162,7 +166,7 @@ def tome_backend(
 
 def tome(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
     """The backend by name: `torch.compile(model, backend="tome", options={"tome.r": 16})`."""
-    return ToMeBackend()(gm, example_inputs, **kwargs)
+    return tome_backend()(gm, example_inputs, **kwargs)
 
 
 def transform(

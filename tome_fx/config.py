@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from numbers import Real
@@ -213,6 +215,26 @@ def config_from(values: Mapping[str, Any]) -> ToMeConfig:
         if key not in known:
             raise ValueError(f"unknown tome option {key!r}{_close(key, known)}; the options are {', '.join(known)}")
     return ToMeConfig(**values)
+
+
+VARIABLES = {"TOME_R": "r", "TOME_FLOPS": "flops"}
+
+
+def from_environment() -> dict[str, Any]:
+    """The schedule that TOME_R (as `r`: 8, 0.1, [8, 8, 4]) or TOME_FLOPS (a share) asks for; empty where none is set.
+
+    Raises ValueError for a value that is no such number or list, and where both are set.
+    """
+    found = {}
+    for variable, option in VARIABLES.items():
+        if text := os.environ.get(variable, "").strip():
+            try:
+                found[option] = json.loads(text)
+            except ValueError as error:
+                raise ValueError(f"{variable}={text!r} is no number and no list of numbers") from error
+    if len(found) > 1:
+        raise ValueError("TOME_R and TOME_FLOPS are both set: leave one of them out")
+    return found
 
 
 def updated(config: ToMeConfig, values: Mapping[str, Any]) -> ToMeConfig:
