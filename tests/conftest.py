@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+import tome_fx
 from tests.palette import levels
 
 settings.register_profile(
@@ -33,6 +34,7 @@ def fresh() -> Iterator[None]:
     torch.manual_seed(0)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    tome_fx.clear_reports()
     before = levels()
     yield
     torch._dynamo.reset()

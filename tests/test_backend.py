@@ -277,3 +277,11 @@ def test_layers_share_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         sources[shared] = code
     counts = {shared: code.count("async_compile.cpp") for shared, code in sources.items()}
     assert counts[True] < counts[False] - 4, counts
+
+
+def test_reports_are_bounded() -> None:
+    """A server that compiles for months does not grow by them: the oldest go."""
+    for i in range(tome_fx.report.KEPT + 5):
+        tome_fx.report.record(tome_fx.ToMeReport(graphs=i))
+    kept = tome_fx.reports()
+    assert (len(kept), kept[0].graphs) == (tome_fx.report.KEPT, 5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import deque
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -215,7 +216,8 @@ def _flops(count: float) -> str:
     return f"{count:.0f} FLOP"
 
 
-_REPORTS: list[ToMeReport] = []
+KEPT = 1000
+_REPORTS: deque[ToMeReport] = deque(maxlen=KEPT)
 
 
 def record(report: ToMeReport) -> None:
@@ -223,7 +225,7 @@ def record(report: ToMeReport) -> None:
 
 
 def reports() -> list[ToMeReport]:
-    """The report of every graph compiled by tome_backend in this process, oldest first."""
+    """The reports of the graphs compiled by tome_backend in this process, oldest first: of the last thousand."""
     return list(_REPORTS)
 
 

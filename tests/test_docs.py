@@ -1,0 +1,33 @@
+"""What the docs name is there."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NAMED = sorted(set(re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs/programs.md").read_text())))
+
+
+@pytest.mark.parametrize(("file", "name"), NAMED)
+def test_the_test_behind_a_row_is_there(file: str, name: str) -> None:
+    tree = ast.parse((ROOT / "tests" / file).read_text())
+    assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_row_names_a_test() -> None:
+    rows = [line for line in (ROOT / "docs/programs.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 10
+    assert all("`test_" in row.rsplit("|", 2)[1] for row in rows)
+
+
+def test_the_api_page_is_that_of_the_docstrings() -> None:
+    sys.path.append(str(ROOT / "benchmarks"))
+    import api
+
+    assert api.PAGE.read_text() == api.page(), "python benchmarks/api.py writes it"
+/root/.pyenv/libexec/pyenv-hooks: line 24: enable: cannot open shared object /root/.pyenv/libexec/pyenv-realpath.dylib: /root/.pyenv/libexec/pyenv-realpath.dylib: cannot open shared object file: No such file or directory
