@@ -30,4 +30,3 @@ def test_the_api_page_is_that_of_the_docstrings() -> None:
     import api
 
     assert api.PAGE.read_text() == api.page(), "python benchmarks/api.py writes it"
-/root/.pyenv/libexec/pyenv-hooks: line 24: enable: cannot open shared object /root/.pyenv/libexec/pyenv-realpath.dylib: /root/.pyenv/libexec/pyenv-realpath.dylib: cannot open shared object file: No such file or directory
