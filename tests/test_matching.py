@@ -564,7 +564,7 @@ def test_the_example_of_the_readme() -> None:
     """As it stands there, with r=8, through Inductor; against the same matcher under the eager graph."""
     (example,) = (
         code
-        for code in re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+        for code in re.findall(r"```python\n(.*?)```", Path("docs/options.md").read_text(), re.DOTALL)
         if "register_matcher" in code
     )
     model, args = build(Spec(depth=2))

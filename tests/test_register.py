@@ -136,7 +136,7 @@ def test_an_equal_of_ones_own() -> None:
 
 def test_the_example_of_the_readme() -> None:
     """As it stands there; then its two operators in three blocks."""
-    blocks = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", Path("docs/options.md").read_text(), re.DOTALL)
     (example,) = (code for code in blocks if "register_rule" in code)
     space: dict[str, Any] = {}
     exec(example, space)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -216,14 +217,15 @@ def _run(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig, piece: P
 
 def _internal_error(config: ToMeConfig) -> ToMeReport:
     """The last rung of the fallback ladder: the original graph is compiled, and the traceback is shown."""
-    text = traceback.format_exc()
+    text, error = traceback.format_exc(), sys.exc_info()[1]
     message = f"tome_backend failed on a graph and left it as it is; please report this:\n{text}"
     if config.strict:
         raise ToMeError(message)
     warnings.warn(message, ToMeWarning, stacklevel=2)
     counters["tome_fx"]["internal_errors"] += 1
-    last = text.strip().splitlines()[-1]
-    return ToMeReport(graphs=1, skipped=[SkipReason("internal error", "", last)], r=config.r)
+    first = next(iter(str(error).strip().splitlines()), "")
+    what = f"{type(error).__name__}: {first}".removesuffix(": ")
+    return ToMeReport(graphs=1, skipped=[SkipReason("internal error", "", what)], r=config.r)
 
 
 def _count(report: ToMeReport) -> None:
