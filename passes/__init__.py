@@ -15,6 +15,7 @@ The files of this folder are the passes, one each:
 | `rewrite`        | emits match, merge, unmerge, sizes: the only pass that changes values |
 | `drop_unread`    | ops whose rows nobody reads -> on the rows that are read              |
 | `lower`          | tome ops -> the form that is fastest on the device                    |
+| `portable`       | in its place where a graph leaves Python: tome ops -> plain ATen      |
 | `verify`         | what must hold of the result                                          |
 
 Its folders are what they are made of. Each imports only from those before it:
@@ -59,6 +60,7 @@ from .infer_axes import infer_axes
 from .inner.lengths import lengths_to_share
 from .lower import lower
 from .plan import Merge, Plan, make_plan, site_reports
+from .portable import PortableError, make_portable
 from .rewrite import rewrite
 from .rules import find
 from .rules.facts import Facts
@@ -121,9 +123,14 @@ def _no_collector() -> Iterator[None]:
 
 @_no_collector()
 def run_pipeline(
-    gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig, known: Mapping[int, Before] | None = None
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    config: ToMeConfig,
+    known: Mapping[int, Before] | None = None,
+    portable: bool = False,
 ) -> Result:
     """All passes over one graph. known: of a piece of a model, what the pieces before it tell of tokens (`after`).
+    portable: whether it is to run where tome_fx is not installed.
 
     Raises ValueError where the schedule does not fit, VerifyError on a bug of ours.
 
@@ -174,7 +181,7 @@ def run_pipeline(
             report.skipped.append(reason)
         report.sites = site_reports(facts, plan, skipped)
     with _timed(seconds, "lower"):
-        lower(rewritten)
+        _ = make_portable(rewritten, captured.fake_mode) if portable else lower(rewritten)
     with _timed(seconds, "verify"):
         verify(captured.gm, rewritten)
     return Result(rewritten, report, captured, lengths_to_share(captured.gm, plan), facts, blocks, plan)
@@ -198,4 +205,4 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-__all__ = ["PIPELINE", "CaptureError", "Result", "VerifyError", "run_pipeline"]
+__all__ = ["PIPELINE", "CaptureError", "PortableError", "Result", "VerifyError", "run_pipeline"]

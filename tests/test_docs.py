@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NAMED = sorted(set(re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs/programs.md").read_text())))
+PAGES = [(ROOT / "docs" / name).read_text() for name in ("programs.md", "export.md")]
+NAMED = sorted({named for page in PAGES for named in re.findall(r"`(test_\w+\.py)::(test_\w+)`", page)})
 
 
 @pytest.mark.parametrize(("file", "name"), NAMED)

@@ -329,7 +329,7 @@ def test_each_choice_costs_only_what_it_needs() -> None:
 def test_the_names_are_in_the_graph() -> None:
     """As arguments of the op, so that no cache takes one choice for another."""
     model, args = build(Spec(depth=2))
-    gm = tome_fx.rewrite(model, args, r=4, partition="sequential", similarity="dot", drop_unread=False)
+    gm = tome_fx.rewrite(model, args, r=4, partition="sequential", similarity="dot", drop_unread=False, plain=False)
     (first, _) = gm.graph.find_nodes(op="call_function", target=OPS.match_by.default)
     assert first.args[-3:] == ("bipartite", "sequential", "dot")
 

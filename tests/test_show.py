@@ -66,7 +66,7 @@ def video(tmp_path: Path) -> Path:
 def test_the_diagram_holds_the_block_and_where_sizes_go() -> None:
     model, x = tiny_vit().eval(), torch.randn(1, 3, SIZE, SIZE)
     report = tome_fx.explain(model, (x,), r=R)
-    graph = tome_fx.rewrite(model, (x,), r=R).graph
+    graph = tome_fx.rewrite(model, (x,), r=R, plain=False).graph
     block = diagram.block_graph(graph, report.sites[1].name)
     kinds = [kind for _, kind in block.nodes(data="kind")]
     assert kinds.count("match") == kinds.count("merge") == kinds.count("attention") == 1
@@ -82,7 +82,7 @@ def test_the_diagram_holds_the_block_and_where_sizes_go() -> None:
 
 
 def test_a_merge_that_is_not_there_is_named() -> None:
-    graph = tome_fx.rewrite(tiny_vit().eval(), (torch.randn(1, 3, SIZE, SIZE),), r=R).graph
+    graph = tome_fx.rewrite(tiny_vit().eval(), (torch.randn(1, 3, SIZE, SIZE),), r=R, plain=False).graph
     with pytest.raises(ValueError, match="'nowhere'"):
         diagram.block_graph(graph, "nowhere")
 

@@ -7,6 +7,7 @@ from tome_fx.backend import ToMeBackend, ToMeError, ToMeWarning, tome_backend
 from tome_fx.check import Approximation, Check, CheckedMerge, CheckedOutput, NoLawError, check
 from tome_fx.config import ToMeConfig
 from tome_fx.explain import MergeStep, TokenTrace, explain, rewrite, trace_tokens
+from tome_fx.export import export
 from tome_fx.matching import register_matcher
 from tome_fx.register import RuleError, register_attention, register_rule
 from tome_fx.report import SiteReport, SkipReason, ToMeReport, Unmerge, clear_reports, reports
@@ -36,6 +37,7 @@ __all__ = [
     "check",
     "clear_reports",
     "explain",
+    "export",
     "register_attention",
     "register_matcher",
     "register_rule",

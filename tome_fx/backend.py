@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tome_fx.config import ToMeConfig, from_environment, updated
 from tome_fx.kernels import cpu
-from tome_fx.passes import Result, run_pipeline
+from tome_fx.passes import PortableError, Result, run_pipeline
 from tome_fx.passes.inner import lengths
 from tome_fx.passes.lower import KERNELS, call_kernels
 from tome_fx.passes.normal.wrappers import closed_input
@@ -171,9 +171,10 @@ def tome(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Ca
 
 
 def transform(
-    gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig
+    gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig, portable: bool = False
 ) -> tuple[fx.GraphModule | None, ToMeReport]:
     """The rewritten graph with the placeholders of `gm`, or None where `gm` is to be used as it is, and the report.
+    portable: of plain ATen alone, for where tome_fx is not installed (PortableError where that cannot be).
 
     `meta[LENGTHS]` of the graph holds the lengths that merges leave, where layers can share kernels by them.
 
@@ -181,11 +182,11 @@ def transform(
     """
     piece = piece_of(gm, config)
     try:
-        result = _run(gm, inputs, config, piece)
+        result = _run(gm, inputs, config, piece, portable)
         if piece.cut and result.captured is not None:
             piece.remember(result.after())
         rewritten = None if result.gm is None else finish(gm, result)
-    except (ScheduleError, RuleError):
+    except (ScheduleError, RuleError, PortableError):
         raise
     except Exception:  # noqa: BLE001 - the last rung of the ladder: a bug of ours must not cost the user's result
         return None, _internal_error(config)
@@ -202,15 +203,15 @@ def transform(
     return rewritten, report
 
 
-def _run(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig, piece: Piece) -> Result:
+def _run(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig, piece: Piece, portable: bool) -> Result:
     """The passes; for a piece of a model a list `r` may be longer than its blocks."""
     try:
-        return run_pipeline(gm, inputs, config, piece.known)
+        return run_pipeline(gm, inputs, config, piece.known, portable)
     except ScheduleError as error:
         if not piece.cut:
             raise
         shorter = updated(config, {"r": list(config.r)[: error.blocks]})  # type: ignore[arg-type]
-        result = run_pipeline(gm, inputs, shorter, piece.known)
+        result = run_pipeline(gm, inputs, shorter, piece.known, portable)
         result.report.r = config.schedule
         return result
 

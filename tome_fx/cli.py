@@ -1,4 +1,4 @@
-"""The command line: ``python -m tome_fx explain|check|bench|demo|show``.
+"""The command line: ``python -m tome_fx explain|check|bench|export|demo|show``.
 
 A model is a timm name (vit_small_patch16_224) or package.module:function, a function or class that returns an
 nn.Module when called without arguments. Mistakes of the user end with one sentence on stderr and status 2; `check`
@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,12 +29,16 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import tome_fx
-from tome_fx import matching, timing
+from tome_fx import matching, runtimes, timing
+from tome_fx.export import FORMATS, write
 from tome_fx.schedule import ScheduleError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 INNERS = ("inductor", "aot_eager", "eager")
-OPTIONS = ("placement", "metric", "similarity", "partition", "matcher", "merging", "inner", "strict")
+OPTIONS = (
+    "placement", "metric", "similarity", "partition", "matcher", "merging", "protect", "every", "multiple", "prop_attn",
+    "padding_first", "drop_unread", "inner", "strict",
+)  # fmt: skip
 """Options of `tome_backend` that are options of the command line by the same name."""
 DEFAULT_R = 16
 DEFAULT_INPUT = (3, 224, 224)
@@ -84,6 +89,24 @@ def parse_r(text: str) -> int | float | tuple[int, float] | list[int]:
         ) from error
 
 
+def parse_protect(text: str) -> str | int | tuple[int, int] | list[int]:
+    """Protected tokens as typed: "auto"; "1", leading ones; "2/10", the first two of every ten; "0,5,-1", positions.
+
+    Raises ArgumentTypeError for anything else; whether the numbers make sense is for `tome_backend` to say.
+    """
+    try:
+        if text == "auto":
+            return text
+        if "/" in text:
+            count, period = text.split("/")
+            return int(count), int(period)
+        return [int(part) for part in text.split(",")] if "," in text else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"must be auto, a count (1), count/period (2/10) or positions (0,5,-1), not {text!r}"
+        ) from error
+
+
 def bench_step(argv: Sequence[str], candidate: str) -> timing.Step:
     """A candidate of `bench`, built anew from its command line: how the process of a cold compile gets it."""
     args = _parser().parse_args(argv)
@@ -91,9 +114,9 @@ def bench_step(argv: Sequence[str], candidate: str) -> timing.Step:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """The five commands with their options; `command` of the result is the function to call."""
+    """The commands with their options; `command` of the result is the function to call."""
     parser = _Parser(prog="tome_fx", description="Token merging for any traced transformer.")
-    commands = parser.add_subparsers(required=True, metavar="explain|check|bench|demo|show")
+    commands = parser.add_subparsers(required=True, metavar="explain|check|bench|export|demo|show")
 
     explain = commands.add_parser("explain", help="say what would be merged in a model, and what not and why")
     _add_model_options(explain, batch=1)
@@ -108,6 +131,15 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=_positive, default=5, help="timed rounds (default %(default)s)")
     bench.add_argument("--no-cold", action="store_true", help="skip cold compile time and peak memory")
     bench.set_defaults(command=_bench)
+
+    export = commands.add_parser("export", help="write a merged model to a file that needs no tome_fx")
+    _add_model_options(export, batch=2)
+    export.add_argument("--format", choices=FORMATS, default="pt2", help="default %(default)s")
+    export.add_argument("-o", "--out", type=_output, required=True, metavar="FILE", help="the file to write")
+    export.add_argument("--dynamic-batch", action="store_true", help="leave the number of images free, from 2 on")
+    export.add_argument("--rounds", type=_positive, default=5, help="timed rounds (default %(default)s)")
+    export.add_argument("--no-time", action="store_true", help="skip the speed of the merged and the plain model")
+    export.set_defaults(command=_export)
 
     demo = commands.add_parser("demo", help="merge the tokens of a trained model and draw them on a photo")
     demo.add_argument("--photo", help="path of a picture (default: photos that come with scikit-learn)")
@@ -146,6 +178,12 @@ def _add_model_options(parser: argparse.ArgumentParser, batch: int) -> None:
     parser.add_argument("--partition", default="alternating", help="two sides of the matching (default %(default)s)")
     parser.add_argument("--matcher", default="bipartite", help="who picks the pairs (default %(default)s)")
     parser.add_argument("--merging", default="mean", help="what becomes of a pair (default %(default)s)")
+    parser.add_argument("--protect", type=parse_protect, default="auto", help="auto, 1, 2/10 (of every 10) or 0,5,-1")
+    parser.add_argument("--every", type=_positive, default=1, help="merge at every k-th block (default %(default)s)")
+    parser.add_argument("--multiple", type=_positive, default=1, help="token counts in multiples (default %(default)s)")
+    parser.add_argument("--no-prop-attn", dest="prop_attn", action="store_false", help="no proportional attention")
+    parser.add_argument("--padding-first", action="store_true", help="merge what masks leave out before all else")
+    parser.add_argument("--all-rows", dest="drop_unread", action="store_false", help="compute unread rows too")
     parser.add_argument("--inner", choices=INNERS, default="inductor", help="compiler behind (default %(default)s)")
     parser.add_argument("--strict", action="store_true", help="an error instead of a warning when nothing is merged")
     parser.add_argument("--json", type=_output, metavar="FILE", help="write the numbers there as well")
@@ -402,6 +440,43 @@ def _table(numbers: dict[str, Any]) -> Table:
         label = inner if name == PLAIN else f"{MERGED} + {inner}"
         table.add_row(label, f"{row['images_per_second']:.1f}", milliseconds, f"{row['ratio']:.2f}x", *after)
     return table
+
+
+def _export(args: argparse.Namespace, _: Sequence[str], console: Console) -> None:
+    """Write a file, compare what its runtime gives with the merged model, and time it against the plain one."""
+    _backend(args)
+    model, x = _load(args)
+    _check_runs(model, x)
+    free = {0: torch.export.Dim("batch", min=2)} if args.dynamic_batch else {}
+    shapes = (free,) if free else None
+    numbers: dict[str, Any] = {"model": args.model, "input": list(x.shape), "format": args.format}
+    with torch.no_grad(), console.status("export") as line, _refusals():
+        try:
+            config = {name: value for name, value in _config(args).items() if name != "inner"}
+            program = tome_fx.export(
+                model, (x,), dynamic_shapes=shapes, format=args.format, path=args.out, **config
+            )
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise UserError(_first_line(error)) from error
+        console.print(f"{args.out}: {args.out.stat().st_size / 2**20:.1f} MiB", highlight=False)
+        package = runtimes.runtime_of(args.format)
+        if package is None:
+            console.print(f"not run: the package that runs {args.format} is not installed")
+            return
+        line.update(f"run in {package}")
+        merged = runtimes.loaded(args.format, args.out, (x,))
+        numbers["difference"] = runtimes.difference(merged(), program.module()(x))
+        console.print(f"outputs in {package} differ by {numbers['difference']:.1e} of their size from the program's")
+        if not args.no_time:
+            line.update("export and time the plain model")
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / f"plain{args.out.suffix}"
+                write(torch.export.export(model, (x,), dynamic_shapes=shapes, strict=False), args.format, path)
+                runs: dict[str, timing.Step] = {PLAIN: runtimes.loaded(args.format, path, (x,)), MERGED: merged}
+                seconds = timing.interleaved(runs, args.rounds, warmup=1)
+            numbers |= {"seconds": seconds, "speed": timing.ratio(seconds[MERGED], seconds[PLAIN])}
+            console.print(f"speed in {package}: {numbers['speed']:.2f} times the plain model's", highlight=False)
+    _write(args.json, numbers)
 
 
 def _demo(args: argparse.Namespace, _: Sequence[str], console: Console) -> None:

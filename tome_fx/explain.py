@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, UserError
 from torch.fx._pytree import tree_flatten_spec
 from torch.utils._pytree import tree_leaves
 
@@ -90,29 +90,45 @@ def rewrite(
     kwargs: Mapping[str, Any] | None = None,
     *,
     r: Any = None,
+    dynamic_shapes: Any = None,
+    plain: bool = True,
     **config: Any,
 ) -> fx.GraphModule:
     """The rewritten graph as a module with the call signature of `model`, sharing its parameters.
 
-    It is traced whole for the shapes of `args`, by torch.export. Where nothing merges it is the traced graph itself.
-    Raises ToMeError where a pass fails; what torch.export raises where the model cannot be traced whole.
+    It is traced whole by torch.export: for the shapes of `args`, but for dims that `dynamic_shapes` frees, as
+    torch.export takes it. It is made of ATen ops alone, so that it can be exported anew and runs where tome_fx is not
+    installed; plain=False keeps our operators, which are faster in Python. Where nothing merges it is the traced graph
+    itself, and `.meta["tome_report"]` says why.
+
+    Raises ToMeError where a pass fails, ValueError for options that cannot leave Python (matchers of your own, with
+    plain=True), and what torch.export raises where the model cannot be traced whole.
     """
-    gm, report = _rewritten(model, args, kwargs, {"r": r, **config})
+    settings = {"r": r, **config}
+    gm, report = _rewritten(model, args, kwargs, settings, dynamic_shapes=dynamic_shapes, portable=plain)
     gm.meta["tome_report"] = report
+    for module in gm.modules():
+        module.training = model.training
     return gm
 
 
 def _rewritten(
-    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, config: Mapping[str, Any]
+    model: torch.nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    config: Mapping[str, Any],
+    *,
+    dynamic_shapes: Any = None,
+    portable: bool = False,
 ) -> tuple[fx.GraphModule, ToMeReport]:
     settings = config_from({"inner": "eager", **config})
     check_call(model, args)
     if not isinstance(model, torch.nn.Module):
         raise TypeError("torch.export takes an nn.Module, got a function; `explain` and `check` take functions too")
-    exported = torch.export.export(model, tuple(args), _in_order(model, kwargs or {}), strict=False)
+    exported = _exported(model, tuple(args), _in_order(model, kwargs or {}), dynamic_shapes)
     source = _module(exported)
     flat = [_flat_value(node) for node in source.graph.find_nodes(op="placeholder")]
-    rewritten, report = transform(source, flat, settings)
+    rewritten, report = transform(source, flat, settings, portable)
     if any(s.kind == "internal error" for s in report.skipped):
         raise ToMeError(str(report.skipped[0]))
     if rewritten is None:
@@ -124,6 +140,16 @@ def _rewritten(
     _flatten_output(rewritten.graph)
     rewritten.recompile()
     return rewritten, report
+
+
+def _exported(model: torch.nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any) -> Any:
+    """torch.export, without Dynamo where it can: Python's own `len(x)` is a number then, with Dynamo it stays free."""
+    try:
+        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    except UserError:
+        if dynamic_shapes is None:
+            raise
+        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=True)
 
 
 def _in_order(model: torch.nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:

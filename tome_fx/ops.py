@@ -205,12 +205,12 @@ def match_parts(
         alike = matching.SIMILARITIES[similarity](x[:, first::2], x[:, 1 - first :: 2])
         own = label[:, first::2]
         best, partner = alike.masked_fill(own[:, :, None] != label[:, None, 1 - first :: 2], -torch.inf).max(-1)
-        moved_src = _shared_out(best, own, r, even)
+        moved_src = shared_out(best, own, r, even)
         found = (*_alternating_form(moved_src, partner, n, prefix, suffix), best.gather(1, moved_src))
         return tuple(t.reshape(*sample, t.shape[-1]) for t in found)
 
 
-def _shared_out(best: Tensor, own: Tensor, r: int, even: bool) -> Tensor:
+def shared_out(best: Tensor, own: Tensor, r: int, even: bool) -> Tensor:
     """`[batch, r]`: the sources that merge, most similar first: of each part the best, as many as its share. best, own:
     `[batch, S]`, -inf where a source has no partner, and its part."""
     place = torch.arange(best.shape[1], device=best.device)

@@ -123,7 +123,7 @@ def page(picture: Image.Image, model: nn.Module, r: Any, console: Console | None
     titles = [f"original: {steps[0].tokens_before} tokens", *(f"{s.name}: {s.tokens_after} tokens" for s in shown)]
     top = sheet([[picture, *drawn]], [titles], text=max(12, picture.width // 22))
     block = steps[min(1, len(steps) - 1)].name
-    graph = diagram.block_graph(tome_fx.rewrite(model, (x,), r=r).graph, block)
+    graph = diagram.block_graph(tome_fx.rewrite(model, (x,), r=r, plain=False).graph, block)
     bottom = _panels(steps, graph, block, top.width)
     whole = pil.new("RGB", (top.width, top.height + bottom.height), "white")
     whole.paste(top, (0, 0))

@@ -1,0 +1,224 @@
+"""portable: the tome ops as functional ATen, so that a rewritten graph runs where tome_fx is not installed.
+
+    tome.merge(x, ...)    ->    gather, sub, mul, scatter_add
+    tome.match(...)       ->    index_select, bmm, max, topk, scatter_add
+
+Only what the runtimes behind `torch.export` compute alike is used: no sort (a stable one is not exported to ONNX), no
+strided slice (OpenVINO guards on its parity), no scatter that writes or reduces otherwise than by adding.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tome_fx import matching, ops
+
+from .normal.regions import retrace
+
+NAMESPACES = "tome", "tome_cpu"
+
+
+class PortableError(ValueError):
+    """An op of ours that cannot leave Python; the message names it and what to do."""
+
+
+def make_portable(gm: fx.GraphModule, mode: FakeTensorMode) -> int:
+    """Rewrite in place; returns how many ops were replaced. Raises PortableError where one cannot be."""
+    nodes = [n for n in gm.graph.nodes if getattr(n.target, "namespace", None) in NAMESPACES]
+    for node in nodes:
+        _inline(gm, node, mode)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return len(nodes)
+
+
+def _inline(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> None:
+    form = FORMS.get(node.target._opname)  # type: ignore[union-attr]
+    if form is None:
+        raise PortableError(f"{node.target} has no form outside of tome_fx")
+    inputs = node.all_input_nodes
+
+    def run(*values: Any) -> Any:
+        held = dict(zip(inputs, values, strict=True))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), held.__getitem__)
+        with torch.no_grad() if _finds(node) else torch.enable_grad():
+            return form(*args, **kwargs)
+
+    with mode:
+        body = retrace(run, [n.meta["val"] for n in inputs])
+    env: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    meta = {k: v for k, v in node.meta.items() if k not in ("val", "tome_merge", "tome_step")}
+    with gm.graph.inserting_before(node):
+        for inner in body.graph.nodes:
+            if inner.op == "call_function":
+                env[inner] = gm.graph.node_copy(inner, env.__getitem__)
+                env[inner].meta = {**meta, "val": inner.meta.get("val")}
+            elif inner.op == "get_attr":
+                raise PortableError(f"{node.target} depends on a constant of the process")
+    found: Any = fx.map_arg(body.graph.output_node().args[0], env.__getitem__)
+    if isinstance(found, fx.Node):
+        node.replace_all_uses_with(found)
+    else:
+        if _finds(node):
+            found[0].meta.update({k: v for k, v in node.meta.items() if k.startswith("tome_")})
+        for user in list(node.users):
+            user.replace_all_uses_with(found[user.args[1]])
+            gm.graph.erase_node(user)
+    gm.graph.erase_node(node)
+
+
+def _finds(node: fx.Node) -> bool:
+    """Whether an op finds groups: it carries no gradient."""
+    return node.target._opname.startswith("match")  # type: ignore[union-attr]
+
+
+# -- matching ----------------------------------------------------------------------------------------------------------
+
+
+def _places(count: Any, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Where sources and destinations stand among n tokens, as `matching.PARTITIONS` has it, without strided slices.
+
+    start, step, count: of the sources; others: the same of the destinations.
+    """
+
+    start: Any
+    step: int
+    count: Any
+    others: tuple[Any, int, Any]
+
+    @classmethod
+    def of(cls, partition: str, n: Any, prefix: int, suffix: int) -> Sides:
+        body, first = n - prefix - suffix, prefix % 2
+        if partition == "alternating":
+            return cls(prefix + first, 2, (body + 1 - first) // 2, (prefix + 1 - first, 2, (body + first) // 2))
+        if partition == "sequential":
+            half = (body + 1) // 2
+            return cls(prefix, 1, half, (prefix + half, 1, body // 2))
+        raise PortableError(f"partition={partition!r} cannot leave Python; plain=False keeps it")
+
+    def parted(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The sources and the destinations of `[batch, n, ...]`."""
+        ways = (self.start, self.step, self.count), self.others
+        sides = (_places(count, x.device) * step + start for start, step, count in ways)
+        first, second = (x.index_select(1, side) for side in sides)
+        return first, second
+
+
+def _index_form(
+    moved: Tensor, partner: Tensor, sides: Sides, n: Any, ends: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """assign, keep and moved of n tokens. moved, partner: `[batch, r]`, the ranks of the sources that merge among
+    sources, and of what they join among destinations. ends: protected tokens in front and behind."""
+    (prefix, suffix), (batch, r), device = ends, moved.shape, moved.device
+    left, place = sides.count - r, _places(n, device).expand(batch, n)
+    start, step, _ = sides.others
+    moved = moved * sides.step + sides.start
+    gone = torch.zeros((batch, n), dtype=torch.int64, device=device).scatter_add(1, moved, torch.ones_like(moved))
+    joins = torch.zeros((batch, n), dtype=torch.int64, device=device).scatter_add(1, moved, partner)
+    inside = (place >= prefix) & (place < n - suffix)
+    source = inside & ((place - sides.start) % 2 == 0 if step == 2 else place < start)
+    stays = source & (gone == 0)
+    # In the new order: prefix, sources that stay, destinations, suffix.
+    slot = torch.where(inside, prefix + left + (place - start) // step, torch.where(place < prefix, place, place - r))
+    slot = torch.where(source, stays.to(torch.int64).cumsum(1) + (prefix - 1), slot)
+    assign = torch.where(gone > 0, joins + (prefix + left), slot)
+    # What goes is written behind the end.
+    keep = torch.zeros((batch, n - r + 1), dtype=torch.int64, device=device)
+    keep = keep.scatter_add(1, torch.where(gone > 0, n - r, slot), place).narrow(1, 0, n - r)
+    return assign, keep, moved
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(matching.SMALLEST_NORM)
+
+
+def _best(a: Tensor, b: Tensor, similarity: str, apart: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The best partner of each source, and how alike they are. apart: pairs that must not merge. By bmm and nothing
+    else that is as large: of `@` and of what is pointwise on all pairs torch.export guards on sizes."""
+    x, y = (a, b) if similarity == "dot" else (_unit(a), _unit(b))
+    alike = torch.bmm(x, y.transpose(1, 2))
+    best, partner = (alike if apart is None else alike.masked_fill(apart, -torch.inf)).max(-1)
+    if similarity == "dot":
+        return best, partner
+    # Zeros have no direction, but are as alike as tokens can be.
+    null, other = (x.abs().amax(-1) == 0 for x in (a, b))
+    pairs = null & other.any(-1, keepdim=True)
+    first = other.to(torch.float32).argmax(-1, keepdim=True)
+    return torch.where(pairs, 1.0, best), torch.where(pairs, first, partner)
+
+
+def match_by(
+    metric: Tensor, r: Any, prefix: int, suffix: int, heads: bool, matcher: str, partition: str, similarity: str
+) -> tuple[Tensor, ...]:
+    """`tome::match_by`, for the choices that are the same in every process."""
+    if matcher != "bipartite":
+        raise PortableError(f"matcher={matcher!r} cannot leave Python; plain=False keeps it")
+    return _matched(metric, None, r, (prefix, suffix), heads, partition, similarity)
+
+
+def match(metric: Tensor, r: Any, prefix: int, suffix: int, heads: bool = False) -> tuple[Tensor, ...]:
+    """`tome::match`."""
+    return _matched(metric, None, r, (prefix, suffix), heads, "alternating", "cosine")
+
+
+def match_parts(
+    metric: Tensor, parts: Tensor, r: Any, prefix: int, suffix: int, heads: bool, even: bool, similarity: str = "cosine"
+) -> tuple[Tensor, ...]:
+    """`tome::match_parts`."""
+    return _matched(metric, (parts, even), r, (prefix, suffix), heads, "alternating", similarity)
+
+
+def _matched(
+    metric: Tensor, parts: tuple[Tensor, bool] | None, r: Any, ends: tuple[int, int], heads: bool, *how: str
+) -> tuple[Tensor, ...]:
+    """The r best pairs. how: partition, similarity."""
+    if how[1] not in ("cosine", "dot"):
+        raise PortableError(f"similarity={how[1]!r} cannot leave Python; plain=False keeps it")
+    sample, n = metric.shape[: -3 if heads else -2], metric.shape[-3 if heads else -2]
+    x = metric.to(torch.float32)
+    x = x.mean(-2) if heads else x
+    x = x.reshape(-1, *x.shape[-2:])
+    sides = Sides.of(how[0], n, *ends)
+    if parts is None:
+        best, partner = _best(*sides.parted(x), how[1], None)
+        similarity, moved = best.topk(r, dim=-1)
+    else:
+        own, other = sides.parted(parts[0].reshape(-1, n))
+        best, partner = _best(*sides.parted(x), how[1], own[:, :, None] != other[:, None])
+        moved = ops.shared_out(best, own, r, parts[1])
+        similarity = best.gather(1, moved)
+    found = (*_index_form(moved, partner.gather(1, moved), sides, n, ends), similarity)
+    return tuple(t.reshape(*sample, t.shape[-1]) for t in found)
+
+
+# -- the rest ----------------------------------------------------------------------------------------------------------
+
+
+def _marked(positions: Sequence[int], length: Any, *, device: torch.device) -> Tensor:
+    """`tome::places`."""
+    every = _places(length, device)
+    return functools.reduce(operator.or_, (every == p for p in positions), every < 0)
+
+
+FORMS: dict[str, Callable[..., Any]] = {
+    "match": match, "match_by": match_by, "match_parts": match_parts,
+    "merge": ops.merge_aten, "merge_size": ops.merge_size_aten, "merge_bias": ops.merge_bias_aten,
+    "log_size": torch.log, "unmerge": ops.unmerge_aten, "seen_first": ops.seen_first,
+    "key_weight": ops.key_weight, "key_kinds": ops.key_kinds, "places": _marked, "place_kinds": ops.place_kinds,
+    "part_labels": ops.part_labels, "apart": ops.apart,
+}  # fmt: skip
+
+__all__ = ["PortableError", "make_portable"]

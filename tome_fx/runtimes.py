@@ -1,0 +1,69 @@
+"""Exported files in the runtimes that read them: what `tome-fx export` checks and times."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+Run = Callable[[], list[Tensor]]
+
+
+def runtime_of(format: str) -> str | None:
+    """The package that runs a format here; None where it is not installed."""
+    package = {"pt2": "torch", "aoti": "torch", "onnx": "onnxruntime", "openvino": "openvino"}[format]
+    return package if importlib.util.find_spec(package) else None
+
+
+def loaded(format: str, path: Path, args: tuple[Any, ...]) -> Run:
+    """A file as a call without arguments: its outputs for `args`, tensors that the model takes by position."""
+    return LOADERS[format](path, args)
+
+
+def _pt2(path: Path, args: tuple[Any, ...]) -> Run:
+    module = torch.export.load(path).module()
+    return lambda: tree_leaves(module(*args))
+
+
+def _aoti(path: Path, args: tuple[Any, ...]) -> Run:
+    run = torch._inductor.aoti_load_package(str(path))
+    return lambda: tree_leaves(run(*args))
+
+
+def _onnx(path: Path, args: tuple[Any, ...]) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+    feed = {name: x.numpy() for name, x in zip(names, tree_leaves(args), strict=True)}
+    return lambda: [torch.from_numpy(x) for x in session.run(None, feed)]
+
+
+def _openvino(path: Path, args: tuple[Any, ...]) -> Run:
+    import openvino
+
+    # Its CPU plugin computes float32 models in bfloat16 unless told otherwise.
+    model = openvino.compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    feed = [x.numpy() for x in tree_leaves(args)]
+    return lambda: [torch.from_numpy(x) for x in model(feed).values()]
+
+
+LOADERS: dict[str, Callable[[Path, tuple[Any, ...]], Run]] = {
+    "pt2": _pt2, "aoti": _aoti, "onnx": _onnx, "openvino": _openvino,
+}  # fmt: skip
+
+
+def difference(got: list[Tensor], want: Any) -> float:
+    """The largest difference of the outputs, over the largest value of each."""
+    pairs = zip(got, [x for x in tree_leaves(want) if isinstance(x, Tensor)], strict=True)
+    return max(float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-12)) for a, b in pairs)
+
+
+__all__ = ["Run", "difference", "loaded", "runtime_of"]
