@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import tome_fx
+from tests.library import CASES as CASES_OF_LIBRARIES
 from tests.palette import distance
 from tests.test_explain import Block, D, N, Stack, tokens
 from tests.test_plan import tables
@@ -223,3 +224,16 @@ def test_what_cannot_leave_is_named() -> None:
         tome_fx.export(model, (x,), r=R, format="tflite")
     with pytest.warns(tome_fx.ToMeWarning), pytest.raises(RuntimeError, match="nothing to export"):
         tome_fx.export(nn.Linear(D, D), (x,), r=R)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(CASES_OF_LIBRARIES))
+def test_models_of_libraries(name: str, tmp_path: Path) -> None:
+    """Image, video and audio models, pyramids and windows, as a file; equal tokens merge, so the model itself is the
+    measure."""
+    case = CASES_OF_LIBRARIES[name]()
+    with torch.no_grad():
+        program = tome_fx.export(case.model, case.args, r=4, path=tmp_path / "model.pt2")
+        got = torch.export.load(tmp_path / "model.pt2").module()(*case.args)
+        assert not foreign(program.module())
+        assert distance(got, case.model(*case.args)) < 1e-4
