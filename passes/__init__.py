@@ -47,7 +47,7 @@ from torch import fx
 from tome_fx.config import ToMeConfig
 from tome_fx.report import SkipReason, ToMeReport
 
-from .algebra.axes import leaves, size_of
+from .algebra.axes import Dim, leaves, size_of
 from .analysis.blocks import Block
 from .analysis.special import Before, before, entering, special
 from .capture import Captured, CaptureError, capture
@@ -90,22 +90,30 @@ class Result:
     @property
     def strange(self) -> bool:
         """Whether tokens merge of which this graph does not show where they come from, nor graphs before it do."""
-        merged = [merge.block.tokens for merge in self.plan.merges.values()]
-        return any(entering(self.facts, tokens) and before(self.facts, tokens) is None for tokens in merged)
+        return any(entering(self.facts, tokens) and before(self.facts, tokens) is None for tokens in self._merged())
+
+    @property
+    def anew(self) -> bool:
+        """Whether tokens merge of which it is not known how many blocks of the schedule they went through."""
+        known = [before(self.facts, tokens) for tokens in self._merged() if entering(self.facts, tokens)]
+        return any(found is None or found.blocks is None for found in known)
+
+    def _merged(self) -> list[Dim]:
+        return [merge.block.tokens for merge in self.plan.merges.values()]
 
     def after(self) -> dict[int, Before]:
         """What a graph after this one may know of tokens that this one gives out."""
         found: dict[int, Before] = {}
         outputs = [n for n in self.facts.graph.output_node().all_input_nodes if n in self.facts.axes]
-        for axis in (leaves(dim) for node in outputs for dim in self.facts.dims(node)):
+        for axis in dict.fromkeys(leaves(dim) for node in outputs for dim in self.facts.dims(node)):
             length, known = size_of(axis), before(self.facts, axis)
             if not axis or not isinstance(length, int) or (known is None and entering(self.facts, axis)):
                 continue
             alone = frozenset((~special(self.facts, axis).free(length)).nonzero().flatten().tolist())
+            blocks = known.blocks if known else 0
             done = [block.turn[0] + 1 for block in self.blocks if leaves(block.tokens) == axis]
-            other = found.get(length, Before())
-            blocks = max([*done, other.blocks, known.blocks if known else 0])
-            found[length] = Before(alone | other.alone, blocks)
+            blocks = None if blocks is None or length in found else max([*done, blocks])
+            found[length] = Before(alone | found.get(length, Before()).alone, blocks)
         return found
 
 

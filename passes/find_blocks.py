@@ -96,7 +96,7 @@ def _in_turn(blocks: list[Block], facts: Facts) -> list[Block]:
     return [
         replace(block, turn=(depth[block.site] + done, longest[first[block.site]] + done))
         for block in blocks
-        for done in [(before(facts, block.tokens) or Before()).blocks]
+        for done in [(before(facts, block.tokens) or Before()).blocks or 0]
     ]
 
 

@@ -348,6 +348,14 @@ def test_a_model_of_which_no_graph_came_says_so() -> None:
     assert "in 0 graphs" in summary and "gave the backend no graph" in summary
 
 
+def test_what_broke_off_is_named() -> None:
+    """Dynamo's own reason stands in the sentence."""
+    layer = nn.TransformerEncoderLayer(D, 2, 2 * D, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    summary = tome_fx.explain(encoder, (torch.randn(2, N, D),), {"mask": torch.zeros(N, N)}, r=4).summary()
+    assert "in 0 graphs" in summary and "Tensor.item()" in summary
+
+
 def test_a_short_axis_is_not_blamed_on_a_mask() -> None:
     """There is none: half of its tokens are kept, and they are reached."""
     model = nn.Sequential(*(Block() for _ in range(4))).eval()

@@ -112,6 +112,30 @@ def test_tokens_that_no_piece_has_made() -> None:
     assert "protect=1" in message
 
 
+def test_two_towers_of_one_length_are_not_confused() -> None:
+    """Both begin in the first piece: the second does not go on where the first ended, and one message says so."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.stem, self.other = nn.Linear(5, D), nn.Linear(5, D)
+            self.first, self.second = (nn.Sequential(Block(), Block()) for _ in range(2))
+            self.eval()
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            x, y = self.stem(x), self.other(y)
+            torch._dynamo.graph_break()
+            x = self.first(x)
+            torch._dynamo.graph_break()
+            return x.mean(1) + self.second(y).mean(1)
+
+    args = torch.randn(2, N, 5), torch.randn(2, N, 5)
+    messages, report = told(Two(), *args, r=[6, 5])
+    assert [a - b for a, b in report.tokens] == [6, 5, 6, 5]
+    assert len(messages) == 1
+
+
 def test_another_size_starts_from_the_same_block() -> None:
     """A piece that is compiled again counts from where it stands, not from where the model ended."""
     model = Cut("middle")

@@ -261,7 +261,7 @@ def _tell_of_piece(result: Result, config: ToMeConfig, piece: Piece) -> None:
     if merged:
         if result.strange and config.protect == "auto":
             found.append("class tokens that come from another piece cannot be seen here and may merge")
-        if config.flops is not None or (isinstance(config.r, tuple) and (result.strange or not config.is_list)):
+        if config.flops is not None or (isinstance(config.r, tuple) and (result.anew or not config.is_list)):
             found.append("the schedule starts anew in each piece")
     elif (report.attention_sites or (piece.last and not model.attention)) and not _only(NO_LOSS, report.skipped):
         found.append(report.summary())

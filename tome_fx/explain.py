@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from tome_fx.backend import ToMeError, transform
 from tome_fx.config import config_from
-from tome_fx.report import ToMeReport
+from tome_fx.report import SkipReason, ToMeReport
 
 tome = torch.ops.tome
 
@@ -45,6 +46,7 @@ def explain(
         found.append(transform(gm, inputs, settings)[1])
         return gm.forward
 
+    told = Counter(torch._dynamo.utils.counters["graph_break"])
     with _isolated(), _undone(model, (args, kwargs)):
         try:
             torch.compile(model, backend=backend)(*args, **(kwargs or {}))
@@ -53,6 +55,10 @@ def explain(
     total = ToMeReport(r=settings.r)
     for report in found:
         total = total + report
+    if not found:
+        breaks = Counter(torch._dynamo.utils.counters["graph_break"]) - told
+        lines = [next(iter(why.strip().splitlines()), "") for why in breaks]
+        total.skipped += [SkipReason("graph break", "", line) for line in dict.fromkeys(lines)]
     return total
 
 

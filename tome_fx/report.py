@@ -139,10 +139,11 @@ class ToMeReport:
         if not self.merged_sites:
             why = "; ".join(dict.fromkeys(str(s) for s in self.skipped)) or "no attention was found"
             if not self.graphs:
+                said = f"Dynamo says {why}" if self.skipped else "TORCH_LOGS=graph_breaks says where"
                 why = (
                     "torch.compile gave the backend no graph of it: it broke off before the attention, and the model "
-                    "ran as it is (TORCH_LOGS=graph_breaks says where; nn.TransformerEncoder with a mask does so "
-                    "unless is_causal=True or False is given)"
+                    f"ran as it is ({said}; nn.TransformerEncoder with a mask does so unless is_causal=True or False "
+                    "is given)"
                 )
             return f"nothing merged in {graphs} with {self.attention_sites} attention sites: {why}"
         chains: list[tuple[int, int]] = []

@@ -49,10 +49,10 @@ class Special:
 @dataclass(frozen=True)
 class Before:
     """What graphs before this one know of tokens that enter it. alone: positions of those that never merge. blocks: how
-    many blocks of the schedule they went through."""
+    many blocks of the schedule they went through; None where several axes are as long, and it is not known which."""
 
     alone: frozenset[int] = frozenset()
-    blocks: int = 0
+    blocks: int | None = 0
 
 
 def entering(facts: Facts, axis: Dim) -> bool:
