@@ -90,24 +90,39 @@ class Result:
     @property
     def strange(self) -> bool:
         """Whether tokens merge of which this graph does not show where they come from, nor graphs before it do."""
-        return any(entering(self.facts, tokens) and before(self.facts, tokens) is None for tokens in self._merged())
+        known = [before(self.facts, tokens) for tokens in self._merged() if entering(self.facts, tokens)]
+        lost = any(found.alone and not merge.block.special.count for merge, found in self._made_of_entered())
+        return lost or any(found is None for found in known)
 
     @property
     def anew(self) -> bool:
         """Whether tokens merge of which it is not known how many blocks of the schedule they went through."""
         known = [before(self.facts, tokens) for tokens in self._merged() if entering(self.facts, tokens)]
-        return any(found is None or found.blocks is None for found in known)
+        again = any(found.blocks != 0 for _, found in self._made_of_entered())
+        return again or any(found is None or found.blocks is None for found in known)
+
+    def _made_of_entered(self) -> Iterator[tuple[Merge, Before]]:
+        """Merges of tokens that were made of some that entered in another order or number, and what is known of
+        those."""
+        inputs = [n for n in self.facts.graph.find_nodes(op="placeholder") if n in self.facts.axes]
+        for merge in self.plan.merges.values():
+            if not entering(self.facts, merge.block.tokens):
+                above = [n for n in inputs if self.facts.leads(n, merge.block.merge)]
+                known = (before(self.facts, dim) for n in above for dim in self.facts.dims(n))
+                yield from ((merge, found) for found in known if found is not None)
 
     def _merged(self) -> list[Dim]:
         return [merge.block.tokens for merge in self.plan.merges.values()]
 
-    def after(self) -> dict[int, Before]:
-        """What a graph after this one may know of tokens that this one gives out."""
+    def after(self, first: bool) -> dict[int, Before]:
+        """What a graph after this one may know of tokens that this one gives out. first: whether tokens that enter it
+        are the model's own inputs."""
         found: dict[int, Before] = {}
         outputs = [n for n in self.facts.graph.output_node().all_input_nodes if n in self.facts.axes]
         for axis in dict.fromkeys(leaves(dim) for node in outputs for dim in self.facts.dims(node)):
             length, known = size_of(axis), before(self.facts, axis)
-            if not axis or not isinstance(length, int) or (known is None and entering(self.facts, axis)):
+            unknown = known is None and entering(self.facts, axis) and not first
+            if not axis or not isinstance(length, int) or unknown:
                 continue
             alone = frozenset((~special(self.facts, axis).free(length)).nonzero().flatten().tolist())
             blocks = known.blocks if known else 0

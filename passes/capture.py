@@ -241,13 +241,12 @@ class _Tracer(fx.Interpreter):
             return AUTOCAST_SWITCHES[target](*args)
         if getattr(target, "__name__", "").endswith("_increment_nesting"):  # vmap is a stretch of its own
             raise CaptureError("it takes derivatives inside (torch.func.grad, vjp, jvp, ...)")
-        if (expansion := EXPANSIONS.get(target)) is not None:
-            return expansion(*args, **kwargs)
-        if isinstance(target, torch._ops.HigherOrderOperator):
+        if isinstance(target, torch._ops.HigherOrderOperator) and target not in EXPANSIONS:
             return self._region(target, args, kwargs)
-        if holds_wrapper(args, kwargs) or is_composite(target):
-            return through(target, args, kwargs)
-        return super().call_function(target, args, kwargs)
+        own = EXPANSIONS.get(target, target)
+        if holds_wrapper(args, kwargs) or is_composite(own):
+            return through(own, args, kwargs)
+        return super().call_function(own, args, kwargs)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         if holds_wrapper(args, kwargs):

@@ -160,13 +160,13 @@ def _best(a: Tensor, b: Tensor, similarity: str, apart: Tensor | None) -> tuple[
     return torch.where(pairs, 1.0, best), torch.where(pairs, first, partner)
 
 
-def match_by(
-    metric: Tensor, r: Any, prefix: int, suffix: int, heads: bool, matcher: str, partition: str, similarity: str
-) -> tuple[Tensor, ...]:
-    """`tome::match_by`, for the choices that are the same in every process."""
+def match_by(metric: Tensor, r: Any, prefix: int, suffix: int, *how: Any) -> tuple[Tensor, ...]:
+    """`tome::match_by`, for the choices that are the same in every process. how: heads, matcher, partition,
+    similarity."""
+    heads, matcher, *rest = how
     if matcher != "bipartite":
         raise PortableError(f"matcher={matcher!r} cannot leave Python; plain=False keeps it")
-    return _matched(metric, None, r, (prefix, suffix), heads, partition, similarity)
+    return _matched(metric, None, r, (prefix, suffix), heads, *rest)
 
 
 def match(metric: Tensor, r: Any, prefix: int, suffix: int, heads: bool = False) -> tuple[Tensor, ...]:
@@ -174,11 +174,10 @@ def match(metric: Tensor, r: Any, prefix: int, suffix: int, heads: bool = False)
     return _matched(metric, None, r, (prefix, suffix), heads, "alternating", "cosine")
 
 
-def match_parts(
-    metric: Tensor, parts: Tensor, r: Any, prefix: int, suffix: int, heads: bool, even: bool, similarity: str = "cosine"
-) -> tuple[Tensor, ...]:
-    """`tome::match_parts`."""
-    return _matched(metric, (parts, even), r, (prefix, suffix), heads, "alternating", similarity)
+def match_parts(metric: Tensor, parts: Tensor, r: Any, *how: Any) -> tuple[Tensor, ...]:
+    """`tome::match_parts`. how: prefix, suffix, heads, even, and the similarity unless it is the cosine."""
+    prefix, suffix, heads, even, *similarity = how
+    return _matched(metric, (parts, even), r, (prefix, suffix), heads, "alternating", *(similarity or ["cosine"]))
 
 
 def _matched(
@@ -198,8 +197,9 @@ def _matched(
     else:
         own, other = sides.parted(parts[0].reshape(-1, n))
         best, partner = _best(*sides.parted(x), how[1], own[:, :, None] != other[:, None])
-        moved = ops.shared_out(best, own, r, parts[1])
-        similarity = best.gather(1, moved)
+        chosen = ops.shared_out(best, own, r, parts[1])
+        similarity, order = best.gather(1, chosen).topk(r, dim=-1)
+        moved = chosen.gather(1, order)
     found = (*_index_form(moved, partner.gather(1, moved), sides, n, ends), similarity)
     return tuple(t.reshape(*sample, t.shape[-1]) for t in found)
 

@@ -216,6 +216,7 @@ CUT: dict[str, Callable[[Tensor, int], tuple[Tensor, Tensor]]] = {  # along dim 
     "split": lambda y, n: y.split([n, y.shape[1] - n], 1),
     "narrow": lambda y, n: (y.narrow(1, 0, n), y.narrow(1, n, y.shape[1] - n)),
     "tensor_split": lambda y, n: y.tensor_split([n], 1),
+    "from the end": lambda y, n: (y[:, : n - y.shape[1]], y[:, n - y.shape[1] :]),
 }
 
 # -- heads that share keys and values: q [B, H, n, c], k and v [B, G, n, c], a term of the scores or None --------------

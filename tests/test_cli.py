@@ -57,6 +57,17 @@ def test_parse_r_refuses(text: str) -> None:
         cli.parse_r(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "protect"), [("auto", "auto"), ("1", 1), ("2/10", (2, 10)), ("0,5,-1", [0, 5, -1]), ("3,", None)]
+)
+def test_parse_protect(text: str, protect: Any) -> None:
+    if protect is None:
+        with pytest.raises(argparse.ArgumentTypeError, match="positions"):
+            cli.parse_protect(text)
+    else:
+        assert cli.parse_protect(text) == protect
+
+
 def arguments(*words: str) -> argparse.Namespace:
     return cli._parser().parse_args(words)
 
@@ -65,7 +76,8 @@ def test_the_configuration_reaches_the_backend() -> None:
     args = arguments("explain", "m", "--r", "16,-1", "--metric", "input", "--placement", "stream", "--strict")
     expected = {"r": (16, -1.0), "placement": "stream", "metric": "input", "inner": "inductor", "strict": True}
     defaults = {"similarity": "cosine", "partition": "alternating", "matcher": "bipartite", "merging": "mean"}
-    assert cli._config(args) == {**expected, **defaults}
+    defaults |= {"protect": "auto", "every": 1, "multiple": 1, "prop_attn": True, "padding_first": False}
+    assert cli._config(args) == {**expected, **defaults, "drop_unread": True}
     choices = {"similarity": "dot", "partition": "random", "matcher": "random", "merging": "prune"}
     words = [word for name, value in choices.items() for word in (f"--{name}", value)]
     assert choices.items() <= cli._config(arguments("bench", "m", *words)).items()
@@ -102,6 +114,27 @@ def test_explain_a_timm_model_at_another_size(capsys: pytest.CaptureFixture[str]
     pytest.importorskip("timm")
     assert cli.main(["explain", "vit_tiny_patch16_224", "--size", "96", "--r", "2"]) == 0
     assert "37 -> 35" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["pt2", "onnx"])
+def test_export_writes_checks_and_times(kind: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """One line each for the file, what its runtime gives, and the speed there."""
+    if kind == "onnx":
+        pytest.importorskip("onnxruntime")
+    file, numbers = tmp_path / f"model.{kind}", tmp_path / "numbers.json"
+    words = ["export", f"{HERE}:tiny_vit", "--r", "4", *INPUT, "--placement", "stream", "--rounds", "1"]
+    assert cli.main([*words, "--format", kind, "-o", str(file), "--dynamic-batch", "--json", str(numbers)]) == 0
+    said, found = capsys.readouterr().out, json.loads(numbers.read_text())
+    assert file.exists()
+    assert found["difference"] < 1e-5
+    assert "MiB" in said and "differ by" in said and "times the plain model's" in said
+
+
+def test_export_of_nothing_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["export", f"{HERE}:convolution", "--size", "16", "-o", str(tmp_path / "model.pt2")]
+    with pytest.warns(ToMeWarning):
+        assert cli.main(words) == 2
+    assert "nothing to export" in capsys.readouterr().err
 
 
 def test_bench_times_both_and_writes_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

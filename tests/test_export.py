@@ -216,6 +216,27 @@ def test_openvino(tmp_path: Path) -> None:
     assert distance(torch.from_numpy(compiled([x.numpy()])[0]), want) < 1e-5
 
 
+def test_names_in_any_order() -> None:
+    """Two inputs of one shape, by name, not in the order of the signature."""
+
+    class Named(Stack):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x + y.roll(1, -1) * 0.5)
+
+    model, x, y = Named(), torch.randn(2, N, D), torch.randn(2, N, D)
+    with torch.no_grad():
+        want = tome_fx.rewrite(model, (x, y), r=R, placement="stream")(x, y)
+        program = tome_fx.export(model, (), {"y": y, "x": x}, r=R, placement="stream")
+        assert distance(program.module()(x=x, y=y), want) < 1e-6
+        assert distance(program.module()(y=y, x=x), want) < 1e-6
+
+
+def test_no_sort_leaves() -> None:
+    """A stable one is not exported to ONNX."""
+    gm = tome_fx.rewrite(Masked(), (torch.randn(2, N, D),), r=R, placement="branch")
+    assert not [n for n in gm.graph.nodes if "sort" in str(n.target)]
+
+
 def test_what_cannot_leave_is_named() -> None:
     model, x = Classed(), torch.randn(2, N, D)
     with pytest.raises(ValueError, match="matcher='random' cannot leave Python"):

@@ -39,7 +39,7 @@ def test_a_name_holds_its_schedule() -> None:
     assert sum(less("tome_flops75")) > sum(less("tome_flops90")) > 0
 
 
-@pytest.mark.parametrize("name", ["tome_rx", "tome_flops", "tome_r", "tome_flops100", "other_r8"])
+@pytest.mark.parametrize("name", ["tome_rx", "tome_flops", "tome_r", "tome_flops100", "other_r8", "r8"])
 def test_other_names_are_none(name: str) -> None:
     with pytest.raises(ValueError, match=r"no backend of tome_fx|between 0 and 1"):
         named(name)
@@ -72,7 +72,7 @@ def test_a_share_of_flops_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
         tome_fx.tome_backend()
 
 
-@pytest.mark.parametrize("value", ["eight", "(8, -1)", "8 tokens"])
+@pytest.mark.parametrize("value", ["eight", "(8, -1)", "8 tokens", "null", "true"])
 def test_what_is_no_number(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOME_R", value)
     with pytest.raises(ValueError, match=r"TOME_R=.* is no number"):

@@ -112,6 +112,68 @@ def test_tokens_that_no_piece_has_made() -> None:
     assert "protect=1" in message
 
 
+CHANGES = {
+    "a slice": lambda x: x[:, : N - 8],
+    "padded": lambda x: torch.nn.functional.pad(x, (0, 0, 0, 8)),
+    "twice": lambda x: torch.cat([x, x * 2], 1),
+}
+MADE_ANEW = {
+    "pooled": lambda x: torch.cat([x[:, :1], x[:, 1:].unflatten(1, (2, -1)).mean(1)], 1),
+    "another order": lambda x: x.flip(1),
+}
+
+
+class Changed(Cut):
+    """Tokens change their number between two pieces."""
+
+    def __init__(self, change: Any) -> None:
+        super().__init__("")
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.cls.expand(len(x), -1, -1), self.stem(x)], 1)
+        x = self.blocks[1](self.blocks[0](x))
+        torch._dynamo.graph_break()
+        return self.head(self.blocks[3](self.blocks[2](self.change(x))).mean(1))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_made_of_known_tokens_is_known(change: str) -> None:
+    messages, report = told(Changed(CHANGES[change]), torch.randn(2, N, D), r=[6, 5, 4, 3], strict=True)
+    assert messages == []
+    assert [a - b for a, b in report.tokens] == [6, 5, 4, 3]
+    assert min(site.protected for site in report.sites) >= 1
+
+
+@pytest.mark.parametrize("change", MADE_ANEW)
+def test_what_cannot_be_known_of_them_is_told(change: str) -> None:
+    (message,), report = told(Changed(MADE_ANEW[change]), torch.randn(2, N, D), r=[6, 5, 4, 3])
+    assert [a - b for a, b in report.tokens] == [6, 5, 6, 5]
+    assert "the schedule starts anew" in message
+    assert ("class tokens" in message) is (change == "another order")
+
+
+@pytest.mark.parametrize("r", [[6, 5, 4, 3], R])
+def test_a_break_inside_of_a_block_is_told_for_a_list(r: Any) -> None:
+    """All blocks run one piece of code, and with it one count."""
+
+    class Broken(Block):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            x = super().forward(x)
+            torch._dynamo.graph_break()
+            return x
+
+    class Looped(Cut):
+        def __init__(self) -> None:
+            super().__init__("")
+            self.blocks = nn.ModuleList(Broken() for _ in range(4)).eval()
+
+    messages, _ = told(Looped(), torch.randn(2, N, D), r=r)
+    assert len(messages) == int(isinstance(r, list))
+    assert all("merges as the first of them does" in message for message in messages)
+    assert not any("Compile Looped instead" in message for message in messages)  # it was
+
+
 def test_two_towers_of_one_length_are_not_confused() -> None:
     """Both begin in the first piece: the second does not go on where the first ended, and one message says so."""
 

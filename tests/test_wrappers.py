@@ -155,6 +155,19 @@ def test_quantised_weights_whole_way(kind: type[Coded]) -> None:
     assert len(found.merges) == 3
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_fused_inference_ops(grad: bool) -> None:
+    """nn.TransformerEncoderLayer in eval mode runs as one op, which is spelled out before the weights are opened."""
+    torch.manual_seed(0)
+    layers = (nn.TransformerEncoderLayer(D, 2, 2 * D, batch_first=True) for _ in range(3))
+    model = quantised(nn.Sequential(*layers).eval(), Coded)
+    for layer in model:
+        weight = coded(layer.self_attn.in_proj_weight.detach(), Coded)
+        layer.self_attn.in_proj_weight = nn.Parameter(weight, requires_grad=False)
+    with torch.set_grad_enabled(grad):
+        assert_lossless(model, (palette_tokens(2, N, D),), R, sites=3, placement="stream", grad=grad)
+
+
 def test_other_layers() -> None:
     """A convolution that embeds, an embedding, an output head; a buffer."""
 

@@ -44,6 +44,8 @@ NO_RULE = {
     "aten.pad_sequence": "packs samples of several lengths, before anything is merged",
     "aten.fft_fft2": "mixes the pixels of each patch, before anything is merged",
     "aten.conv_transpose3d": "neighbours on a grid",
+    "aten.convolution": "neighbours on a grid: it is a transposed one",
+    "aten._weight_norm_interface": "makes a weight",
     "aten.histc": "counts the tokens of each expert",
     "aten.uniform": "draws noise",
     "aten.multinomial": "draws which patches are kept",

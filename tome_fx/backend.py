@@ -184,7 +184,7 @@ def transform(
     try:
         result = _run(gm, inputs, config, piece, portable)
         if piece.cut and result.captured is not None:
-            piece.remember(result.after())
+            piece.remember(result.after(piece.first))
         rewritten = None if result.gm is None else finish(gm, result)
     except (ScheduleError, RuleError, PortableError):
         raise
@@ -257,12 +257,14 @@ def _tell_of_piece(result: Result, config: ToMeConfig, piece: Piece) -> None:
     unless no piece has any."""
     report, model = result.report, piece.model
     model.attention |= bool(report.attention_sites)
-    found, merged = [], report.merged_sites > 0
+    found, merged, anew = [], report.merged_sites > 0, result.anew and not piece.first
     if merged:
-        if result.strange and config.protect == "auto":
+        if result.strange and not piece.first and config.protect == "auto":
             found.append("class tokens that come from another piece cannot be seen here and may merge")
-        if config.flops is not None or (isinstance(config.r, tuple) and (result.anew or not config.is_list)):
+        if config.flops is not None or (isinstance(config.r, tuple) and (not config.is_list or anew)):
             found.append("the schedule starts anew in each piece")
+        elif piece.shared and config.is_list and len(set(config.r)) > 1:  # type: ignore[arg-type]
+            found.append("each module that runs this code merges as the first of them does")
     elif (report.attention_sites or (piece.last and not model.attention)) and not _only(NO_LOSS, report.skipped):
         found.append(report.summary())
     if not found or model.told or _nothing_wanted(config):

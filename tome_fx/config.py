@@ -230,8 +230,10 @@ def from_environment() -> dict[str, Any]:
         if text := os.environ.get(variable, "").strip():
             try:
                 found[option] = json.loads(text)
-            except ValueError as error:
-                raise ValueError(f"{variable}={text!r} is no number and no list of numbers") from error
+            except ValueError:
+                found[option] = None
+            if not isinstance(found[option], (int, float, list)) or isinstance(found[option], bool):
+                raise ValueError(f"{variable}={text!r} is no number and no list of numbers")
     if len(found) > 1:
         raise ValueError("TOME_R and TOME_FLOPS are both set: leave one of them out")
     return found

@@ -131,7 +131,7 @@ def _rewritten(
     check_call(model, args)
     if not isinstance(model, torch.nn.Module):
         raise TypeError("torch.export takes an nn.Module, got a function; `explain` and `check` take functions too")
-    exported = _exported(model, tuple(args), _in_order(model, kwargs or {}), dynamic_shapes)
+    exported = _exported(model, tuple(args), in_order(model, kwargs or {}), dynamic_shapes)
     source = _module(exported)
     flat = [_flat_value(node) for node in source.graph.find_nodes(op="placeholder")]
     rewritten, report = transform(source, flat, settings, portable)
@@ -158,7 +158,7 @@ def _exported(model: torch.nn.Module, args: Any, kwargs: Any, dynamic_shapes: An
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=True)
 
 
-def _in_order(model: torch.nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def in_order(model: torch.nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments in the order of the model's signature, so that the traced module takes them by position too."""
     names = [name for name in inspect.signature(model.forward).parameters if name in kwargs]
     return {name: kwargs[name] for name in dict.fromkeys([*names, *kwargs])}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tome_fx.explain import rewrite
+from tome_fx.explain import in_order, rewrite
 
 FORMATS = ("pt2", "onnx", "aoti", "openvino")
 
@@ -49,7 +49,8 @@ def export(
     report = gm.meta["tome_report"]
     if not report.merged_sites:
         raise RuntimeError(f"nothing to export: {report.summary()}")
-    program = torch.export.export(gm, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
+    named = in_order(model, kwargs or {})
+    program = torch.export.export(gm, tuple(args), named, dynamic_shapes=dynamic_shapes, strict=False)
     if path is not None:
         write(program, format, Path(path))
     return program

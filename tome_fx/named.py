@@ -23,7 +23,7 @@ from tome_fx.config import config_from
 def named(name: str) -> Callable[..., Any]:
     """The backend that a name `tome_r<count>` or `tome_flops<percent>` stands for. Raises ValueError for others."""
     kind, count = name.removeprefix("tome_").rstrip("0123456789"), name[len(name.rstrip("0123456789")) :]
-    if kind not in ("r", "flops") or not count:
+    if not name.startswith("tome_") or kind not in ("r", "flops") or not count:
         raise ValueError(f"{name!r} is no backend of tome_fx: those are tome_r<tokens> and tome_flops<percent>")
     config = config_from({"r": int(count)} if kind == "r" else {"flops": int(count) / 100})
 

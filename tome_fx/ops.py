@@ -205,14 +205,15 @@ def match_parts(
         alike = matching.SIMILARITIES[similarity](x[:, first::2], x[:, 1 - first :: 2])
         own = label[:, first::2]
         best, partner = alike.masked_fill(own[:, :, None] != label[:, None, 1 - first :: 2], -torch.inf).max(-1)
-        moved_src = shared_out(best, own, r, even)
+        chosen = shared_out(best, own, r, even)
+        moved_src = chosen.gather(1, best.gather(1, chosen).sort(stable=True, dim=-1, descending=True).indices)
         found = (*_alternating_form(moved_src, partner, n, prefix, suffix), best.gather(1, moved_src))
         return tuple(t.reshape(*sample, t.shape[-1]) for t in found)
 
 
 def shared_out(best: Tensor, own: Tensor, r: int, even: bool) -> Tensor:
-    """`[batch, r]`: the sources that merge, most similar first: of each part the best, as many as its share. best, own:
-    `[batch, S]`, -inf where a source has no partner, and its part."""
+    """`[batch, r]`: the sources that merge: of each part the best, as many as its share. best, own: `[batch, S]`, -inf
+    where a source has no partner, and its part."""
     place = torch.arange(best.shape[1], device=best.device)
     paired = best > -torch.inf
     same = (own[:, :, None] == own[:, None]) & paired[:, None]
@@ -221,9 +222,7 @@ def shared_out(best: Tensor, own: Tensor, r: int, even: bool) -> Tensor:
     # Parts of one size meet at the same share: their numbers settle it, nothing that stands in them.
     share = rank.double() if even else (rank + 0.5) / count.double()
     turn = share + own.double() * (1e-12 / max(best.shape[1], 1))
-    chosen = turn.masked_fill(~paired, torch.inf).topk(r, largest=False).indices
-    order = best.gather(1, chosen).sort(stable=True, dim=-1, descending=True).indices
-    return chosen.gather(1, order)
+    return turn.masked_fill(~paired, torch.inf).topk(r, largest=False).indices
 
 
 # -- other matchings ---------------------------------------------------------------------------------------------------

@@ -49,11 +49,12 @@ _MODELS: weakref.WeakKeyDictionary[Any, dict[Any, Model]] = weakref.WeakKeyDicti
 @dataclass
 class Piece:
     """A graph as a part of its model. last: no graph break ends it. frame: Dynamo's number of the code that it comes
-    from."""
+    from. shared: other modules of the model may run the same code."""
 
     model: Model
     last: bool
     frame: int = 0
+    shared: bool = False
 
     @property
     def cut(self) -> str:
@@ -64,6 +65,11 @@ class Piece:
         """What the pieces before this one tell of tokens."""
         return self.model.before(self.frame) if self.cut else {}
 
+    @property
+    def first(self) -> bool:
+        """Whether the model's own inputs enter it, and nothing that another piece has made."""
+        return not self.shared and not any(frame < self.frame for frame in self.model.after)
+
     def remember(self, after: dict[int, Before]) -> None:
         self.model.after.setdefault(self.frame, {}).update(after)
 
@@ -72,20 +78,22 @@ def piece_of(gm: fx.GraphModule, config: Any) -> Piece:
     """The place of a graph that Dynamo is about to compile. A graph from elsewhere is a whole model."""
     if TracingContext.try_get() is None:
         return Piece(Model(), last=True)
-    owner, modules = _owner()
+    owner, modules, asked = _owner()
     model = Model()
     if owner is not None:
         model = _MODELS.setdefault(owner, {}).setdefault(config, model)
     reason = getattr(gm, "compile_subgraph_reason", None)
     broken = reason is not None and reason.graph_break
     if not model.cut and (broken or reason is None or len(modules) > 1):
-        model.cut, model.remedy = _cause(reason if broken else None, modules)
+        model.cut, model.remedy = _cause(reason if broken else None, modules, asked)
     compiled = CompileContext.current_compile_id()
-    return Piece(model, last=not broken, frame=(compiled.frame_id or 0) if compiled is not None else 0)
+    frame = (compiled.frame_id or 0) if compiled is not None else 0
+    return Piece(model, last=not broken, frame=frame, shared=len(modules) > 1)
 
 
-def _cause(reason: Any, modules: list[torch.nn.Module]) -> tuple[str, str]:
-    """Why a graph is a piece of its model, and what to do. reason: of the graph break that ends it, if one does."""
+def _cause(reason: Any, modules: list[torch.nn.Module], asked: Any) -> tuple[str, str]:
+    """Why a graph is a piece of its model, and what to do. reason: of the graph break that ends it, if one does. asked:
+    the module that torch.compile was asked for."""
     if any(type(held.get("self")).__name__ == "DDPOptimizer" for _, held in _frames()):
         cause = "torch.compile splits the graph at the gradient buckets of DistributedDataParallel"
         return cause, "Set torch._dynamo.config.optimize_ddp = False before the first call: it is one graph then"
@@ -104,6 +112,9 @@ def _cause(reason: Any, modules: list[torch.nn.Module]) -> tuple[str, str]:
     sharded = sys.modules.get("torch.distributed.fsdp")
     if sharded is not None and isinstance(modules[-1], sharded.FSDPModule):
         return f"{cause}, as fully_shard was applied to it", f"Apply fully_shard to {outer} alone: it is one graph then"
+    if asked is modules[0]:
+        cause = f"torch.compile gave up {outer} as a whole and compiles {inner} by itself"
+        return cause, f"See what breaks {outer} (fullgraph=True says it)"
     return cause, f"Compile {outer} instead"
 
 
@@ -116,9 +127,9 @@ def _where(reason: Any) -> str:
     return f"at {frame.filename}:{frame.lineno}{line} ({what})"
 
 
-def _owner() -> tuple[Any, list[torch.nn.Module]]:
-    """What the user called: the outermost module that runs, or the compiled function; and the modules, outermost first,
-    whose forward runs."""
+def _owner() -> tuple[Any, list[torch.nn.Module], Any]:
+    """What the user called: the outermost module that runs, or the compiled function; the modules, outermost first,
+    whose forward runs; and the module that was compiled."""
     running: list[Any] = []
     function = None
     for code, held in _frames():
@@ -128,8 +139,8 @@ def _owner() -> tuple[Any, list[torch.nn.Module]]:
                 running.append(module)
         elif code.co_name == "compile_wrapper" and callable(held.get("fn")):
             function = held["fn"]
-    owner = running[-1] if running else getattr(function, "__self__", function)
-    return owner, running[::-1]
+    asked = getattr(function, "__self__", function)
+    return running[-1] if running else asked, running[::-1], asked
 
 
 _READ = "_call_impl", "compile_wrapper", "compile_fn"

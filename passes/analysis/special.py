@@ -56,17 +56,53 @@ class Before:
 
 
 def entering(facts: Facts, axis: Dim) -> bool:
-    """Whether tokens are in an input of the graph as they are, so that it may not show which of them are special."""
-    inputs = (n for n in facts.graph.find_nodes(op="placeholder") if n not in facts.constant)
-    given = (n for n in inputs if any(val.is_floating_point() for val in tensors_of(n.meta.get("val"))))
-    return any(set(leaves(axis)) & facts.leaves_of(n) for n in given)
+    """Whether tokens, or some of them, are in an input of the graph as they are, so that it may not show which of them
+    are special."""
+    return _comes_in(facts, leaves(axis), ())[0]
 
 
 def before(facts: Facts, axis: Dim) -> Before | None:
     """What is known of the tokens of an axis from graphs before; None where that is nothing. Tokens are told by their
     number: to leave more of them alone than needed is not wrong."""
-    length = size_of(leaves(axis))
-    return facts.before.get(length) if isinstance(length, int) and entering(facts, axis) else None
+    return _comes_in(facts, leaves(axis), ())[1]
+
+
+def _comes_in(facts: Facts, axis: Dim, above: tuple[Dim, ...]) -> tuple[bool, Before | None]:
+    """Whether tokens of an axis enter the graph, and what is known of them: as an input, a slice of what entered, or
+    joined with others."""
+    inputs = (n for n in facts.graph.find_nodes(op="placeholder") if n not in facts.constant)
+    floats = (n for n in inputs if any(val.is_floating_point() for val in tensors_of(n.meta.get("val"))))
+    length = size_of(axis)
+    if any(set(axis) & facts.leaves_of(n) for n in floats):
+        return True, facts.before.get(length) if isinstance(length, int) else None
+    if axis in above:
+        return False, None
+    above = (*above, axis)
+    for new, source, start, stop in facts.origins:
+        enters, known = _comes_in(facts, leaves(source), above) if leaves(new) == axis else (False, None)
+        if enters:
+            if known is None or not (isinstance(start, int) and isinstance(stop, int)):
+                return True, None
+            return True, Before(frozenset(p - start for p in known.alone if start <= p < stop), known.blocks)
+    for parts in facts.joined(axis):
+        found = [_comes_in(facts, part, above) for part in parts]
+        if any(enters for enters, _ in found):
+            return True, _joined(parts, found)
+    return False, None
+
+
+def _joined(parts: Sequence[Dim], found: Sequence[tuple[bool, Before | None]]) -> Before | None:
+    """What is known of joined tokens: all of what is known of each part, unless nothing is of one that enters."""
+    alone, blocks, at = set[int](), list[int | None](), 0
+    for part, (enters, known) in zip(parts, found, strict=True):
+        size = size_of(part)
+        if not isinstance(size, int) or (enters and known is None):
+            return None
+        if known is not None:
+            alone |= {at + p for p in known.alone}
+            blocks.append(known.blocks)
+        at += size
+    return Before(frozenset(alone), None if None in blocks else max(b for b in blocks if b is not None))
 
 
 def special(facts: Facts, tokens: Dim) -> Special:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..algebra.axes import expr, same
+from ..algebra.axes import at_most, expr, same
 
 aten = torch.ops.aten
 _WRITES = {aten.slice_scatter.default, aten.select_scatter.default}
@@ -66,7 +66,7 @@ def _bound(value: Any, default: Any, size: Any) -> Any:
     if value is None:
         return default
     value = expr(value.meta["val"] if isinstance(value, fx.Node) else value)
-    if isinstance(value, int) and value < 0:
+    if at_most(value, -1):
         value = value + size
     beyond = isinstance(value, int) and (value >= size if isinstance(size, int) else value >= 2**62)
     return size if beyond else value

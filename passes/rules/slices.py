@@ -112,7 +112,7 @@ def _bounds(start: Any, stop: Any, size: Any) -> tuple[Any, Any]:
             return default
         value = value.meta["val"] if hasattr(value, "meta") else value
         value = size_expr(value)
-        if isinstance(value, int) and value < 0:
+        if at_most(value, -1):
             value = value + size
         if isinstance(value, int) and isinstance(size, int):
             return min(max(value, 0), size)
