@@ -123,7 +123,9 @@ LENGTH = torch.export.Dim("length", min=32, max=256)
 """Beside a fixed batch torch.export cannot show that products of half lengths are 2 or more (torch 2.14.1)."""
 
 
-@pytest.mark.parametrize("shapes", [({0: BATCH},), ({0: BATCH, 1: LENGTH},)], ids=str)
+@pytest.mark.parametrize(
+    "shapes", [({0: BATCH},), pytest.param(({0: BATCH, 1: LENGTH},), marks=pytest.mark.slow)], ids=["batch", "both"]
+)
 def test_free_dims(shapes: Any) -> None:
     """Any batch, any number of tokens: rewritten, exported anew, and called."""
     model = Classed()
@@ -180,6 +182,7 @@ def test_onnx(tmp_path: Path) -> None:
     assert {node.domain for node in held.graph.node} <= {"", "ai.onnx"}
 
 
+@pytest.mark.slow
 def test_onnx_of_any_batch(tmp_path: Path) -> None:
     model = Classed()
     session, _ = _onnx(model, torch.randn(3, N, D), tmp_path / "model.onnx", dynamic_shapes=({0: BATCH},))

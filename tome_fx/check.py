@@ -28,12 +28,12 @@ from torch.utils._pytree import tree_map
 from tome_fx.backend import ToMeError
 from tome_fx.config import ToMeConfig, config_from
 from tome_fx.explain import check_call
-from tome_fx.passes import run_pipeline
+from tome_fx.passes import Result, run_pipeline
 from tome_fx.passes.algebra.layout import Layout
 from tome_fx.passes.analysis.sites import place
 from tome_fx.passes.capture import capture
 from tome_fx.passes.normal.wrappers import opened
-from tome_fx.passes.rules import op_name
+from tome_fx.passes.rules import Call, op_name
 from tome_fx.passes.rules.base import Fill
 from tome_fx.report import ToMeReport
 from tome_fx.tied import (
@@ -51,10 +51,13 @@ from tome_fx.tied import (
     steps_between,
 )
 
+aten = torch.ops.aten
 TOLERANCE = 1e-6
 """Largest relative error in float64 at which the law counts as kept."""
 IN_OWN_DTYPE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 """The same where the model does not run in float64."""
+CODES = 1e-2
+"""The same where merged values are rounded to codes (integers of 7 bits): noise tips one at an edge to the next."""
 _UNCHANGED = 1e-12
 """Tying that moves a value less than this, relative to its largest element, moves it by rounding alone."""
 
@@ -114,7 +117,8 @@ class Check:
     error: largest relative difference of the outputs of the merged model and the tied one. explained: the same once the
     approximations are made in the tied model too: the error of the law. moved: how far merging moves the outputs from
     those of the unmerged model, for context. spelling: how far the outputs of the unmerged model move by the one
-    spelling into which the passes bring it. dtype: what it ran in. notes: what was left out, and why.
+    spelling into which the passes bring it. dtype: what it ran in. notes: what was left out, and why. rounds: whether
+    the model rounds merged values to whole numbers, as quantised activations are.
     """
 
     error: float
@@ -127,12 +131,13 @@ class Check:
     report: ToMeReport
     dtype: torch.dtype = torch.float64
     notes: list[str] = field(default_factory=list)
+    rounds: bool = False
 
     @property
     def tolerance(self) -> float:
         """The largest error that counts as rounding: 1e-6 in float64, more in the dtypes of a model that does not run
-        in it."""
-        return IN_OWN_DTYPE.get(self.dtype, TOLERANCE)
+        in it, or that rounds itself."""
+        return max(IN_OWN_DTYPE.get(self.dtype, TOLERANCE), CODES if self.rounds else 0.0)
 
     @property
     def holds(self) -> bool:
@@ -281,7 +286,7 @@ def _total(graphs: Sequence[_Graph], settings: ToMeConfig) -> Check:
     outputs = [replace(out, graph=i) for i, graph in enumerate(graphs) for one in graph.found for out in one.outputs]
     own = next((one.dtype for one in found if one.dtype is not torch.float64), torch.float64)
     return Check(worst("error"), worst("explained"), worst("moved"), worst("spelling"), every("merges"), outputs,
-                 every("approximations"), report, own, every("notes"))  # fmt: skip
+                 every("approximations"), report, own, every("notes"), any(one.rounds for one in found))  # fmt: skip
 
 
 class _Graph:
@@ -315,6 +320,19 @@ class _Graph:
 # -- comparing ---------------------------------------------------------------------------------------------------------
 
 
+_ROUND = {aten.round.default, aten.floor.default, aten.ceil.default, aten.trunc.default, aten._to_copy.default}
+
+
+def _rounding(result: Result) -> str:
+    """The place of the first op that makes whole numbers of merged floats; empty where none does."""
+    for node, layouts in result.plan.layouts.items():
+        if node.target in _ROUND and any(map(any, layouts)):
+            whole = not node.meta["val"].is_floating_point() or node.target is not aten._to_copy.default
+            if whole and Call(node).vals[0].is_floating_point():
+                return place(node) or op_name(node)
+    return ""
+
+
 class _Comparison:
     """One graph on one set of inputs."""
 
@@ -345,8 +363,12 @@ class _Comparison:
         rows = enumerate(zip(got, want, plain, strict=True))
         outputs = [CheckedOutput(0, i, tuple(b.shape), relative(a, b), relative(a, c))
                    for i, (a, b, c) in rows if isinstance(b, Tensor)]  # fmt: skip
+        rounding = _rounding(result)
+        notes = dropped(result.captured.gm.graph)
+        if rounding:
+            notes.append(f"{rounding} rounds merged values to whole numbers: a value at an edge falls either way")
         return Check(error, explained, _worst(got, plain), _worst(plain, traced), self._merges(merged, last), outputs,
-                     approximations, result.report, dtype, dropped(result.captured.gm.graph))  # fmt: skip
+                     approximations, result.report, dtype, notes, bool(rounding))  # fmt: skip
 
     def _draw(self, merged: MergedRun) -> None:
         """Random numbers as the merged graph drew them, at full length."""
