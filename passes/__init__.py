@@ -104,7 +104,7 @@ class Result:
     def _made_of_entered(self) -> Iterator[tuple[Merge, Before]]:
         """Merges of tokens that were made of some that entered in another order or number, and what is known of
         those."""
-        inputs = [n for n in self.facts.graph.find_nodes(op="placeholder") if n in self.facts.axes]
+        inputs = [n for n in self.facts.graph.find_nodes(op="placeholder") if self.facts.axes.get(n)]
         for merge in self.plan.merges.values():
             if not entering(self.facts, merge.block.tokens):
                 above = [n for n in inputs if self.facts.leads(n, merge.block.merge)]
@@ -118,7 +118,7 @@ class Result:
         """What a graph after this one may know of tokens that this one gives out. first: whether tokens that enter it
         are the model's own inputs."""
         found: dict[int, Before] = {}
-        outputs = [n for n in self.facts.graph.output_node().all_input_nodes if n in self.facts.axes]
+        outputs = [n for n in self.facts.graph.output_node().all_input_nodes if self.facts.axes.get(n)]
         for axis in dict.fromkeys(leaves(dim) for node in outputs for dim in self.facts.dims(node)):
             length, known = size_of(axis), before(self.facts, axis)
             unknown = known is None and entering(self.facts, axis) and not first

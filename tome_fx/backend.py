@@ -183,6 +183,7 @@ def transform(
     piece = piece_of(gm, config)
     try:
         result = _run(gm, inputs, config, piece, portable)
+        lost = _lost(result, config, piece) if piece.cut else []
         if piece.cut and result.captured is not None:
             piece.remember(result.after(piece.first))
         rewritten = None if result.gm is None else finish(gm, result)
@@ -195,7 +196,7 @@ def transform(
     _count(report)
     log.info("%s", report)
     if piece.cut:
-        _tell_of_piece(result, config, piece)
+        _tell_of_piece(report, lost, config, piece)
     else:
         _tell(report, config)
     if report.merged_sites:
@@ -252,26 +253,34 @@ def _nothing_wanted(config: ToMeConfig) -> bool:
     return config.flops is None and not _wants_any(config.r)
 
 
-def _tell_of_piece(result: Result, config: ToMeConfig, piece: Piece) -> None:
+def _lost(result: Result, config: ToMeConfig, piece: Piece) -> list[str]:
+    """What a piece that merges does otherwise than the whole model would."""
+    found: list[str] = []
+    if not result.report.merged_sites:
+        return found
+    if result.strange and not piece.first and config.protect == "auto":
+        found.append("class tokens that come from another piece cannot be seen here and may merge")
+    scheduled = isinstance(config.r, tuple)
+    if config.flops is not None or (scheduled and (not config.is_list or (result.anew and not piece.first))):
+        found.append("the schedule starts anew in each piece")
+    elif piece.shared and config.is_list and len(set(config.r)) > 1:  # type: ignore[arg-type]
+        found.append("each module that runs this code merges as the first of them does")
+    return found
+
+
+def _tell_of_piece(report: ToMeReport, lost: list[str], config: ToMeConfig, piece: Piece) -> None:
     """Of all the pieces of a model the user hears once. One without attention, a stem or a head, is none to speak of,
     unless no piece has any."""
-    report, model = result.report, piece.model
+    model, merged = piece.model, report.merged_sites > 0
     model.attention |= bool(report.attention_sites)
-    found, merged, anew = [], report.merged_sites > 0, result.anew and not piece.first
-    if merged:
-        if result.strange and not piece.first and config.protect == "auto":
-            found.append("class tokens that come from another piece cannot be seen here and may merge")
-        if config.flops is not None or (isinstance(config.r, tuple) and (not config.is_list or anew)):
-            found.append("the schedule starts anew in each piece")
-        elif piece.shared and config.is_list and len(set(config.r)) > 1:  # type: ignore[arg-type]
-            found.append("each module that runs this code merges as the first of them does")
-    elif (report.attention_sites or (piece.last and not model.attention)) and not _only(NO_LOSS, report.skipped):
-        found.append(report.summary())
-    if not found or model.told or _nothing_wanted(config):
+    spoken_of = report.attention_sites or (piece.last and not model.attention)
+    if not merged and spoken_of and not _only(NO_LOSS, report.skipped):
+        lost = [report.summary()]
+    if not lost or model.told or _nothing_wanted(config):
         return
     model.told = True
     _warn(
-        f"tome_backend: this graph is a piece of the model: {piece.cut}. So {'; '.join(found)}. {model.remedy}"
+        f"tome_backend: this graph is a piece of the model: {piece.cut}. So {'; '.join(lost)}. {model.remedy}"
         + (", or say protect=1 (or how many leading tokens never merge) and a constant r." if merged else "."),
         config,
     )

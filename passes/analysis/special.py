@@ -75,7 +75,7 @@ def _comes_in(facts: Facts, axis: Dim, above: tuple[Dim, ...]) -> tuple[bool, Be
     length = size_of(axis)
     if any(set(axis) & facts.leaves_of(n) for n in floats):
         return True, facts.before.get(length) if isinstance(length, int) else None
-    if axis in above:
+    if axis in above or not facts.before:  # what a first graph joins to its inputs it shows
         return False, None
     above = (*above, axis)
     for new, source, start, stop in facts.origins:
