@@ -47,7 +47,7 @@ from torch import fx
 from tome_fx.config import ToMeConfig
 from tome_fx.report import SkipReason, ToMeReport
 
-from .algebra.axes import Dim, leaves, size_of
+from .algebra.axes import leaves, size_of
 from .analysis.blocks import Block
 from .analysis.special import Before, before, entering, special
 from .capture import Captured, CaptureError, capture
@@ -90,16 +90,14 @@ class Result:
     @property
     def strange(self) -> bool:
         """Whether tokens merge of which this graph does not show where they come from, nor graphs before it do."""
-        known = [before(self.facts, tokens) for tokens in self._merged() if entering(self.facts, tokens)]
         lost = any(found.alone and not merge.block.special.count for merge, found in self._made_of_entered())
-        return lost or any(found is None for found in known)
+        return lost or None in self._entered()
 
     @property
     def anew(self) -> bool:
         """Whether tokens merge of which it is not known how many blocks of the schedule they went through."""
-        known = [before(self.facts, tokens) for tokens in self._merged() if entering(self.facts, tokens)]
         again = any(found.blocks != 0 for _, found in self._made_of_entered())
-        return again or any(found is None or found.blocks is None for found in known)
+        return again or any(found is None or found.blocks is None for found in self._entered())
 
     def _made_of_entered(self) -> Iterator[tuple[Merge, Before]]:
         """Merges of tokens that were made of some that entered in another order or number, and what is known of
@@ -111,8 +109,10 @@ class Result:
                 known = (before(self.facts, dim) for n in above for dim in self.facts.dims(n))
                 yield from ((merge, found) for found in known if found is not None)
 
-    def _merged(self) -> list[Dim]:
-        return [merge.block.tokens for merge in self.plan.merges.values()]
+    def _entered(self) -> list[Before | None]:
+        """What is known of each of the tokens that merge and entered the graph."""
+        merged = [merge.block.tokens for merge in self.plan.merges.values()]
+        return [before(self.facts, tokens) for tokens in merged if entering(self.facts, tokens)]
 
     def after(self, first: bool) -> dict[int, Before]:
         """What a graph after this one may know of tokens that this one gives out. first: whether tokens that enter it
@@ -204,7 +204,10 @@ def run_pipeline(
             report.skipped.append(reason)
         report.sites = site_reports(facts, plan, skipped)
     with _timed(seconds, "lower"):
-        _ = make_portable(rewritten, captured.fake_mode) if portable else lower(rewritten)
+        if portable:
+            make_portable(rewritten, captured.fake_mode)
+        else:
+            lower(rewritten)
     with _timed(seconds, "verify"):
         verify(captured.gm, rewritten)
     return Result(rewritten, report, captured, lengths_to_share(captured.gm, plan), facts, blocks, plan)

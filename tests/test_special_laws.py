@@ -620,6 +620,27 @@ def test_the_longer_stream_merges(form: tuple[str, str], early: bool, text_first
     assert {site.placement for site in report.sites} == {"stream"}, str(report)
 
 
+class ReadFromTheEnd(Streams):
+    """One token is read, as many places from the end as there are words."""
+
+    def forward(self, text: Tensor, image: Tensor) -> Tensor:  # type: ignore[override]
+        image, _ = super().forward(text, image)
+        return torch.ops.aten.select.int(image, 1, -text.shape[1])
+
+
+def test_a_token_at_a_symbolic_place_from_the_end() -> None:
+    """It was taken for one of the first: an index below 0 that is no number."""
+    model = drawn(ReadFromTheEnd("cat", "slices", True, True))
+    made = Traced(model, {"stream": {"r": R, "placement": "stream"}}, dynamic=True)
+    for lengths in ((20, 64), (27, 75)):
+        args = [palette_tokens(2, n, D, k=3, seed=n) for n in lengths]
+        with torch.no_grad():
+            assert distance(made("stream", *args), model(*args)) < LAW
+    report = made.reports["stream"]
+    no_internal_error(report)
+    assert report.merged_sites > 0
+
+
 # -- named by the caller -----------------------------------------------------------------------------------------------
 
 

@@ -234,6 +234,8 @@ def test_torchao(config: str) -> None:
             assert distance(out, model(x)) < CONFIGS[config]
         assert report.merged_sites == 3
         found = tome_fx.check(model, (torch.randn(2, N, 64),), r=R, placement="stream")
-        assert found.rounds and found.holds and "rounds merged values" in str(found)
+        assert found.rounds and "rounds merged values" in str(found)
+        assert "BROKEN" not in str(found)
+        assert found.holds or "undecided" in found.summary()
         assert tome_fx.rewrite(model, (x,), r=R, placement="stream").meta["tome_report"].merged_sites == 3
     assert not report.unknown_ops

@@ -41,11 +41,12 @@ def expr(size: Size) -> Expr:
     return held if held.is_Symbol else sympy.expand(held)
 
 
-def sized(size: Expr, like: Any) -> Size:
-    """The way back: an int or an expression as a size, beside another one of the same graph."""
+def sized(size: Expr, held: Any) -> Size:
+    """The way back: an int or an expression as a size. held: what has the graph's shape_env, the node of another size
+    or a fake mode; an int needs none."""
     if isinstance(size, int) or size.is_Integer:
         return int(size)
-    found: torch.SymInt = like.node.shape_env.create_symintnode(size, hint=None)
+    found: torch.SymInt = held.shape_env.create_symintnode(size, hint=None)
     return found
 
 
@@ -56,6 +57,11 @@ def same(a: Expr, b: Expr) -> bool:
 def at_most(a: Expr, b: Expr) -> bool:
     """Whether a <= b for every value of the symbols: False where that is not known."""
     return bool(a <= b) if isinstance(a, int) and isinstance(b, int) else sympy.expand(b - a).is_nonnegative is True
+
+
+def from_front(index: Expr, size: Expr) -> Expr:
+    """An index or a bound as Python counts it, from the front: -1 is the last, -n the n-th last for a symbol n too."""
+    return index + size if at_most(index, -1) else index
 
 
 def quotient(a: Expr, b: Expr) -> Expr | None:

@@ -64,7 +64,7 @@ def entering(facts: Facts, axis: Dim) -> bool:
 def before(facts: Facts, axis: Dim) -> Before | None:
     """What is known of the tokens of an axis from graphs before; None where that is nothing. Tokens are told by their
     number: to leave more of them alone than needed is not wrong."""
-    return _comes_in(facts, leaves(axis), ())[1]
+    return _comes_in(facts, leaves(axis), ())[1] if facts.before else None
 
 
 def _comes_in(facts: Facts, axis: Dim, above: tuple[Dim, ...]) -> tuple[bool, Before | None]:

@@ -24,7 +24,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from ..algebra.axes import Size, expr
+from ..algebra.axes import Size, expr, sized
 
 aten = torch.ops.aten
 
@@ -145,10 +145,7 @@ class Builder:
 
     def size(self, size: Any) -> Any:
         """An int or sympy expression as an int or SymInt."""
-        if isinstance(size, int) or size.is_Integer:
-            return int(size)
-        assert self.mode.shape_env is not None
-        return self.mode.shape_env.create_symintnode(size, hint=None)
+        return sized(size, self.mode)
 
 
 OF_THE_VALUE = frozenset({"val", "tensor_meta", "example_value", "constant", "unbacked_bindings"})

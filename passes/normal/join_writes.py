@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..algebra.axes import at_most, expr, same
+from ..algebra.axes import expr, from_front, same
 
 aten = torch.ops.aten
 _WRITES = {aten.slice_scatter.default, aten.select_scatter.default}
@@ -65,9 +65,7 @@ def _spot(node: fx.Node) -> tuple[int, Any, Any, int]:
 def _bound(value: Any, default: Any, size: Any) -> Any:
     if value is None:
         return default
-    value = expr(value.meta["val"] if isinstance(value, fx.Node) else value)
-    if at_most(value, -1):
-        value = value + size
+    value = from_front(expr(value.meta["val"] if isinstance(value, fx.Node) else value), size)
     beyond = isinstance(value, int) and (value >= size if isinstance(size, int) else value >= 2**62)
     return size if beyond else value
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..algebra.axes import Dim, Dims, Size, at_most, fresh, leaves, same, sized, unify
+from ..algebra.axes import Dim, Dims, Size, at_most, fresh, from_front, leaves, same, sized, unify
 from ..algebra.axes import expr as size_expr
 from ..algebra.layout import DimLayout, Layout, Run, Step, covering, with_runs
 from .base import Call, Decision, Emitter, Letter, Role, Rule, Signature, register
@@ -101,7 +101,7 @@ class Span:
         return at_most(self.stop, step.fixed_prefix())
 
     def sized(self, size: Any) -> Size:
-        return sized(size, self.whole_size)
+        return sized(size, getattr(self.whole_size, "node", None))
 
 
 def _bounds(start: Any, stop: Any, size: Any) -> tuple[Any, Any]:
@@ -111,9 +111,7 @@ def _bounds(start: Any, stop: Any, size: Any) -> tuple[Any, Any]:
         if value is None:
             return default
         value = value.meta["val"] if hasattr(value, "meta") else value
-        value = size_expr(value)
-        if at_most(value, -1):
-            value = value + size
+        value = from_front(size_expr(value), size)
         if isinstance(value, int) and isinstance(size, int):
             return min(max(value, 0), size)
         return size if isinstance(value, int) and value >= 2**62 else value
@@ -170,7 +168,7 @@ class SelectRule(Rule):
         size = call.vals[0].shape[d]
         index = call.args["index"]
         index = size_expr(index.meta["val"]) if hasattr(index, "meta") else index
-        return d, index + size_expr(size) if isinstance(index, int) and index < 0 else index, size
+        return d, from_front(index, size_expr(size)), size
 
     def axes(self, call: Call, facts: Facts) -> tuple[Dims, ...]:
         d, index, size = self._spec(call)
@@ -201,7 +199,7 @@ class SelectRule(Rule):
         if not decision.ins[0][d]:
             return env.run(call, [x])
         front = at_most(index + 1, decision.ins[0][d][0].step.fixed_prefix())
-        return x.select(d, sized(index if front else index - size_expr(size), size))
+        return x.select(d, sized(index if front else index - size_expr(size), getattr(size, "node", None)))
 
 
 class SplitRule(Rule):
