@@ -211,6 +211,27 @@ def test_another_size_starts_from_the_same_block() -> None:
         assert [a - b for a, b in tokens] == [6, 5, 4, 3]
 
 
+@pytest.mark.parametrize("how", BREAKS)
+def test_pieces_are_one_report(how: str) -> None:
+    """Of one model one report for each compilation, whatever it was cut into; another model has its own."""
+    fast = [torch.compile(Cut(how), backend=tome_fx.tome_backend(r=R, inner="eager"), dynamic=False) for _ in range(2)]
+    with torch.no_grad():
+        for run, batch in ((0, 2), (0, 3), (1, 2)):
+            fast[run](torch.randn(batch, N, D))
+    found = tome_fx.reports()
+    assert [(report.model, report.attention_sites, report.merged_sites) for report in found] == [("Cut", 4, 4)] * 3
+    assert all(report.graphs >= 2 and report.compile_id.count(", ") == report.graphs - 1 for report in found)
+
+
+def test_a_warning_stands_at_the_line_that_called() -> None:
+    """Not at a line of torch or of ours, which says nothing to the user."""
+    run = torch.compile(NoAttention(), backend=tome_fx.tome_backend(inner="eager"))
+    with pytest.warns(tome_fx.ToMeWarning) as caught:
+        run(torch.randn(2, N, D))
+    line = open(caught[0].filename).read().splitlines()[caught[0].lineno - 1]
+    assert (caught[0].filename, line.strip()) == (__file__, "run(torch.randn(2, N, D))")
+
+
 def test_no_word_where_nothing_is_lost() -> None:
     """A stem and a head in graphs of their own; a number that says what is protected, and a constant r."""
     for options in ({}, {"strict": True}):

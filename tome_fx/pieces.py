@@ -6,6 +6,7 @@ blocks come before and after it.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import weakref
 from collections.abc import Iterator
@@ -24,10 +25,12 @@ from tome_fx.passes.analysis.special import Before
 class Model:
     """What is known of a model while its graphs are compiled: whether one had attention, whether the user was told.
 
-    cut: why its graphs are pieces; empty for a model that is one graph. remedy: what to do about it. after: what each
-    frame's graph told of the tokens that it gives out, by the number of the frame.
+    name: of what the user called. cut: why its graphs are pieces; empty for a model that is one graph. remedy: what to
+    do about it. after: what each frame's graph told of the tokens that it gives out, by the number of the frame.
     """
 
+    name: str = ""
+    number: int = field(default_factory=itertools.count().__next__)
     attention: bool = False
     told: bool = False
     cut: str = ""
@@ -49,16 +52,22 @@ _MODELS: weakref.WeakKeyDictionary[Any, dict[Any, Model]] = weakref.WeakKeyDicti
 @dataclass
 class Piece:
     """A graph as a part of its model. last: no graph break ends it. frame: Dynamo's number of the code that it comes
-    from. shared: other modules of the model may run the same code."""
+    from. nth: which compilation of that code it is. shared: other modules of the model may run the same code."""
 
     model: Model
     last: bool
     frame: int = 0
+    nth: int = 0
     shared: bool = False
 
     @property
     def cut(self) -> str:
         return self.model.cut
+
+    @property
+    def group(self) -> tuple[int, int] | None:
+        """What the graphs of one model have in common; None where one graph is all of it."""
+        return (self.model.number, self.nth) if self.cut else None
 
     @property
     def known(self) -> dict[int, Before]:
@@ -79,7 +88,7 @@ def piece_of(gm: fx.GraphModule, config: Any) -> Piece:
     if TracingContext.try_get() is None:
         return Piece(Model(), last=True)
     owner, modules, asked = _owner()
-    model = Model()
+    model = Model(name=getattr(owner, "__qualname__", type(owner).__qualname__) if owner is not None else "")
     if owner is not None:
         model = _MODELS.setdefault(owner, {}).setdefault(config, model)
     reason = getattr(gm, "compile_subgraph_reason", None)
@@ -87,8 +96,8 @@ def piece_of(gm: fx.GraphModule, config: Any) -> Piece:
     if not model.cut and (broken or reason is None or len(modules) > 1):
         model.cut, model.remedy = _cause(reason if broken else None, modules, asked)
     compiled = CompileContext.current_compile_id()
-    frame = (compiled.frame_id or 0) if compiled is not None else 0
-    return Piece(model, last=not broken, frame=frame, shared=len(modules) > 1)
+    frame, nth = (compiled.frame_id or 0, compiled.frame_compile_id or 0) if compiled is not None else (0, 0)
+    return Piece(model, last=not broken, frame=frame, nth=nth, shared=len(modules) > 1)
 
 
 def _cause(reason: Any, modules: list[torch.nn.Module], asked: Any) -> tuple[str, str]:
