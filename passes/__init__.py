@@ -103,7 +103,7 @@ class Result:
         """Merges of tokens that were made of some that entered in another order or number, and what is known of
         those."""
         inputs = [n for n in self.facts.graph.find_nodes(op="placeholder") if self.facts.axes.get(n)]
-        for merge in self.plan.merges.values():
+        for merge in self.plan.every:
             if not entering(self.facts, merge.block.tokens):
                 above = [n for n in inputs if self.facts.leads(n, merge.block.merge)]
                 known = (before(self.facts, dim) for n in above for dim in self.facts.dims(n))
@@ -111,7 +111,7 @@ class Result:
 
     def _entered(self) -> list[Before | None]:
         """What is known of each of the tokens that merge and entered the graph."""
-        merged = [merge.block.tokens for merge in self.plan.merges.values()]
+        merged = [merge.block.tokens for merge in self.plan.every]
         return [before(self.facts, tokens) for tokens in merged if entering(self.facts, tokens)]
 
     def after(self, first: bool) -> dict[int, Before]:
@@ -216,10 +216,14 @@ def run_pipeline(
 def _unread_merges(rewritten: fx.GraphModule, plan: Plan) -> list[Merge]:
     """Take from the plan the merges whose matching is not in the graph any more."""
     left = {node.meta.get("tome_step") for node in rewritten.graph.nodes}
-    gone = {node: m for node, m in plan.merges.items() if (m.groups or m.step).site not in left}
-    for node in gone:
-        plan.unread[node] = plan.merges.pop(node)
-    return list(gone.values())
+    gone = [merge for merge in plan.every if (merge.groups or merge.step).site not in left]
+    for merge in gone:
+        held = plan.merges[merge.block.merge]
+        held.remove(merge)
+        plan.unread.setdefault(merge.block.merge, []).append(merge)
+        if not held:
+            del plan.merges[merge.block.merge]
+    return gone
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> None:
     with mode:
         body = retrace(run, [n.meta["val"] for n in inputs])
     env: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    meta = {k: v for k, v in node.meta.items() if k not in ("val", "tome_merge", "tome_step")}
+    meta = {k: v for k, v in node.meta.items() if k not in ("val", "tome_merge", "tome_step", "tome_prev")}
     with gm.graph.inserting_before(node):
         for inner in body.graph.nodes:
             if inner.op == "call_function":

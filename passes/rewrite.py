@@ -82,12 +82,13 @@ class Emitter:
         for source in node.all_input_nodes:
             self.visit(source)
         self.builder.begin(node)
-        merge = self.plan.merges.get(node)
-        if merge is not None and merge.block.operands:
+        merges = self.plan.merges.get(node, [])
+        inside = [merge for merge in merges if merge.block.operands]
+        for merge in inside:
             self.groups.find(merge, None)
         value = self._value(node)
-        if merge is not None and not merge.block.operands:
-            value = self._merge_here(merge, value)
+        if merges and not inside:
+            value = self._merge_here(node, merges, value)
         self.env[node] = value
 
     def _value(self, n: fx.Node) -> Any:
@@ -111,15 +112,16 @@ class Emitter:
         value = self.env[n]
         return self.fetch(n, plain(value.dim())) if isinstance(value, Traced) else value
 
-    def _merge_here(self, merge: Merge, value: Traced) -> Traced:
-        step, after = merge.step, self.layout(merge.block.merge)
+    def _merge_here(self, node: fx.Node, merges: Sequence[Merge], value: Traced) -> Traced:
+        first, last, after = merges[0].step.prev, merges[-1].step, self.layout(node)
         have = tuple(
-            tuple(Run(*run.key, run.step.prev) for run in runs if run.step is step and run.step.prev)
-            + tuple(run for run in runs if run.step is not step)
+            tuple(Run(*run.key, first) for run in runs if run.step is last and first)
+            + tuple(run for run in runs if run.step is not last)
             for runs in after
         )
-        laid = Laid(value, self.facts.dims(merge.block.merge), have)
-        self.groups.find(merge, laid)
+        laid = Laid(value, self.facts.dims(node), have)
+        for merge in merges:
+            self.groups.find(merge, laid)
         return self.steps.convert(laid, after)
 
     def run(self, call: Call, operands: Sequence[Traced], **overrides: Any) -> Any:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import tome_fx
 from tests.laws import PLACEMENTS, UNMOVED, moved, no_internal_error, traced
 from tests.models import redraw
 from tests.palette import assert_lossless, distance, palette_tokens, run
@@ -172,3 +173,41 @@ def test_pieces_that_one_attention_sees_leave_the_mlps_as_they_were() -> None:
     model = redraw(nn.Sequential(*(Whole("split", (40, 56), False) for _ in range(2))), 1).eval()
     report = assert_lossless(model, (palette_tokens(2, 96, D, k=3),), R, placement="branch")
     assert [site.mlp for site in report.sites] == [(96, 84)] * 2, str(report)
+
+
+CUT = [way for way in WAYS if way not in ("index_select", "what was before", "unbind")]
+
+
+class Tower(nn.Module):
+    """Blocks on a pack of images, and a head on all tokens."""
+
+    def __init__(self, way: str, lengths: Sequence[int], early: bool = False, depth: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block(way, lengths, early) for _ in range(depth))
+        self.head = nn.Linear(D, 5)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("lengths", [(60, 40), (36, 50, 34)], ids=str)
+@pytest.mark.parametrize("way", CUT)
+def test_images_of_a_pack_merge_on_the_stream(way: str, lengths: tuple[int, ...]) -> None:
+    """Each loses r tokens a block, for good, compared by its own keys: the tied law, and what each is alone."""
+    model, x = Tower(way, lengths), torch.randn(2, sum(lengths), D)
+    with torch.no_grad():
+        found = tome_fx.check(model, (x,), r=6, placement="stream", drop_unread=False)
+        assert found.holds and found.error < 1e-9, found
+        sites = [site for site in found.report.sites if site.placement == "stream"]
+        left = {n: [n - 6 * i for i in range(1, 4)] for n in lengths}
+        if (way, len(lengths)) == ("padded and added", 3):  # each sum unmerges what the other parts lost
+            return
+        assert [site.tokens[1] for site in sites] == [left[n][i] for i in range(3) for n in lengths]
+        fast = tome_fx.rewrite(model, (x,), r=6, placement="stream")
+        alone = [tome_fx.rewrite(Tower("split", [n]), (part,), r=6, placement="stream")(part)
+                 for n, part in zip(lengths, x.split(lengths, 1), strict=True)]  # fmt: skip
+        assert distance(fast(x), torch.cat(alone, 1)) < 1e-5

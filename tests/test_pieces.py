@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -228,7 +229,7 @@ def test_a_warning_stands_at_the_line_that_called() -> None:
     run = torch.compile(NoAttention(), backend=tome_fx.tome_backend(inner="eager"))
     with pytest.warns(tome_fx.ToMeWarning) as caught:
         run(torch.randn(2, N, D))
-    line = open(caught[0].filename).read().splitlines()[caught[0].lineno - 1]
+    line = Path(caught[0].filename).read_text(encoding="utf-8").splitlines()[caught[0].lineno - 1]
     assert (caught[0].filename, line.strip()) == (__file__, "run(torch.randn(2, N, D))")
 
 

@@ -405,8 +405,8 @@ class _Comparison:
 
     def _merges(self, merged: MergedRun, tied: TiedRun) -> list[CheckedMerge]:
         found = []
-        for node, merge in self.result.plan.merges.items():
-            step = merge.step
+        for merge in self.result.plan.every:
+            node, step = merge.block.merge, merge.step
             if not self.groups.ran(step):
                 continue
             pairs = merged.pairs.get(step.site, 1.0)

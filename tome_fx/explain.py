@@ -254,11 +254,11 @@ def trace_tokens(
     with torch.no_grad():
         recorder.run(*_flat_inputs(gm, args, kwargs), enable_io_processing=False)
     merges: list[MergeStep] = []
-    groups: Tensor | None = None
+    known: dict[int, Tensor] = {}
     for node, (assign, _, moved, similarity, *_) in recorder.found:
-        continues = groups is not None and int(groups.max()) + 1 == assign.shape[-1]
         assign = assign[None] if assign.dim() == 1 else assign  # a batch of one has no axis in the graph
-        groups = assign.gather(-1, groups) if continues and groups is not None else assign
+        before_it = known.get(node.meta["tome_prev"])
+        groups = known[node.meta["tome_step"]] = assign if before_it is None else assign.gather(-1, before_it)
         before = assign.shape[-1]
         similarity = similarity[None] if similarity.dim() == 1 else similarity
         prefix = int(node.args[_MATCHES[node.target]])  # type: ignore[arg-type, index]

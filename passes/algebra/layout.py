@@ -23,10 +23,10 @@ class Step:
 
     `branch`: the merge is undone where it meets a value of full length that depends on the model's input.
 
-    `shift(lo, hi)` is the same merge on an axis with `lo` more tokens in front and `hi` more behind (negative: fewer).
-    A slice that drops the class token and a `cat` that puts it back cancel exactly, so that queries, keys and
-    values that took different ways hold the *same* step object. What is shifted by may be symbolic: text of any length
-    before an image.
+    `shift(lo, hi)` is the same merge on an axis with `lo` more tokens in front and `hi` more behind, `within(lo, hi)`
+    on one that lacks so many. A slice that drops the class token and a `cat` that puts it back cancel exactly, so that
+    queries, keys and values that took different ways hold the *same* step object. What is shifted by may be symbolic:
+    text of any length before an image. offset: by how much, counted in tokens `before` this merge.
     """
 
     site: int
@@ -39,19 +39,23 @@ class Step:
     branch: bool = False
     base: Step | None = None
     offset: tuple[Size, Size] = (0, 0)
-    variants: dict[tuple[Expr, Expr], Step] = field(default_factory=dict, repr=False)
+    variants: dict[tuple[Expr, Expr, Step | None], Step] = field(default_factory=dict, repr=False)
     _chain: tuple[Step, ...] = field(default=(), repr=False)
 
     def shift(self, lo: Size, hi: Size) -> Step:
+        return self._moved(lo, hi, self.prev.shift(lo, hi) if self.prev else None)
+
+    def _moved(self, lo: Size, hi: Size, prev: Step | None) -> Step:
+        """The same merge with more tokens at its ends, after other merges."""
         base = self.base or self
         offset = (self.offset[0] + lo, self.offset[1] + hi)
-        key = (size_expr(offset[0]), size_expr(offset[1]))
-        if key == (0, 0):
+        key = (size_expr(offset[0]), size_expr(offset[1]), prev)
+        if key == (0, 0, base.prev):
             return base
         if key not in base.variants:
             base.variants[key] = replace(
                 base,
-                prev=base.prev.shift(*offset) if base.prev else None,
+                prev=prev,
                 before=base.before + sum(offset),
                 after=base.after + sum(offset),
                 prefix=base.prefix + offset[0],
@@ -62,6 +66,24 @@ class Step:
                 _chain=(),
             )
         return base.variants[key]
+
+    def within(self, lo: Size, hi: Size) -> Part | None:
+        """What this merge and those before it are to a part of the axis, all but `lo` tokens of full length in front
+        and `hi` behind; None where its ends are among tokens that merge."""
+        if {size_expr(lo), size_expr(hi)} == {0}:
+            return Part(self, 0, self.after)
+        kept: Step | None = None
+        for step in self.chain():
+            gone = step.before - step.after
+            if at_most(size_expr(lo), size_expr(step.prefix)) and at_most(size_expr(hi), size_expr(step.suffix)):
+                kept = step._moved(-lo, -hi, kept)
+            elif at_most(size_expr(step.before - step.suffix), size_expr(lo)):
+                lo = lo - gone
+            elif at_most(size_expr(step.before - step.prefix), size_expr(hi)):
+                hi = hi - gone
+            else:
+                return None
+        return Part(kept, lo, self.after - lo - hi)
 
     def chain(self) -> tuple[Step, ...]:
         if not self._chain:
@@ -78,6 +100,31 @@ class Step:
 
     def fixed_suffix(self) -> Expr:
         return _least([step.suffix for step in self.chain()])
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a merged axis. step: of the merges those among its own tokens. start, length: where it stands."""
+
+    step: Step | None
+    start: Size
+    length: Size
+
+
+def rejoined(parts: Sequence[tuple[Size, Step | None]]) -> Step | None:
+    """The merges of an axis that was cut into parts, (length before any merge, merges) each; None where these are not
+    all of them."""
+    total = sum(length for length, _ in parts)
+    for whole in dict.fromkeys(step.base for _, step in parts if step is not None and step.base is not None):
+        start: Size = 0
+        for length, step in parts:
+            part = whole.within(start, total - start - length)
+            if part is None or part.step is not step:
+                break
+            start = start + length
+        else:
+            return whole
+    return None
 
 
 def _least(sizes: Sequence[Size]) -> Expr:

@@ -51,7 +51,7 @@ class Steps:
     def of(self, step: Step) -> StepTensors:
         if step not in self.held:
             assert step.base is not None, "a step is read before its merge"
-            self.held[step] = _trimmed(_grown(self.of(step.base), step.offset), step.offset)
+            self.held[step] = _trimmed(grown(self.of(step.base), step.offset), step.offset)
         return self.held[step]
 
     def size(self, step: Step) -> Traced:
@@ -189,7 +189,7 @@ def _trimmed(held: StepTensors, offset: tuple[Size, Size]) -> StepTensors:
     return StepTensors(*index, cut(held.size), cut(held.before), cut(held.after))
 
 
-def _grown(held: StepTensors, offset: tuple[Size, Size]) -> StepTensors:
+def grown(held: StepTensors, offset: tuple[Size, Size]) -> StepTensors:
     """The same merge on an axis with more protected tokens at its ends."""
     ends = front, back = _ends(offset, grow=True)
     if {expr(size) for size in ends} == {0}:
@@ -211,4 +211,4 @@ def _padded(index: Traced, front: Size, back: Size, length: Size) -> Traced:
     return cat([front_part, index + front, back_part], -1)
 
 
-__all__ = ["StepTensors", "Steps"]
+__all__ = ["StepTensors", "Steps", "grown"]

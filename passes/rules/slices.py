@@ -15,7 +15,7 @@ from torch import fx
 
 from ..algebra.axes import Dim, Dims, Size, at_most, fresh, from_front, leaves, same, sized, unify
 from ..algebra.axes import expr as size_expr
-from ..algebra.layout import DimLayout, Layout, Run, Step, covering, with_runs
+from ..algebra.layout import DimLayout, Layout, Part, Run, Step, covering, with_runs
 from .base import Call, Decision, Emitter, Letter, Role, Rule, Signature, register
 from .facts import Facts
 from .signature import SignatureRule
@@ -84,21 +84,19 @@ class Span:
         if dim and not (same(self.start, 0) and same(self.stop, self.size)):
             facts.cuts.append((node, dim, self.start, self.stop))
 
+    def part(self, step: Step) -> Part | None:
+        """What it is of an axis that a step has merged; None where it ends among tokens that merge."""
+        return step.within(self.sized(self.start), self.sized(self.behind)) if self.step == 1 else None
+
     def runs(self, dims: Dims, layout: Layout) -> DimLayout | None:
         """The layout of the dim after it, None where the cut falls inside the merged part."""
         if self.whole:
             return layout[self.d]
         run = covering(dims, layout, self.d)
-        if run is None or self.step != 1:
+        part = self.part(run.step) if run is not None else None
+        if run is None or part is None:
             return None
-        step = run.step
-        if at_most(self.start, step.fixed_prefix()) and at_most(self.behind, step.fixed_suffix()):
-            return (Run(0, 1, step.shift(self.sized(-self.start), self.sized(-self.behind)), run.extensive),)
-        return () if self.in_front(step) or at_most(self.size - self.start, step.fixed_suffix()) else None
-
-    def in_front(self, step: Step) -> bool:
-        """Whether it ends before any token that merges."""
-        return at_most(self.stop, step.fixed_prefix())
+        return (Run(0, 1, part.step, run.extensive),) if part.step is not None else ()
 
     def sized(self, size: Any) -> Size:
         return sized(size, getattr(self.whole_size, "node", None))
@@ -150,12 +148,9 @@ class SliceRule(Rule):
             return env.run(call, [x])
         if span.whole:
             return x
-        start = span.sized(span.start)
-        if decision.outs[0][d]:
-            return x.narrow(d, start, x.shape[d] - span.sized(span.size - (span.stop - span.start)))
-        if not span.in_front(runs[0].step):
-            start = x.shape[d] - span.sized(span.size - span.start)
-        return x.narrow(d, start, span.sized(span.stop - span.start))
+        part = span.part(runs[0].step)
+        assert part is not None
+        return x.narrow(d, part.start, part.length)
 
 
 def with_dim(dims: Dims, d: int, dim: Dim) -> Dims:
@@ -255,9 +250,8 @@ class SplitRule(Rule):
         d = call.axis(call.args.get("dim", 0))
         if not decision.ins[0][d]:
             return env.run(call, [x])
-        fixed = [None if out[d] else val.shape[d] for val, out in zip(call.results, decision.outs, strict=True)]
-        rest = x.shape[d] - sum(s for s in fixed if s is not None)
-        return x.split_with_sizes([rest if s is None else s for s in fixed], d)
+        pieces = zip(call.results, decision.outs, strict=True)
+        return x.split_with_sizes([out[d][0].step.after if out[d] else val.shape[d] for val, out in pieces], d)
 
 
 def _scatter_slice(call: Call, facts: Facts) -> Signature:
