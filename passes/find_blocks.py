@@ -309,7 +309,8 @@ def _part(site: AttentionSite, facts: Facts, tokens: Dim) -> Block | None:
         kept, length = special(facts, tokens), site.k.node.meta["val"].shape[site.k.tokens]
         if why := unfit(site, size_of(tokens), kept.count):
             raise _Left(why.kind, why.detail)
-        held = getattr(length_of(spot.merge, facts, stream), "node", None)
+        symbolic = (x for x in (length, length_of(spot.merge, facts, stream)) if isinstance(x, torch.SymInt))
+        held = next((x.node for x in symbolic), None)
         around = sized(start, held), sized(size_of(stream) - stop, held)
         sample = _sample(site, facts, stream, spot.merge)
         return Block(site=site, tokens=stream, sample=sample, spot=spot, special=kept, length=length, around=around)

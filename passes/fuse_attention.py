@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from .algebra.axes import expr as size_expr
 from .building.emit import Emit
@@ -304,6 +305,8 @@ class _Fuser:
 
     def _replace(self, match: _Match, q: Any, k: Any, product: fx.Node, dropout: float) -> None:
         values, value_order, out_order = self._values(product)
+        if any(free_unbacked_symbols(n.meta["val"]) for n in (q[0], k[0], values)):
+            raise _NoMatch  # torch's SDPA asks whether a size is 0, which only values would tell
         batch = match.shape if match.shape is not None else _shape(self.softmax)[:-2]
         after = _shape(self.probabilities)[:-2]
         query = self._permuted(*q)

@@ -317,7 +317,8 @@ class _Walk:
             self.plan.asked[index] = asked
         before: Any = prev.after if prev is not None else block.length + lo + hi
         prefix, suffix = prefix + part.start, suffix + before - part.start - part.length
-        step = Step(index, prev, block.sample, before, before - r, prefix, suffix, block.branch)
+        ends = lo + block.special.prefix, hi + block.special.suffix
+        step = Step(index, prev, block.sample, before, before - r, prefix, suffix, ends, block.branch)
         groups, even = self._groups(block, step, r) if block.alike else None, not isinstance(wanted, float)
         return Merge(block=block, dim=dim, key=key, step=step, length=part.length, r=r, groups=groups, even=even)
 

@@ -194,6 +194,39 @@ class Tower(nn.Module):
         return self.head(x)
 
 
+class Varied(Tower):
+    """Lengths are what the caller says, and differ from call to call."""
+
+    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:  # type: ignore[override]
+        for block in self.blocks:
+            q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in block.qkv(block.norm1(x)).chunk(3, -1))
+            parts = zip(*(t.split(lengths, 2) for t in (q, k, v)), strict=True)
+            y = torch.cat([F.scaled_dot_product_attention(*part) for part in parts], 2).transpose(1, 2).flatten(2)
+            x = x + block.out(y)
+            x = x + block.mlp(block.norm2(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_packs_of_any_lengths(inner: str) -> None:
+    """Lengths that are Python numbers: one graph serves them all, on the stream; a shorter image than r allows makes
+    another."""
+    model = Varied("split", [])
+    fast = torch.compile(model, backend=tome_fx.tome_backend(r=6, placement="stream", inner=inner), dynamic=True)
+    with torch.no_grad():
+        for lengths in ([36, 50, 34], [50, 36, 34], [34, 36, 60]):
+            x = torch.cat([palette_tokens(2, n, D, k=2) for n in lengths], 1)
+            assert distance(fast(x, lengths), model(x, lengths)) < 2e-5
+            (report,) = tome_fx.reports()
+            assert [a - b for a, b in report.tokens] == [6] * 9
+            assert [site.tokens[0] for site in report.sites] == [n - 6 * i for i in range(3) for n in (36, 50, 34)]
+            assert {site.placement for site in report.sites} == {"stream"}
+        lengths = [80, 10, 30]
+        x = torch.cat([palette_tokens(2, n, D, k=1) for n in lengths], 1)
+        assert distance(fast(x, lengths), model(x, lengths)) < 2e-5
+        assert len(tome_fx.reports()) == 2
+
+
 @pytest.mark.parametrize("lengths", [(60, 40), (36, 50, 34)], ids=str)
 @pytest.mark.parametrize("way", CUT)
 def test_images_of_a_pack_merge_on_the_stream(way: str, lengths: tuple[int, ...]) -> None:

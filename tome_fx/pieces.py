@@ -111,7 +111,12 @@ def _cause(reason: Any, modules: list[torch.nn.Module], asked: Any) -> tuple[str
         if "capture_scalar_outputs" in reason.reason:
             remedy = (
                 "Set torch._dynamo.config.capture_scalar_outputs = True: numbers that are read from tensors stay in "
-                "the graph then"
+                "the graph then. Or pass them as Python numbers"
+            )
+        elif "data-dependent" in reason.reason.lower():
+            remedy = (
+                "Pass numbers that are read from tensors as Python numbers instead (lengths.tolist() before the "
+                "call): the compiler knows them as sizes then"
             )
         return f"torch.compile breaks the graph {_where(reason)}", remedy
     if len(modules) < 2:

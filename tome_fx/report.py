@@ -151,12 +151,15 @@ class ToMeReport:
                     "is given)"
                 )
             return f"nothing merged in {graphs} with {self.attention_sites} attention sites: {why}"
-        chains: list[tuple[int, int]] = []
-        for start, end in (site.tokens for site in self.sites if site.merged and site.placement == "stream"):
-            if chains and chains[-1][1] == start:
-                start = chains.pop()[0]
-            chains.append((start, end))
-        tokens = "".join(f"{start} -> {end} tokens, " for start, end in dict.fromkeys(chains))
+        chains: list[tuple[int, int, str]] = []
+        for site in self.sites:
+            if site.merged and site.placement == "stream":
+                (start, end), name = site.tokens, site.name
+                before = [c for c in chains if c[1] == start and (c[2] != name or not name)]
+                if before:  # parts of one stream take turns
+                    chains.remove(before[-1])
+                chains.append((before[-1][0] if before else start, end, name))
+        tokens = "".join(f"{start} -> {end} tokens, " for start, end in dict.fromkeys(c[:2] for c in chains))
         branches, mlps = (self.merged_by_placement[name] for name in ("branch", "mlp"))
         alone = f", {branches} of them around the attention alone" if branches else ""
         alone += f", {mlps} in the MLP alone" if mlps else ""

@@ -69,7 +69,7 @@ class Block:
     @property
     def alone(self) -> bool:
         """Whether its tokens are all that the stream holds."""
-        return self.around == (0, 0)
+        return all(isinstance(size, int) and size == 0 for size in self.around)
 
     @property
     def branch(self) -> bool:

@@ -52,7 +52,7 @@ class CatRule(Rule):
         origins = [facts.slices.get(("origin", leaves(dim))) for dim in dims]
         total = size_expr(call.out.shape[d])
         whole = next((o for o in origins if o is not None), None)
-        if whole is not None and self._restores(call, facts, d, pieces, whole):
+        if whole is not None and (_adjacent(origins) or self._restores(call, facts, d, pieces, whole)):
             return whole[0]
         # The same axes in the same order make the same axis: joined queries and joined keys are the same tokens.
         found = [leaves(dim) for dim in dims]
@@ -139,6 +139,15 @@ class CatRule(Rule):
             return steps[merged[0]].shift(sum(lengths[:at]), sum(lengths[at + 1 :])), ""
         whole = rejoined([(length, steps.get(i)) for length, i in zip(lengths, pieces, strict=True)])
         return whole, "" if whole is not None else "joins two merged axes"
+
+
+def _adjacent(origins: Sequence[Any]) -> bool:
+    """Whether parts of an axis, (axis, start, stop) each, stand one behind the other and are all of it: so they are
+    where only the call knows that their lengths make up its length."""
+    if None in origins or len({leaves(source) for source, *_ in origins}) > 1:
+        return False
+    starts, stops = ([origin[at] for origin in origins] for at in (1, 2))
+    return all(map(same, [0, *stops], [*starts, size_of(origins[0][0])]))
 
 
 class StackRule(Rule):

@@ -37,13 +37,14 @@ def _without_samples_in(dims: Dims, layout: Layout, touched: int) -> Layout:
 @dataclass(frozen=True)
 class Span:
     """`[start:stop:step]` of dim d, which has some size; ints or expressions, counted from the front. whole_size: the
-    size as torch has it."""
+    size as torch has it. length: its own as torch has it, where it is known."""
 
     d: int
     start: Any
     stop: Any
     whole_size: Size
     step: int = 1
+    length: Size = 0
 
     @classmethod
     def of(cls, call: Call) -> Span:
@@ -51,7 +52,8 @@ class Span:
         a = call.args
         d = call.axis(a.get("dim", 0))
         size = call.vals[0].shape[d]
-        return cls(d, *_bounds(a.get("start"), a.get("end"), size_expr(size)), size, a.get("step") or 1)
+        bounds = _bounds(a.get("start"), a.get("end"), size_expr(size))
+        return cls(d, *bounds, size, a.get("step") or 1, call.out.shape[d])
 
     @property
     def size(self) -> Any:
@@ -99,7 +101,8 @@ class Span:
         return (Run(0, 1, part.step, run.extensive),) if part.step is not None else ()
 
     def sized(self, size: Any) -> Size:
-        return sized(size, getattr(self.whole_size, "node", None))
+        symbolic = (x for x in (self.whole_size, self.length) if isinstance(x, torch.SymInt))
+        return sized(size, next((x.node for x in symbolic), None))
 
 
 def _bounds(start: Any, stop: Any, size: Any) -> tuple[Any, Any]:
@@ -216,9 +219,9 @@ class SplitRule(Rule):
     @staticmethod
     def _spans(call: Call, d: int) -> Iterator[Span]:
         size, at = call.vals[0].shape[d], 0
-        for piece in call.results:
-            stop = at + size_expr(piece.shape[d])
-            yield Span(d, at, stop, size)
+        for i, piece in enumerate(call.results, 1):
+            stop = size_expr(size) if i == len(call.results) else at + size_expr(piece.shape[d])
+            yield Span(d, at, stop, size, length=piece.shape[d])
             at = stop
 
     def plan(self, call: Call, ins: Sequence[Layout], facts: Facts) -> Decision:
