@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
+import re
 import subprocess
 import sys
-import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -224,3 +221,146 @@ def test_pipeline() -> None:
 def to_image(pixels: Tensor) -> Image.Image:
     """A palette stays one: every patch becomes the same bytes wherever it stands."""
     return Image.fromarray((pixels.permute(1, 2, 0) * 64 + 128).clamp(0, 255).to(torch.uint8).numpy())
+
+
+def test_weights_of_attention() -> None:
+    """Fused attention gives none, and the line that says so breaks every block: the message shows it. Under eager
+    attention they come back with a row and a column for each token."""
+    model, x = vit(), palette_image(2, SIZE, PATCH, k=3)
+    fast = torch.compile(model, backend=backend())
+    with torch.no_grad(), pytest.warns(tome_fx.ToMeWarning, match="set your attention to `eager`") as told:
+        fast(x, output_attentions=True)
+    assert len(told) == 1 and not merges()
+    model.set_attn_implementation("eager")
+    torch._dynamo.reset()  # it skips what it gave up until then
+    with torch.no_grad():
+        want = model(x, output_attentions=True)
+        got = fast(x, output_attentions=True)
+    assert merges() == [TOKENS]
+    assert distance(got.logits, want.logits) < 2e-5
+    assert [weights.shape for weights in got.attentions] == [weights.shape for weights in want.attentions]
+
+
+# -- timm --------------------------------------------------------------------------------------------------------------
+
+TIMM = {"model_name": "vit_tiny_patch16_224", "num_classes": KINDS}
+SMALL = ["--model", "vit_tiny_patch16_224", "--num-classes", str(KINDS), "--model-kwargs", "depth=2", "--device", "cpu"]
+MERGED = re.compile(r"[12] of 2 attention sites merged in 1 graph: 197 -> (\d+) tokens")
+
+
+@pytest.mark.slow
+def test_timm_task() -> None:
+    """What timm's train.py trains with, by name, with averaged weights and gradient checkpointing: weights move and
+    evaluate as uncompiled, as equal patches merge."""
+    task_of = pytest.importorskip("timm.task").ClassificationTask
+    images, labels, found = palette_image(4, 224, 16, k=3), torch.tensor([0, 1, 2, 0]), []
+    options = {"options": {"tome.inner": "eager", "tome.placement": "stream"}}
+    for name in (None, "tome_r16"):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = equalize(timm.create_model(**TIMM, depth=2), seed=1).train()
+        model.pos_embed.requires_grad_(False)
+        model.set_grad_checkpointing()
+        task = task_of(model, device=torch.device("cpu"), verbose=False)
+        task.setup_ema(decay=0.5)
+        if name:
+            task.compile(backend=name, **options)
+            task.compile_ema(backend=name, **options)
+        optimizer, before = torch.optim.SGD(model.parameters(), 0.05), weights(model)
+        for step in range(2):
+            optimizer.zero_grad()
+            task(images, labels)["loss"].backward()
+            optimizer.step()
+            task.update_ema(step=step)
+        assert_all_move(model, before)
+        with torch.inference_mode():
+            task.eval()
+            outputs = [task.get_eval_model(ema=ema)(images).clone() for ema in (False, True)]
+        found.append((moves(model, before), outputs))
+    assert len(merges()) == 3 and all(tokens[0] == (197, 181) for tokens in merges())
+    assert_same(found[1][0], found[0][0], 1e-4)
+    assert distance(found[1][1], found[0][1]) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """timm's programs, which none of its packages holds: a checkout of its release, or of TIMM_SOURCE."""
+    if said := os.environ.get("TIMM_SOURCE"):
+        return Path(said)
+    folder = tmp_path_factory.mktemp("timm") / "source"
+    page = "https://github.com/huggingface/pytorch-image-models"
+    command = ["git", "clone", "--quiet", "--depth", "1", "--branch", f"v{timm.__version__}", page, str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        pytest.skip(f"no git: {error}")
+    if done.returncode:
+        pytest.skip(f"no checkout of timm, and TIMM_SOURCE names none: {done.stderr.strip()}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as timm reads it, train and validation, four images of each class: palettes of the size of the model."""
+    folder = tmp_path_factory.mktemp("images")
+    pictures = palette_image(4 * KINDS, 224, 16, k=3)
+    for split in ("train", "validation"):
+        for i, picture in enumerate(pictures):
+            path = folder / split / str(i % KINDS) / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            to_image(picture).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "model.pth"
+    torch.save(equalize(timm.create_model(**TIMM, depth=2), seed=1).state_dict(), path)
+    return path
+
+
+def run(script: Path, *arguments: str) -> str:
+    """What a program says, its reports of merging with it."""
+    if not script.exists():
+        pytest.skip(f"{script.name} is not in this checkout")
+    root = str(Path(__file__).parent.parent)
+    environment = {**os.environ, "TORCH_LOGS": "+tome_fx", "PYTHONPATH": os.pathsep.join([root, str(script.parent)])}
+    command = [sys.executable, str(script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_timm_benchmark(scripts: Path, tmp_path: Path) -> None:
+    brief = ["--num-warm-iter", "1", "--num-bench-iter", "5", "-b", "2", "--results-file", str(tmp_path / "out.csv")]
+    said = run(scripts / "benchmark.py", *SMALL, *brief, "--torchcompile", "tome_r16")
+    assert len(MERGED.findall(said)) == 2  # inference, training
+    (row,) = csv.DictReader((tmp_path / "out.csv").open())
+    assert float(row["infer_samples_per_sec"]) > 0 and float(row["train_samples_per_sec"]) > 0
+
+
+@pytest.mark.slow
+def test_timm_validate(scripts: Path, images: Path, checkpoint: Path) -> None:
+    """Equal patches merge: the loss that it prints is that of the plain model, to its four digits."""
+    rest = ["--checkpoint", str(checkpoint), "-b", "4", "-j", "1", "--crop-pct", "1.0", "--log-freq", "1"]
+    plain, merged = (
+        run(scripts / "validate.py", str(images), *SMALL, *rest, *more) for more in ([], ["--torchcompile", "tome_r16"])
+    )
+    losses = [re.findall(r"Loss: +([\d.]+)", said) for said in (plain, merged)]
+    assert len(losses[0]) == 3 and losses[0] == losses[1]
+    assert MERGED.findall(merged) and not MERGED.findall(plain)
+
+
+@pytest.mark.slow
+def test_timm_train(scripts: Path, images: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """An epoch with averaged weights and gradient checkpointing; the checkpoint has the plain model's names."""
+    rest = ["-b", "4", "-j", "0", "--opt", "sgd", "--lr", "0.01", "--epochs", "1", "--warmup-epochs", "0"]
+    place = ["--output", str(tmp_path), "--experiment", "run", "--initial-checkpoint", str(checkpoint)]
+    more = ["--model-ema", "--grad-checkpointing", "--torchcompile", "tome_r16"]
+    said = run(scripts / "train.py", str(images), *SMALL, *rest, *place, *more)
+    assert len(MERGED.findall(said)) >= 2  # training, validation
+    (row,) = csv.DictReader((tmp_path / "run" / "summary.csv").open())
+    assert math.isfinite(float(row["train_loss"])) and math.isfinite(float(row["eval_loss"]))
+    saved = torch.load(tmp_path / "run" / "last.pth.tar", weights_only=False)
+    timm.create_model(**TIMM, depth=2).load_state_dict(saved["state_dict"])
