@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [(ROOT / "docs" / name).read_text() for name in ("programs.md", "export.md")]
+PAGES = [(ROOT / "docs" / name).read_text() for name in ("programs.md", "export.md", "limits.md")]
 NAMED = sorted({named for page in PAGES for named in re.findall(r"`(test_\w+\.py)::(test_\w+)`", page)})
 
 
@@ -20,10 +20,15 @@ def test_the_test_behind_a_row_is_there(file: str, name: str) -> None:
     assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
 
-def test_every_row_names_a_test() -> None:
-    table = (ROOT / "docs/programs.md").read_text().split("\n\n**")[0]
+@pytest.mark.parametrize(
+    ("page", "before", "count"), [("programs.md", "# Programs", 20), ("limits.md", "## Good to know", 8)]
+)
+def test_every_row_names_a_test(page: str, before: str, count: int) -> None:
+    """In the first table after a heading."""
+    table = (ROOT / "docs" / page).read_text().partition(before)[2]
+    table = table[table.index("| ") :].split("\n\n")[0]
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) > 10
+    assert len(rows) > count
     assert all("`test_" in row.rsplit("|", 2)[1] for row in rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from itertools import product
 from pathlib import Path
@@ -251,6 +252,65 @@ def test_blocks_compiled_one_by_one() -> None:
 def test_pieces_of_strict_raise_what_matters() -> None:
     with pytest.raises(Exception, match="piece of the model"):
         told(Cut("middle"), torch.randn(2, N, D), r=(6, -1), strict=True)
+
+
+class Stem(nn.Module):
+    """A module of its own that Dynamo compiles by itself where it gives up the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+LOGGER = logging.getLogger(__name__)
+
+
+class Logging(Block):
+    def attention(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        LOGGER.info(
+            "no weights under this attention: %s",
+            "choose another",
+        )
+        return super().attention(x, mask)
+
+
+class Complaining(nn.Module):
+    """Every attention logs a line, inside of a try: Dynamo gives up all that stand around it.
+
+    Before, the message came with the stem, and named neither the line nor what it says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.blocks = Stem(), nn.ModuleList(Logging() for _ in range(3))
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            x = self.stem(x)
+            for block in self.blocks:
+                x = block(x)
+            return x
+        finally:
+            self.done = True
+
+
+def test_what_breaks_a_model_that_is_given_up_is_named() -> None:
+    """The statement itself, with what it says, and the setting that Dynamo's hint names; one message."""
+    (message,), report = told(Complaining(), tokens())
+    assert report.graphs > 2
+    assert "torch.compile gave up Complaining as a whole" in message
+    assert "Stem" not in message
+    assert "LOGGER.info('no weights under this attention: %s', 'choose another')" in message
+    assert "test_pieces.py" in message
+    assert "torch._dynamo.config." in message
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(ignore_logger_methods={logging.Logger.info}):
+        messages, report = told(Complaining(), tokens(), strict=True)
+    assert (messages, report.graphs, report.merged_sites) == ([], 1, 3)
 
 
 class NoAttention(nn.Module):

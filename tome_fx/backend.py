@@ -29,7 +29,7 @@ from tome_fx.passes import PortableError, Result, run_pipeline
 from tome_fx.passes.inner import lengths
 from tome_fx.passes.lower import KERNELS, call_kernels
 from tome_fx.passes.normal.wrappers import closed_input
-from tome_fx.pieces import Piece, piece_of
+from tome_fx.pieces import Piece, compilations, piece_of
 from tome_fx.register import RuleError
 from tome_fx.report import SkipReason, ToMeReport, record
 from tome_fx.schedule import ScheduleError
@@ -308,8 +308,8 @@ NO_LOSS = "nothing to merge", "not read"
 
 def _tell_of_limit() -> None:
     """Dynamo compiles a function so many times, then runs it as it is and says nothing to the backend."""
-    compiled, limit = CompileContext.current_compile_id(), torch._dynamo.config.recompile_limit
-    if compiled is not None and (compiled.frame_compile_id or 0) + 1 == limit:
+    limit = torch._dynamo.config.recompile_limit
+    if compilations() == limit:
         _tell_user(
             f"tome_backend: this is compilation {limit} of one function, and torch._dynamo.config.recompile_limit "
             "allows no more: inputs that need another (another size) will run as the plain model, unmerged. Compile "
