@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import cpp_extension
 
 import tome_fx
 from tests.library import CASES as CASES_OF_LIBRARIES
 from tests.palette import distance
 from tests.test_explain import Block, D, N, Stack, tokens
 from tests.test_plan import tables
+from tome_fx import runtimes
 
 R = 6
 
@@ -207,6 +210,44 @@ def test_aoti(tmp_path: Path) -> None:
     assert distance(torch.load(tmp_path / "out.pt"), want) < 1e-5
 
 
+MAIN = r"""
+#include <fstream>
+#include <ATen/ATen.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+
+int main(int, char** argv) {
+  torch::inductor::AOTIModelPackageLoader model(argv[1]);
+  at::Tensor x = at::empty({BATCH, TOKENS, WIDTH});
+  std::ifstream(argv[2], std::ios::binary).read((char*)x.data_ptr(), x.nbytes());
+  at::Tensor y = model.run({x}).at(0).contiguous();
+  std::ofstream(argv[3], std::ios::binary).write((const char*)y.data_ptr(), y.nbytes());
+}
+"""
+
+
+@pytest.mark.slow
+def test_aoti_from_cpp(tmp_path: Path) -> None:
+    """A program without Python: its main loads the file and runs it."""
+    compiler = shutil.which("g++") or shutil.which("clang++") or pytest.skip("no C++ compiler")
+    model, x = Classed(2), torch.randn(2, N, D)
+    with torch.no_grad():
+        program = tome_fx.export(model, (x,), r=R, placement="stream", format="aoti", path=tmp_path / "model.pt2")
+        want = program.module()(x)
+    (tmp_path / "main.cpp").write_text(MAIN)
+    x.numpy().tofile(tmp_path / "x.bin")
+    libraries = cpp_extension.library_paths()
+    words = [compiler, "-std=c++20", "main.cpp", "-o", "main", "-ltorch", "-ltorch_cpu", "-lc10"]
+    words += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    words += [f"-D{name}={size}" for name, size in zip(("BATCH", "TOKENS", "WIDTH"), x.shape, strict=True)]
+    words += [f"-I{path}" for path in cpp_extension.include_paths()]
+    words += [word for path in libraries for word in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    subprocess.run(words, check=True, cwd=tmp_path)
+    subprocess.run(["./main", "model.pt2", "x.bin", "out.bin"], check=True, cwd=tmp_path)
+    got = torch.from_file(str(tmp_path / "out.bin"), size=want.numel()).view_as(want)
+    assert distance(got, want) < 1e-5
+    assert want.abs().max() > 0
+
+
 @pytest.mark.slow
 def test_openvino(tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino")
@@ -217,6 +258,92 @@ def test_openvino(tmp_path: Path) -> None:
     # Its CPU plugin computes float32 models in bfloat16 unless told otherwise.
     compiled = openvino.compile_model(str(tmp_path / "model.xml"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     assert distance(torch.from_numpy(compiled([x.numpy()])[0]), want) < 1e-5
+
+
+def test_weights_are_the_models_own() -> None:
+    """Nothing is copied until a file is written: two programs of a large model fit where the model does."""
+    model = Classed()
+    with torch.no_grad():
+        program = tome_fx.export(model, (torch.randn(2, N, D),), r=R, placement="stream")
+    own = {p.data_ptr() for p in model.parameters()}
+    held = [w.data_ptr() for w in program.state_dict.values() if w.numel()]
+    assert len(held) > 20
+    assert set(held) <= own
+
+
+def test_onnx_keeps_large_weights_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file as long as one can hold the weights (protobuf ends at 2 GB), else a second one beside it."""
+    exporter = pytest.importorskip("torch.onnx._internal.exporter._onnx_program")
+    x, (small, large) = torch.randn(2, N, D), (tmp_path / name for name in ("small.onnx", "large.onnx"))
+    session, want = _onnx(Classed(), x, small)
+    assert not small.with_name("small.onnx.data").exists()
+    monkeypatch.setattr(exporter, "_LARGE_MODEL_THRESHOLD", 1024)
+    session, want = _onnx(Classed(), x, large)
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert distance(torch.from_numpy(got), want) < 1e-5
+    assert large.stat().st_size < small.stat().st_size
+    assert runtimes.size(large) >= runtimes.size(small) == small.stat().st_size
+
+
+@torch.library.custom_op("tome_test::squash", mutates_args=())
+def squash(x: Tensor) -> Tensor:
+    return x.tanh()
+
+
+@squash.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Squashed(Stack):
+    """The last block has a function of the user's, in a module of its own."""
+
+    def __init__(self, inside: Any = squash) -> None:
+        super().__init__()
+        self.blocks[2].mlp[1] = Pointwise(inside)
+
+
+class Pointwise(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+REFUSED = {
+    "of the user's": (squash, "tome_test.squash.default"),
+    "of torch's": (torch.special.i0e, "aten.special_i0e.default"),
+}
+
+
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+@pytest.mark.parametrize("kind", REFUSED)
+def test_an_op_without_a_form_is_named(kind: str, format: str, tmp_path: Path) -> None:
+    """With the module that it stands in, as the model calls it, and what the exporter said behind it."""
+    pytest.importorskip("onnxscript" if format == "onnx" else format)
+    inside, name = REFUSED[kind]
+    path = tmp_path / ("model.onnx" if format == "onnx" else "model.xml")
+    options = {"r": R, "placement": "stream", "format": format, "path": path}
+    with torch.no_grad(), pytest.raises(RuntimeError) as raised:
+        tome_fx.export(Squashed(inside), (torch.randn(2, N, D),), **options)
+    assert str(raised.value) == f"{format} has no form for {name} (in blocks.2.mlp.1)"
+    assert raised.value.__cause__ is not None
+
+
+def test_an_operator_of_the_users_stays_in_a_program(tmp_path: Path) -> None:
+    """`torch.export.load` finds it where it is registered."""
+    model, x = Squashed(), torch.randn(2, N, D)
+    with torch.no_grad():
+        want = tome_fx.export(model, (x,), r=R, placement="stream", path=tmp_path / "model.pt2").module()(x)
+        assert distance(torch.export.load(tmp_path / "model.pt2").module()(x), want) < 1e-6
+
+
+@pytest.mark.parametrize("format", ["pt2", "aoti", "openvino"])
+def test_the_name_of_a_file_is_checked_first(format: str) -> None:
+    with pytest.raises(ValueError, match=r"must end in \.(pt2|xml), got 'model.bin'"):
+        tome_fx.export(None, format=format, path="model.bin")  # type: ignore[arg-type]  # the model is not looked at
 
 
 def test_names_in_any_order() -> None:

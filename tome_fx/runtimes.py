@@ -20,6 +20,12 @@ def runtime_of(format: str) -> str | None:
     return package if importlib.util.find_spec(package) else None
 
 
+def size(path: Path) -> int:
+    """Bytes of a file and of those that belong to it: weights beside an .xml or an .onnx."""
+    beside = path.with_suffix(".bin") if path.suffix == ".xml" else path.with_name(f"{path.name}.data")
+    return sum(file.stat().st_size for file in (path, beside) if file.exists())
+
+
 def loaded(format: str, path: Path, args: tuple[Any, ...]) -> Run:
     """A file as a call without arguments: its outputs for `args`, tensors that the model takes by position."""
     return LOADERS[format](path, args)
@@ -61,9 +67,15 @@ LOADERS: dict[str, Callable[[Path, tuple[Any, ...]], Run]] = {
 
 
 def difference(got: list[Tensor], want: Any) -> float:
-    """The largest difference of the outputs, over the largest value of each."""
+    """The largest difference of the outputs, over the largest value of each; NaN where one is not finite alone."""
     pairs = zip(got, [x for x in tree_leaves(want) if isinstance(x, Tensor)], strict=True)
-    return max(float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-12)) for a, b in pairs)
+    return float(torch.stack([_difference(a.double(), b.double()) for a, b in pairs if b.numel()]).amax())
 
 
-__all__ = ["Run", "difference", "loaded", "runtime_of"]
+def _difference(got: Tensor, want: Tensor) -> Tensor:
+    largest = want[want.isfinite()].abs().amax() if want.isfinite().any() else want.new_ones(())
+    # Infinities of one sign are equal, and less each other no number.
+    return (torch.where(got == want, 0.0, (got - want).abs()) / largest.clamp_min(1e-12)).amax()
+
+
+__all__ = ["Run", "difference", "loaded", "runtime_of", "size"]
