@@ -467,7 +467,7 @@ def _export(args: argparse.Namespace, _: Sequence[str], console: Console) -> Non
             try:
                 merged = runtimes.loaded(args.format, args.out, (x,))
                 got = merged()
-            except (RuntimeError, TypeError) as error:
+            except Exception as error:  # each runtime has its own: onnxruntime's are no RuntimeError
                 why = _first_line(error)
                 raise UserError(f"{args.out} is written, but {package} does not run it here: {why}") from error
             apart = numbers["difference"] = runtimes.difference(got, program.module()(x))

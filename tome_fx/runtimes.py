@@ -57,8 +57,24 @@ def _openvino(path: Path, args: tuple[Any, ...]) -> Run:
 
     # Its CPU plugin computes float32 models in bfloat16 unless told otherwise.
     model = openvino.compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    feed = [x.numpy() for x in tree_leaves(args)]
-    return lambda: [torch.from_numpy(x) for x in model(feed).values()]
+    # numpy has no bfloat16: such tensors cross as their bits.
+    feed = [_shared(x, given.element_type) for x, given in zip(tree_leaves(args), model.inputs, strict=True)]
+    dtypes = [torch.bfloat16 if out.element_type == openvino.Type.bf16 else None for out in model.outputs]
+    return lambda: [_tensor(x, dtype) for x, dtype in zip(model(feed).values(), dtypes, strict=True)]
+
+
+def _shared(x: Tensor, kind: Any) -> Any:
+    """A tensor as OpenVINO takes it."""
+    import openvino
+
+    if x.dtype is not torch.bfloat16:
+        return x.numpy()
+    return openvino.Tensor(x.contiguous().view(torch.int16).numpy(), openvino.Shape(list(x.shape)), kind)
+
+
+def _tensor(x: Any, dtype: torch.dtype | None) -> Tensor:
+    """What OpenVINO gives as a tensor, of `dtype` where numpy has no such."""
+    return torch.from_numpy(x) if dtype is None else torch.from_numpy(x.view("int16")).view(dtype)
 
 
 LOADERS: dict[str, Callable[[Path, tuple[Any, ...]], Run]] = {
