@@ -139,7 +139,8 @@ def _index_form(
     stays = source & (gone == 0)
     # In the new order: prefix, sources that stay, destinations, suffix.
     slot = torch.where(inside, prefix + left + (place - start) // step, torch.where(place < prefix, place, place - r))
-    slot = torch.where(source, stays.to(torch.int64).cumsum(1) + (prefix - 1), slot)
+    # Counted in float32, exact for fewer than 2^24 tokens: TensorRT lists no CumSum of integers.
+    slot = torch.where(source, stays.to(torch.float32).cumsum(1).to(torch.int64) + (prefix - 1), slot)
     assign = torch.where(gone > 0, joins + (prefix + left), slot)
     # What goes is written behind the end.
     keep = torch.zeros((batch, n - r + 1), dtype=torch.int64, device=device)

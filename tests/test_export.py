@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from tests.palette import distance
 from tests.test_explain import Block, D, N, Stack, tokens
 from tests.test_plan import tables
 from tome_fx import runtimes
+from tome_fx.export import write
 from tome_fx.passes import portable
 
 R = 6
@@ -222,6 +224,31 @@ def test_onnx(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_operators_that_merging_adds(tmp_path: Path) -> None:
+    """Those that docs/export.md holds against the list of a runtime that cannot run here."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+
+    def operators(program: torch.export.ExportedProgram) -> set[tuple[str, int]]:
+        write(program, "onnx", tmp_path / "model.onnx")
+        graph = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "model.onnx")).graph
+        types = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.input)}
+        return {(node.op_type, types.get(node.input[0], 0) if node.input else 0) for node in graph.node}
+
+    added: set[tuple[str, int]] = set()
+    with torch.no_grad():
+        for name in ("registers", "padding", "packs"):
+            make, more, options = CASES[name]
+            model, args = make(), (torch.randn(2, N, D), *more)
+            program = tome_fx.export(model, args, **{"r": R, "placement": "stream", **options})
+            added |= operators(program) - operators(torch.export.export(model, args, strict=False))
+    page = (Path(__file__).parent.parent / "docs/export.md").read_text()
+    listed = re.findall(r"`([A-Z]\w+(?: [A-Z]\w+)+)`", page)
+    assert {op for op, _ in added} == set(" ".join(listed).split())
+    assert {kind for op, kind in added if op == "CumSum"} == {onnx.TensorProto.FLOAT}
+
+
+@pytest.mark.slow
 def test_onnx_of_any_batch(tmp_path: Path) -> None:
     model = Classed()
     session, _ = _onnx(model, torch.randn(3, N, D), tmp_path / "model.onnx", dynamic_shapes=({0: BATCH},))
@@ -244,6 +271,20 @@ def test_aoti(tmp_path: Path) -> None:
     files = [str(tmp_path / name) for name in ("x.pt", "out.pt")]
     subprocess.run([sys.executable, "-c", code, str(file), *files], check=True, cwd=tmp_path)
     assert distance(torch.load(tmp_path / "out.pt"), want) < 1e-5
+
+
+@pytest.mark.slow
+def test_executorch() -> None:
+    """Lowered to its edge dialect and run by its portable kernels."""
+    pytest.importorskip("executorch")
+    from executorch.exir import to_edge
+    from executorch.runtime import Runtime
+
+    model, x = Classed(2), torch.randn(2, N, D)
+    with torch.no_grad():
+        program = tome_fx.export(model, (x,), r=R, placement="stream")
+        method = Runtime.get().load_program(to_edge(program).to_executorch().buffer).load_method("forward")
+        assert distance(method.execute([x])[0], program.module()(x)) < 1e-5
 
 
 MAIN = r"""

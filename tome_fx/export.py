@@ -86,12 +86,13 @@ def _check_target(format: str, path: str | Path | None) -> None:
 def _refusal(program: torch.export.ExportedProgram, format: str, error: BaseException) -> str:
     """One sentence: the op that a writer has no form for, and the modules of the model that it stands in."""
     messages = [*_messages(error)]
+    first = next(iter(messages[0].strip().splitlines()), "")
     for calls in _calls(program):
         for message in messages:
             named = [n for n in calls if str(n.target) in message] or [n for n in calls if _says(message, n.target)]
             if named:
-                return f"{format} has no form for {' and '.join(_where(named))}"
-    first = next(iter(messages[0].strip().splitlines()), "")
+                why = "" if message is messages[0] or not first else f": {first}"
+                return f"{format} has no form for {' and '.join(_where(named))}{why}"
     return f"{format} does not take this model: {first or type(error).__name__}"
 
 
