@@ -87,6 +87,12 @@ def _places(count: Any, device: torch.device) -> Tensor:
     return torch.arange(count, device=device)
 
 
+def _half(count: Any) -> Any:
+    """`count // 2`. Of a free count torch takes even terms out of the quotient, (n - 6) // 2 is n // 2 - 3, and then
+    cannot show that the product of two such sizes is 2 or more; with a free count beside a fixed batch it must."""
+    return count // 2 if isinstance(count, int) else (2 * count + 1) // 4
+
+
 @dataclass(frozen=True)
 class Sides:
     """Where sources and destinations stand among n tokens, as `matching.PARTITIONS` has it, without strided slices.
@@ -103,10 +109,10 @@ class Sides:
     def of(cls, partition: str, n: Any, prefix: int, suffix: int) -> Sides:
         body, first = n - prefix - suffix, prefix % 2
         if partition == "alternating":
-            return cls(prefix + first, 2, (body + 1 - first) // 2, (prefix + 1 - first, 2, (body + first) // 2))
+            return cls(prefix + first, 2, _half(body + 1 - first), (prefix + 1 - first, 2, _half(body + first)))
         if partition == "sequential":
-            half = (body + 1) // 2
-            return cls(prefix, 1, half, (prefix + half, 1, body // 2))
+            half = _half(body + 1)
+            return cls(prefix, 1, half, (prefix + half, 1, _half(body)))
         raise PortableError(f"partition={partition!r} cannot leave Python; plain=False keeps it")
 
     def parted(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,7 +139,8 @@ def _index_form(
     stays = source & (gone == 0)
     # In the new order: prefix, sources that stay, destinations, suffix.
     slot = torch.where(inside, prefix + left + (place - start) // step, torch.where(place < prefix, place, place - r))
-    slot = torch.where(source, stays.to(torch.int64).cumsum(1) + (prefix - 1), slot)
+    # Counted in float32, exact for fewer than 2^24 tokens: TensorRT lists no CumSum of integers.
+    slot = torch.where(source, stays.to(torch.float32).cumsum(1).to(torch.int64) + (prefix - 1), slot)
     assign = torch.where(gone > 0, joins + (prefix + left), slot)
     # What goes is written behind the end.
     keep = torch.zeros((batch, n - r + 1), dtype=torch.int64, device=device)

@@ -294,8 +294,9 @@ def seen_first(weight: Tensor, assign: Tensor, keep: Tensor, moved: Tensor) -> t
     rank = torch.arange(moved.shape[-1], device=moved.device).expand_as(moved)
     hidden = weight.gather(dim, keep) <= 0.5
     r, places = moved.shape[-1], keep.shape[-1]
-    offered = torch.where((weight.gather(dim, moved) > 0.5) & hidden.gather(dim, slot), rank, r)
-    chosen = torch.full_like(keep, r).scatter_reduce(dim, slot, offered, "amin")
+    offered = torch.where((weight.gather(dim, moved) > 0.5) & hidden.gather(dim, slot), r - rank, 0)
+    # By the greatest, as `merge_bias_aten` does: a runtime must know one reduction.
+    chosen = r - torch.zeros_like(keep).scatter_reduce(dim, slot, offered, "amax")
     own = torch.arange(places, device=keep.device) + r
     lead = torch.cat([moved, keep], dim).gather(dim, torch.where(chosen < r, chosen, own))
     return lead, torch.where(chosen.gather(dim, slot) == rank, keep.gather(dim, slot), moved)

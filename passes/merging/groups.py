@@ -129,7 +129,7 @@ class Groups:
         x = self._by_sample(block, mask.node)
         if x.dtype is torch.bool:
             return x if mask.scale > 0 else x.logical_not()
-        x = x if mask.scale == 1 else self.call(aten.mul.Scalar, x, mask.scale)
+        x = x if mask.scale == 1 else self.call(aten.mul.Tensor, x, mask.scale)
         return x - self.call(aten.amax.default, x, [-1], True)
 
     def _by_sample(self, block: Block, node: fx.Node) -> Traced:
