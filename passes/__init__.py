@@ -150,10 +150,10 @@ def run_pipeline(
     inputs: Sequence[Any],
     config: ToMeConfig,
     known: Mapping[int, Before] | None = None,
-    portable: bool = False,
+    portable: str = "",
 ) -> Result:
     """All passes over one graph. known: of a piece of a model, what the pieces before it tell of tokens (`after`).
-    portable: whether it is to run where tome_fx is not installed.
+    portable: if it is to run where tome_fx is not installed, how log sizes join the scores there (`make_portable`).
 
     Raises ValueError where the schedule does not fit, VerifyError on a bug of ours.
 
@@ -205,7 +205,7 @@ def run_pipeline(
         report.sites = site_reports(facts, plan, skipped)
     with _timed(seconds, "lower"):
         if portable:
-            make_portable(rewritten, captured.fake_mode)
+            make_portable(rewritten, captured.fake_mode, portable)
         else:
             lower(rewritten)
     with _timed(seconds, "verify"):

@@ -21,8 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tome_fx import matching, ops
 
+from .building.emit import Emit
+from .lower import LogSizes
 from .normal.regions import retrace
 
+aten = torch.ops.aten
 NAMESPACES = "tome", "tome_cpu"
 
 
@@ -30,14 +33,37 @@ class PortableError(ValueError):
     """An op of ours that cannot leave Python; the message names it and what to do."""
 
 
-def make_portable(gm: fx.GraphModule, mode: FakeTensorMode) -> int:
-    """Rewrite in place; returns how many ops were replaced. Raises PortableError where one cannot be."""
+def make_portable(gm: fx.GraphModule, mode: FakeTensorMode, form: str) -> int:
+    """Rewrite in place; returns how many ops were replaced. form: how log sizes join the scores of an attention, as a
+    "mask" or as a "column" of queries and keys. Raises PortableError where an op cannot be replaced."""
+    if form == "column":
+        for node in gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+            _as_column(gm.graph, node, mode)
     nodes = [n for n in gm.graph.nodes if getattr(n.target, "namespace", None) in NAMESPACES]
     for node in nodes:
         _inline(gm, node, mode)
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return len(nodes)
+
+
+def _as_column(graph: fx.Graph, node: fx.Node, mode: FakeTensorMode) -> None:
+    """Log sizes as one more feature of queries and keys: what spells attention out adds a mask to the score of every
+    pair."""
+    found = LogSizes.of(node)
+    if found is None:
+        return
+    emit = Emit(graph, mode)
+    q, k = found.query.meta["val"], found.key.meta["val"]
+    if q.dtype is not torch.float32:  # log(size) / scale would be rounded to half precision
+        return
+    with emit.before(node):
+        term = emit(aten.transpose.int, emit(aten.div.Tensor, found.bias, found.scale), -1, -2)
+        key = emit(aten.cat.default, [found.key, emit(aten.expand.default, term, [*k.shape[:-1], 1])], -1)
+        one = emit(aten.ones.default, [*q.shape[:-1], 1], dtype=q.dtype, device=q.device)
+        query = emit(aten.cat.default, [found.query, one], -1)
+    node.args = (query, key, found.value)
+    node.kwargs = {"scale": found.scale, "enable_gqa": found.grouped}
 
 
 def _inline(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> None:
@@ -220,10 +246,29 @@ def _marked(positions: Sequence[int], length: Any, *, device: torch.device) -> T
     return functools.reduce(operator.or_, (every == p for p in positions), every < 0)
 
 
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of `[*sample, N, *rest]` by an index `[*sample, n]`: a copy of whole rows, where a gather has an index for
+    each element."""
+    lead = index.dim() - 1
+    if x.dim() == index.dim():
+        return x.gather(lead, index)
+    if not lead:
+        return x.index_select(0, index)
+    flat = index.reshape(-1, index.shape[lead])
+    first = torch.arange(flat.shape[0], device=index.device)[:, None] * x.shape[lead]
+    found = x.reshape(-1, *x.shape[lead + 1 :]).index_select(0, (flat + first).reshape(-1))
+    return found.reshape(*index.shape, *x.shape[lead + 1 :])
+
+
+def merge(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
+    """`tome::merge`."""
+    return ops.merge_aten(x, size, size_out, assign, keep, moved, _rows)
+
+
 FORMS: dict[str, Callable[..., Any]] = {
     "match": match, "match_by": match_by, "match_parts": match_parts,
-    "merge": ops.merge_aten, "merge_size": ops.merge_size_aten, "merge_bias": ops.merge_bias_aten,
-    "log_size": torch.log, "unmerge": ops.unmerge_aten, "seen_first": ops.seen_first,
+    "merge": merge, "merge_size": ops.merge_size_aten, "merge_bias": ops.merge_bias_aten,
+    "log_size": torch.log, "unmerge": _rows, "seen_first": ops.seen_first,
     "key_weight": ops.key_weight, "key_kinds": ops.key_kinds, "places": _marked, "place_kinds": ops.place_kinds,
     "part_labels": ops.part_labels, "apart": ops.apart,
 }  # fmt: skip

@@ -177,11 +177,12 @@ def transform(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
     config: ToMeConfig,
-    portable: bool = False,
+    portable: str = "",
     piece: Piece | None = None,
 ) -> tuple[fx.GraphModule | None, ToMeReport]:
     """The rewritten graph with the placeholders of `gm`, or None where `gm` is to be used as it is, and the report.
-    portable: of plain ATen alone, for where tome_fx is not installed (PortableError where that cannot be). piece: the
+    portable: of plain ATen alone, for where tome_fx is not installed (PortableError where that cannot be), and whether
+    log sizes join the scores as a "mask" or as a "column" of queries and keys. piece: the
     place of the graph in its model; looked for where it is not given.
 
     `meta[LENGTHS]` of the graph holds the lengths that merges leave, where layers can share kernels by them.
@@ -211,7 +212,7 @@ def transform(
     return rewritten, report
 
 
-def _run(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig, piece: Piece, portable: bool) -> Result:
+def _run(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig, piece: Piece, portable: str) -> Result:
     """The passes; for a piece of a model a list `r` may be longer than its blocks."""
     try:
         return run_pipeline(gm, inputs, config, piece.known, portable)

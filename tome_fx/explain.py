@@ -114,23 +114,23 @@ def rewrite(
     Raises ToMeError where a pass fails, ValueError for options that cannot leave Python (matchers of your own, with
     plain=True), and what torch.export raises where the model cannot be traced whole.
     """
-    settings = {"r": r, **config}
-    gm, report = _rewritten(model, args, kwargs, settings, dynamic_shapes=dynamic_shapes, portable=plain)
+    portable = "mask" if plain else ""
+    gm, report = rewritten_module(model, args, kwargs, {"r": r, **config}, dynamic_shapes, portable)
     gm.meta["tome_report"] = report
     for module in gm.modules():
         module.training = model.training
     return gm
 
 
-def _rewritten(
+def rewritten_module(
     model: torch.nn.Module,
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
     config: Mapping[str, Any],
-    *,
     dynamic_shapes: Any = None,
-    portable: bool = False,
+    portable: str = "",
 ) -> tuple[fx.GraphModule, ToMeReport]:
+    """The module of `rewrite`, and its report. portable: as `transform` takes it."""
     settings = config_from({"inner": "eager", **config})
     check_call(model, args)
     if not isinstance(model, torch.nn.Module):
@@ -253,7 +253,7 @@ def trace_tokens(
 
     Raises what `rewrite` raises.
     """
-    gm, report = _rewritten(model, args, kwargs, {"r": r, **config})
+    gm, report = rewritten_module(model, args, kwargs, {"r": r, **config})
     recorder = _MatchRecorder(gm)
     with torch.no_grad():
         recorder.run(*_flat_inputs(gm, args, kwargs), enable_io_processing=False)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tome_fx.explain import in_order, rewrite
+from tome_fx.explain import in_order, rewritten_module
 from tome_fx.passes.analysis.sites import place
 
 FORMATS = ("pt2", "onnx", "aoti", "openvino")
@@ -18,6 +18,9 @@ SUFFIXES = {"pt2": ".pt2", "aoti": ".pt2", "openvino": ".xml"}
 """How the name of a file must end, where its reader cares."""
 SHOWN = 3
 """Modules that a refusal lists."""
+LOG_SIZES = {"pt2": "mask", "onnx": "column", "aoti": "mask", "openvino": "column"}
+"""How log sizes join the scores of an attention: torch's kernels take a mask for nothing, runtimes that spell attention
+out add it to the score of every pair (`benchmarks/runtimes.py`)."""
 
 
 def export(
@@ -52,8 +55,9 @@ def export(
     torch.export raises where the model cannot be traced whole.
     """
     _check_target(format, path)
-    gm = rewrite(model, args, kwargs, r=r, dynamic_shapes=dynamic_shapes, **config)
-    report = gm.meta["tome_report"]
+    gm, report = rewritten_module(model, args, kwargs, {"r": r, **config}, dynamic_shapes, LOG_SIZES[format])
+    for module in gm.modules():
+        module.training = model.training
     if not report.merged_sites:
         raise RuntimeError(f"nothing to export: {report.summary()}")
     named = in_order(model, kwargs or {})

@@ -341,15 +341,24 @@ def _must_begin(name: str, x: Tensor, shape: tuple[int, ...], dims: int) -> None
 # -- merge -------------------------------------------------------------------------------------------------------------
 
 
-def merge_aten(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
-    """`merge`, spelled out."""
+def merge_aten(
+    x: Tensor,
+    size: Tensor | None,
+    size_out: Tensor,
+    assign: Tensor,
+    keep: Tensor,
+    moved: Tensor,
+    rows: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """`merge`, spelled out. rows: how rows of x are read by an index."""
+    rows = rows or unmerge_aten
     dim = assign.dim() - 1
     slot = assign.gather(dim, moved)
     wide = torch.promote_types(x.dtype, torch.float32)
     share = size_out.gather(dim, slot).to(wide)
     share = share.reciprocal() if size is None else size.gather(dim, moved).to(wide) / share
-    out = x.gather(dim, _index(keep, x)).to(wide)
-    joining = x.gather(dim, _index(moved, x)).to(wide) - out.gather(dim, _index(slot, x))
+    out = rows(x, keep).to(wide)
+    joining = rows(x, moved).to(wide) - rows(out, slot)
     return out.scatter_add(dim, _index(slot, x), joining * _column(share, x)).to(x.dtype)
 
 
