@@ -230,9 +230,10 @@ class LogSizes:
     @classmethod
     def of(cls, node: fx.Node) -> LogSizes | None:
         call = Call(node)
-        query, key, value, bias = (call.args.get(name) for name in ("query", "key", "value", "attn_mask"))
+        bias = call.args.get("attn_mask")
         if not isinstance(bias, fx.Node) or not _log_sizes(bias) or call.args.get("dropout_p"):
             return None
+        query, key, value = call.nodes[:3]
         q, k, _, term = call.vals
         dim, scale = q.shape[-1], call.args.get("scale")
         if k.dim() != 4 or not isinstance(dim, int) or not _per_sample(term, k.shape[0]):

@@ -311,13 +311,15 @@ class _Walk:
         if r == 0:
             self._skip(block, "nothing to merge", self._why_none(block, part.length) if wanted else NO_SHARE)
             return None
-        prefix, suffix = block.special.prefix, block.special.suffix
-        asked = int((size_hint(part.length) - prefix - suffix) * wanted) if isinstance(wanted, float) else wanted
+        special = block.special
+        free = size_hint(part.length) - special.prefix - special.suffix
+        asked = int(free * wanted) if isinstance(wanted, float) else wanted
         if self.multiple == 1 and size_hint(r) < asked:
             self.plan.asked[index] = asked
         before: Any = prev.after if prev is not None else block.length + lo + hi
-        prefix, suffix = prefix + part.start, suffix + before - part.start - part.length
-        ends = lo + block.special.prefix, hi + block.special.suffix
+        prefix = part.start + special.prefix
+        suffix = before - part.start - part.length + special.suffix
+        ends = lo + special.prefix, hi + special.suffix
         step = Step(index, prev, block.sample, before, before - r, prefix, suffix, ends, block.branch)
         groups, even = self._groups(block, step, r) if block.alike else None, not isinstance(wanted, float)
         return Merge(block=block, dim=dim, key=key, step=step, length=part.length, r=r, groups=groups, even=even)

@@ -38,7 +38,8 @@ def expr(size: Size) -> Expr:
         return size
     if size.node.is_constant():
         return int(size)
-    held, known = size.node.expr, size.node.shape_env.var_to_range
+    node: Any = size.node
+    held, known = node.expr, node.shape_env.var_to_range
     lengths = [s for s in held.free_symbols if s.is_nonnegative is None and s in known and known[s].lower >= 0]
     if lengths:
         held = held.xreplace({s: sympy.Symbol(s.name, integer=True, nonnegative=True) for s in lengths})

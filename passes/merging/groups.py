@@ -59,10 +59,10 @@ class Groups:
             found = call(tome.match.default, metric, *how)
         else:
             found = call(tome.match_by.default, metric, *how, *config.pairing)
-        *index, similarity = found
+        assign, keep, moved, similarity = found
         prev = own.prev.site if own.prev is not None else None
         similarity.node.args[0].meta.update(tome_merge=block.name, tome_step=step.site, tome_prev=prev)
-        held = grown(StepTensors(*index, None), (-own.offset[0], -own.offset[1]))
+        held = grown(StepTensors(assign, keep, moved, None), (-own.offset[0], -own.offset[1]))
         assign, keep, moved = held.assign, held.keep, held.moved
         size = call(tome.merge_size.default, before, assign, keep, moved) if config.counts else None
         seen = None
