@@ -27,6 +27,7 @@ from .normal.regions import retrace
 
 aten = torch.ops.aten
 NAMESPACES = "tome", "tome_cpu"
+aten = torch.ops.aten
 
 
 class PortableError(ValueError):
@@ -42,6 +43,8 @@ def make_portable(gm: fx.GraphModule, mode: FakeTensorMode, form: str) -> int:
     nodes = [n for n in gm.graph.nodes if getattr(n.target, "namespace", None) in NAMESPACES]
     for node in nodes:
         _inline(gm, node, mode)
+    for node in gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+        _four_dims(gm, node, mode)
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return len(nodes)
@@ -104,6 +107,45 @@ def _inline(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> None:
 def _finds(node: fx.Node) -> bool:
     """Whether an op finds groups: it carries no gradient."""
     return node.target._opname.startswith("match")  # type: ignore[union-attr]
+
+
+def _four_dims(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> None:
+    """Attention of more or fewer than four dims with four: torch.onnx has a form for those alone. In place.
+
+    It stays where sizes before the tokens are free or broadcast, or heads share keys."""
+    operands, mask = node.args[:3], (*node.args[3:], node.kwargs.get("attn_mask"))[0]
+    shapes = [n.meta["val"].shape for n in operands]  # type: ignore[union-attr]
+    lead = [*shapes[0][:-2]]
+    fixed = all(isinstance(size, int) for size in lead) and all([*shape[:-2]] == lead for shape in shapes)
+    if len(lead) in (0, 2) or not fixed or node.kwargs.get("enable_gqa"):
+        return
+    meta = {k: v for k, v in node.meta.items() if k != "val"}
+
+    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        made = gm.graph.call_function(target, args, kwargs)
+        with mode:
+            value = target(*fx.map_arg(args, _value), **fx.map_arg(kwargs, _value))
+        made.meta = {**meta, "val": value}
+        return made
+
+    def folded(x: Any) -> fx.Node:
+        return call(aten.unsqueeze.default, call(aten.flatten.using_ints, x, 0, -3), 0)
+
+    with gm.graph.inserting_before(node):
+        if mask is not None and len(mask.meta["val"].shape) > 2:
+            before = [*mask.meta["val"].shape[:-2]]
+            if any(size != 1 for size in before):
+                mask = call(aten.expand.default, mask, [*lead, -1, -1])
+            mask = folded(mask)
+        options = {k: v for k, v in node.kwargs.items() if k != "attn_mask"}
+        found = call(node.target, *(folded(x) for x in operands), mask, *node.args[4:], **options)
+        found = call(aten.unflatten.int, call(aten.squeeze.dim, found, 0), 0, lead)
+    node.replace_all_uses_with(found)
+    gm.graph.erase_node(node)
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta["val"]
 
 
 # -- matching ----------------------------------------------------------------------------------------------------------
@@ -260,14 +302,9 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return found.reshape(*index.shape, *x.shape[lead + 1 :])
 
 
-def merge(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
-    """`tome::merge`."""
-    return ops.merge_aten(x, size, size_out, assign, keep, moved, _rows)
-
-
 FORMS: dict[str, Callable[..., Any]] = {
     "match": match, "match_by": match_by, "match_parts": match_parts,
-    "merge": merge, "merge_size": ops.merge_size_aten, "merge_bias": ops.merge_bias_aten,
+    "merge": functools.partial(ops.merge_aten, rows=_rows), "merge_size": ops.merge_size_aten, "merge_bias": ops.merge_bias_aten,
     "log_size": torch.log, "unmerge": _rows, "seen_first": ops.seen_first,
     "key_weight": ops.key_weight, "key_kinds": ops.key_kinds, "places": _marked, "place_kinds": ops.place_kinds,
     "part_labels": ops.part_labels, "apart": ops.apart,

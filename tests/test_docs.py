@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
 from pathlib import Path
@@ -37,3 +38,14 @@ def test_the_api_page_is_that_of_the_docstrings() -> None:
     import api
 
     assert api.PAGE.read_text() == api.page(), "python benchmarks/api.py writes it"
+
+
+def test_the_table_of_exported_models_is_that_of_its_result() -> None:
+    sys.path.append(str(ROOT / "benchmarks"))
+    import export
+
+    result = json.loads(export.RESULTS.read_text())
+    assert list(result["rows"]) == list(export.MODELS), "python benchmarks/export.py measures them"
+    assert export.between(export.PAGE.read_text()) == export.table(result), "benchmarks/export.py --page writes it"
+    # A number that misses the goal by merging is a defect; a refusal has its reason below the table.
+    assert not [(name, f) for name, row in result["rows"].items() for f in export.FORMATS if export.ours(row[f])]

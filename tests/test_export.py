@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import cpp_extension
@@ -221,6 +222,34 @@ def test_onnx(tmp_path: Path) -> None:
     assert distance(torch.from_numpy(got), want) < 1e-5
     held = onnx.load(tmp_path / "model.onnx")
     assert {node.domain for node in held.graph.node} <= {"", "ai.onnx"}
+
+
+class Folded(nn.Module):
+    """Attention with `lead` dims before the tokens: heads of windows, or heads folded into the batch."""
+
+    def __init__(self, lead: tuple[int, ...], mask: tuple[int, ...] | None) -> None:
+        super().__init__()
+        self.lead = lead
+        self.register_buffer("mask", None if mask is None else torch.randn(*mask, 5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(0, self.lead)
+        return F.scaled_dot_product_attention(x, x * 0.5, x + 1, attn_mask=self.mask).flatten(0, -3)
+
+
+@pytest.mark.parametrize(
+    ("lead", "mask"),
+    [((12,), None), ((12,), (12,)), ((12,), (1,)), ((12,), ()), ((2, 3, 2), None), ((2, 3, 2), (3, 1)),
+     ((2, 3, 2), (1, 1, 1)), ((2, 3, 2), ()), ((2, 6), (6,))],
+)  # fmt: skip
+def test_attention_leaves_with_four_dims(lead: tuple[int, ...], mask: tuple[int, ...] | None) -> None:
+    model, x = Folded(lead, mask), torch.randn(12, 5, 8)
+    gm = torch.export.export(model, (x,)).module()
+    (value,) = (n.meta["val"] for n in gm.graph.find_nodes(op="placeholder"))
+    portable.make_portable(gm, value.fake_mode)
+    (node,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default)
+    assert node.args[0].meta["val"].dim() == 4
+    assert distance(gm(x), model(x)) < 1e-6
 
 
 @pytest.mark.slow
