@@ -304,8 +304,8 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 
 FORMS: dict[str, Callable[..., Any]] = {
     "match": match, "match_by": match_by, "match_parts": match_parts,
-    "merge": functools.partial(ops.merge_aten, rows=_rows), "merge_size": ops.merge_size_aten, "merge_bias": ops.merge_bias_aten,
-    "log_size": torch.log, "unmerge": _rows, "seen_first": ops.seen_first,
+    "merge": functools.partial(ops.merge_aten, rows=_rows), "merge_size": ops.merge_size_aten,
+    "merge_bias": ops.merge_bias_aten, "log_size": torch.log, "unmerge": _rows, "seen_first": ops.seen_first,
     "key_weight": ops.key_weight, "key_kinds": ops.key_kinds, "places": _marked, "place_kinds": ops.place_kinds,
     "part_labels": ops.part_labels, "apart": ops.apart,
 }  # fmt: skip

@@ -180,8 +180,10 @@ class ToMeReport:
         if self.unmerges:
             console.print(self._unmerge_table())
             if {u.op for u in self.unmerges} == {"output"}:
-                console.print("All tokens are given back at outputs of the graph alone. If the model goes on from there, "
-                              "torch.compile broke it: TORCH_LOGS=graph_breaks says where.")  # fmt: skip
+                console.print(
+                    "All tokens are given back at outputs alone. If the model goes on from there, torch.compile broke "
+                    "it into graphs: TORCH_LOGS=graph_breaks says where."
+                )
         for reason in dict.fromkeys(self.skipped):
             if not any(site.skipped and site.name == reason.where for site in self.sites):
                 console.print(f"skipped: {reason}", markup=False)
