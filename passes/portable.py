@@ -13,7 +13,7 @@ import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -113,8 +113,9 @@ def _four_dims(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> None:
     """Attention of more or fewer than four dims with four: torch.onnx has a form for those alone. In place.
 
     It stays where sizes before the tokens are free or broadcast, or heads share keys."""
-    operands, mask = node.args[:3], (*node.args[3:], node.kwargs.get("attn_mask"))[0]
-    shapes = [n.meta["val"].shape for n in operands]  # type: ignore[union-attr]
+    given: list[Any] = list(node.args)
+    operands, mask = given[:3], cast(Any, given[3] if given[3:] else node.kwargs.get("attn_mask"))
+    shapes = [x.meta["val"].shape for x in operands]
     lead = [*shapes[0][:-2]]
     fixed = all(isinstance(size, int) for size in lead) and all([*shape[:-2]] == lead for shape in shapes)
     if len(lead) in (0, 2) or not fixed or node.kwargs.get("enable_gqa"):
@@ -138,7 +139,7 @@ def _four_dims(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> None:
                 mask = call(aten.expand.default, mask, [*lead, -1, -1])
             mask = folded(mask)
         options = {k: v for k, v in node.kwargs.items() if k != "attn_mask"}
-        found = call(node.target, *(folded(x) for x in operands), mask, *node.args[4:], **options)
+        found = call(node.target, *(folded(x) for x in operands), mask, *given[4:], **options)
         found = call(aten.unflatten.int, call(aten.squeeze.dim, found, 0), 0, lead)
     node.replace_all_uses_with(found)
     gm.graph.erase_node(node)
