@@ -30,6 +30,7 @@ from .analysis.reach import only_summed
 from .building.trace import Builder, Traced
 from .capture import Captured
 from .merging.groups import Groups
+from .merging.kept import Kept
 from .merging.laid import Laid, dim_size, spread
 from .merging.steps import Steps
 from .normal.functional import is_impure
@@ -41,9 +42,10 @@ from .rules.facts import Facts
 aten = torch.ops.aten
 
 
-def rewrite(captured: Captured, facts: Facts, plan: Plan) -> fx.GraphModule:
-    """The rewritten graph, with the placeholders of `captured.gm`."""
-    graph = Emitter(captured, facts, plan).run_graph()
+def rewrite(captured: Captured, facts: Facts, plan: Plan, kept: bool = False) -> fx.GraphModule:
+    """The rewritten graph, with the placeholders of `captured.gm`. kept: its outputs stay merged, and after them stands
+    what their rows stand for (`Kept.told`)."""
+    graph = Emitter(captured, facts, plan).run_graph(kept)
     graph.eliminate_dead_code(is_impure_node=is_impure)
     return _make_graph_module(torch.nn.Module(), graph)
 
@@ -62,7 +64,7 @@ class Emitter:
 
     # -- nodes -----------------------------------------------------------------------------------------------------
 
-    def run_graph(self) -> fx.Graph:
+    def run_graph(self, kept: bool = False) -> fx.Graph:
         """The new graph. Its inputs stand first, in their old order, whatever a merge at one of them reads early."""
         for node in self.facts.graph.find_nodes(op="placeholder"):
             self.builder.begin(node)
@@ -70,7 +72,10 @@ class Emitter:
         for node in self.facts.graph.nodes:
             if node.op == "output":
                 self.builder.begin(node)
-                self.builder.graph.output(self.builder.arguments(fx.map_arg(node.args[0], self.whole)))
+                outputs = Kept(self)
+                found = fx.map_arg(node.args[0], outputs.value if kept else self.whole)
+                found = [*found, *outputs.told()] if kept else found
+                self.builder.graph.output(self.builder.arguments(found))
                 break
             self.visit(node)
         return self.builder.graph

@@ -25,7 +25,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from tome_fx import passes
 from tome_fx.config import ToMeConfig, from_environment, updated
 from tome_fx.kernels import cpu
-from tome_fx.passes import PortableError, Result, run_pipeline
+from tome_fx.passes import KeptError, PortableError, Result, Target, run_pipeline
 from tome_fx.passes.inner import lengths
 from tome_fx.passes.lower import KERNELS, call_kernels
 from tome_fx.passes.normal.wrappers import closed_input
@@ -177,13 +177,12 @@ def transform(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
     config: ToMeConfig,
-    portable: str = "",
+    target: Target | None = None,
     piece: Piece | None = None,
 ) -> tuple[fx.GraphModule | None, ToMeReport]:
     """The rewritten graph with the placeholders of `gm`, or None where `gm` is to be used as it is, and the report.
-    portable: of plain ATen alone, for where tome_fx is not installed (PortableError where that cannot be), and whether
-    log sizes join the scores as a "mask" or as a "column" of queries and keys. piece: the
-    place of the graph in its model; looked for where it is not given.
+    target: what it is rewritten for, if not for this process (PortableError or KeptError where that cannot be).
+    piece: the place of the graph in its model; looked for where it is not given.
 
     `meta[LENGTHS]` of the graph holds the lengths that merges leave, where layers can share kernels by them.
 
@@ -191,12 +190,12 @@ def transform(
     """
     piece = piece or piece_of(gm, config)
     try:
-        result = _run(gm, inputs, config, piece, portable)
+        result = _run(gm, inputs, config, piece, target)
         lost = _lost(result, config, piece) if piece.cut else []
         if piece.cut and result.captured is not None:
             piece.remember(result.after(piece.first))
         rewritten = None if result.gm is None else finish(gm, result)
-    except (ScheduleError, RuleError, PortableError):
+    except (ScheduleError, RuleError, PortableError, KeptError):
         raise
     except Exception:  # noqa: BLE001 - the last rung of the ladder: a bug of ours must not cost the user's result
         return None, _internal_error(config, piece)
@@ -212,15 +211,15 @@ def transform(
     return rewritten, report
 
 
-def _run(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig, piece: Piece, portable: str) -> Result:
+def _run(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig, piece: Piece, target: Target | None) -> Result:
     """The passes; for a piece of a model a list `r` may be longer than its blocks."""
     try:
-        return run_pipeline(gm, inputs, config, piece.known, portable)
+        return run_pipeline(gm, inputs, config, piece.known, target)
     except ScheduleError as error:
         if not piece.cut:
             raise
         shorter = updated(config, {"r": list(config.r)[: error.blocks]})  # type: ignore[arg-type]
-        result = run_pipeline(gm, inputs, shorter, piece.known, portable)
+        result = run_pipeline(gm, inputs, shorter, piece.known, target)
         result.report.r = config.schedule
         return result
 

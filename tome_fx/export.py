@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from tome_fx.explain import in_order, rewritten_module
+from tome_fx.passes import Target
 from tome_fx.passes.analysis.sites import place
 
 FORMATS = ("pt2", "onnx", "aoti", "openvino")
@@ -55,7 +56,7 @@ def export(
     torch.export raises where the model cannot be traced whole.
     """
     _check_target(format, path)
-    gm, report = rewritten_module(model, args, kwargs, {"r": r, **config}, dynamic_shapes, LOG_SIZES[format])
+    gm, report = rewritten_module(model, args, kwargs, {"r": r, **config}, dynamic_shapes, Target(LOG_SIZES[format]))
     for module in gm.modules():
         module.training = model.training
     if not report.merged_sites:
