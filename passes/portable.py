@@ -89,6 +89,8 @@ def _inline(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> None:
         for inner in body.graph.nodes:
             if inner.op == "call_function":
                 env[inner] = gm.graph.node_copy(inner, env.__getitem__)
+                if inner.target is aten.view.default:  # values may lie in memory otherwise than they did
+                    env[inner].target = aten.reshape.default
                 env[inner].meta = {**meta, "val": inner.meta.get("val")}
             elif inner.op == "get_attr":
                 raise PortableError(f"{node.target} depends on a constant of the process")

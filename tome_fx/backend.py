@@ -331,11 +331,16 @@ _NOT_THE_USERS = tuple(str(Path(file).parent) + os.sep for file in (torch.__file
 
 
 def _tell_user(message: str) -> None:
-    """Warn at the line that called the model: the innermost one that is neither torch's nor ours."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith((*_NOT_THE_USERS, "<")):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, ToMeWarning, stacklevel=level)
+    """Warn at the line that called what was compiled: where a graph broke, lines of the model's own stand inside of
+    it."""
+    frame, level, found = sys._getframe(1), 2, 0
+    while frame is not None:
+        if frame.f_code.co_filename.startswith((*_NOT_THE_USERS, "<")):
+            found = 0 if frame.f_code.co_name == "compile_wrapper" else found
+        else:
+            found = found or level
+        frame, level = frame.f_back, level + 1  # type: ignore[assignment]
+    warnings.warn(message, ToMeWarning, stacklevel=found or 2)
 
 
 def finish(source: fx.GraphModule, result: Result) -> fx.GraphModule:

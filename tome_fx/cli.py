@@ -333,7 +333,7 @@ def _explain(args: argparse.Namespace, _: Sequence[str], console: Console) -> No
     with torch.no_grad(), _refusals():
         report = tome_fx.explain(model, (x,), **_config(args))
     console.print(Text.from_ansi(str(report)), soft_wrap=True)
-    _write(args.json, {"model": args.model, "input": list(x.shape), **report.to_dict()})
+    _write(args.json, {**report.to_dict(), "model": args.model, "input": list(x.shape)})
 
 
 def _check(args: argparse.Namespace, _: Sequence[str], console: Console) -> int:
@@ -347,7 +347,7 @@ def _check(args: argparse.Namespace, _: Sequence[str], console: Console) -> int:
         except tome_fx.NoLawError as error:
             raise UserError(str(error)) from error
     console.print(Text.from_ansi(str(found)), soft_wrap=True)
-    _write(args.json, {"model": args.model, "input": list(x.shape), **found.to_dict()})
+    _write(args.json, {**found.to_dict(), "model": args.model, "input": list(x.shape)})
     return int(not found.holds)
 
 
