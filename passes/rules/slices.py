@@ -302,8 +302,9 @@ class ScatterSlice(SignatureRule):
         d = call.axis(call.args.get("dim", 0))
         if not decision.ins[0][d]:
             return env.run(call, [base, src])
-        span = Span.of(call)
-        return base.slice_scatter(src, d, span.sized(span.start), base.shape[d] - span.sized(span.behind))
+        part = Span.of(call).part(decision.ins[0][d][0].step)
+        assert part is not None
+        return base.slice_scatter(src, d, part.start, part.start + part.length)
 
 
 register(SliceRule(), aten.slice.Tensor)
