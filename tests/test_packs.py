@@ -291,3 +291,75 @@ def test_special_tokens_at_the_same_places_of_images_of_unequal_length() -> None
     for placement in PLACEMENTS:
         found = tome_fx.check(model, (x,), r=6, protect=(1, 20), placement=placement)
         assert found.holds and found.merges, found
+
+
+def test_a_part_counted_from_the_end_by_a_number_of_the_callers() -> None:
+    """Nothing but a guard says that -n is an index from the end."""
+
+    class FromTheEnd(Tower):
+        def forward(self, x: Tensor, n: int, m: int) -> Tensor:  # type: ignore[override]
+            for block in self.blocks:
+                qkv = block.qkv(block.norm1(x))
+                parts = (qkv[:, : -n - m], qkv[:, -n - m : -n], qkv[:, -n:])
+                x = x + block.out(torch.cat([attention(part) for part in parts], 1))
+                x = x + block.mlp(block.norm2(x))
+            return self.head(x[:, -n:])
+
+    model = FromTheEnd("split", [], depth=2)
+    fast = torch.compile(model, backend=tome_fx.tome_backend(r=6, placement="stream", inner="eager"), dynamic=True)
+    with torch.no_grad():
+        for lengths in ((36, 50, 34), (50, 36, 44)):
+            x = torch.cat([palette_tokens(2, n, D, k=2) for n in lengths], 1)
+            assert distance(fast(x, *lengths[:0:-1]), model(x, *lengths[:0:-1])) < 2e-5
+            (report,) = tome_fx.reports()
+            no_internal_error(report)
+            assert [a - b for a, b in report.tokens] == [6] * 6, str(report)
+
+
+def filled(scores: Tensor) -> Tensor:
+    scores[..., ~torch.ones(scores.shape[-2:], dtype=torch.bool).tril()] = -1e9
+    return scores.softmax(-1)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_mask_that_no_operand_shows_leaves_a_part_alone(placement: str) -> None:
+    """Causal in each part: written into the open scores."""
+
+    class Causal(Tower):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                out = []
+                for part in block.qkv(block.norm1(x)).split([40, 60], 1):
+                    q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in part.chunk(3, -1))
+                    out.append((filled(q @ k.mT / 4) @ v).transpose(1, 2).flatten(2))
+                x = x + block.out(torch.cat(out, 1))
+                x = x + block.mlp(block.norm2(x))
+            return self.head(x)
+
+    x = torch.randn(2, 100, D)
+    late = (torch.arange(100) % 40 >= 20) & (torch.arange(100) < 80)
+    made = traced(Causal("split", [], depth=2), R)
+    first, second = (made(placement, torch.where(late[:, None], other, x)) for other in (x, -x))
+    no_internal_error(made.reports[placement])
+    assert moved(first, second, torch.arange(100) < 20) < UNMOVED, made.reports[placement]
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_mask_before_attention_without_softmax_leaves_a_part_alone(placement: str) -> None:
+    class Linear(Tower):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                out = []
+                for part in block.qkv(block.norm1(x)).split([40, 60], 1):
+                    q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in part.chunk(3, -1))
+                    q, k = F.elu(q) + 1, (F.elu(k) + 1) * (torch.arange(k.shape[2]) % 5 != 0)[:, None]
+                    weighed = q @ (k.mT @ v) / (q @ k.sum(-2, keepdim=True).mT)
+                    out.append(weighed.transpose(1, 2).flatten(2))
+                x = x + block.out(torch.cat(out, 1))
+                x = x + block.mlp(block.norm2(x))
+            return self.head(x)
+
+    made = traced(Linear("split", [], depth=2), 6)
+    made(placement, torch.randn(2, 100, D))
+    no_internal_error(made.reports[placement])
+    assert not made.reports[placement].merged_sites, made.reports[placement]

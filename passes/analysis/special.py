@@ -271,9 +271,9 @@ def _reads(facts: Facts, axis: Dim, above: tuple[Dim, ...] = ()) -> Iterator[tup
     nothing, nor do those that attend each to itself. What is read of the axis that it is a slice of is read of it too.
     """
     for node, dim, start, stop in facts.cuts:
-        if leaves(dim) == axis and (node is None or _has_features(facts, node, axis)):
-            if (axis, start, stop) not in facts.parts:
-                yield start, stop
+        held = leaves(dim) == axis and (axis, start, stop) not in facts.parts
+        if held and (node is None or _has_features(facts, node, axis)):
+            yield start, stop
     above = (*above, axis)
     for new, source, lo, hi in facts.origins:
         if leaves(new) == axis and leaves(source) not in above:

@@ -112,7 +112,7 @@ def _bounds(start: Any, stop: Any, size: Any) -> tuple[Any, Any]:
         if value is None:
             return default
         value = value.meta["val"] if hasattr(value, "meta") else value
-        value = from_front(size_expr(value), size)
+        value = from_front(value, size)
         if isinstance(value, int) and isinstance(size, int):
             return min(max(value, 0), size)
         return size if isinstance(value, int) and value >= 2**62 else value
@@ -165,7 +165,7 @@ class SelectRule(Rule):
         d = call.axis(call.args["dim"])
         size = call.vals[0].shape[d]
         index = call.args["index"]
-        index = size_expr(index.meta["val"]) if hasattr(index, "meta") else index
+        index = index.meta["val"] if hasattr(index, "meta") else index
         return d, from_front(index, size_expr(size)), size
 
     def axes(self, call: Call, facts: Facts) -> tuple[Dims, ...]:
