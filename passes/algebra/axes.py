@@ -71,8 +71,8 @@ def at_most(a: Expr, b: Expr) -> bool:
 def from_front(index: Size, size: Expr) -> Expr:
     """An index or a bound as Python counts it, from the front: -1 is the last, -n the n-th last for a symbol n too.
     Torch has guarded the sign of one that it has seen."""
-    at, seen = expr(index), index.node.hint if isinstance(index, torch.SymInt) else None
-    return at + size if at_most(at, -1) or (seen is not None and seen < 0) else at
+    at, seen = expr(index), index.node.hint if isinstance(index, torch.SymInt) else 0
+    return at + size if at_most(at, -1) or (isinstance(seen, int) and seen < 0) else at
 
 
 def quotient(a: Expr, b: Expr) -> Expr | None:
