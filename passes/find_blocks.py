@@ -258,6 +258,13 @@ def _key_masks(block: Block, facts: Facts) -> tuple[KeyMask, ...]:
     return masks
 
 
+def _unmasked(site: AttentionSite, facts: Facts, tokens: Dim) -> bool:
+    """Whether no mask tells the tokens of an attention apart, or leaves any out."""
+    if site.causal is not None or site.masked or score_terms(site, facts) or masked_by_place(site, facts):
+        return False
+    return site.softmax or not told_before(site.out, facts, tokens)
+
+
 # -- joined streams ----------------------------------------------------------------------------------------------------
 
 
@@ -271,7 +278,7 @@ def _joined(site: AttentionSite, facts: Facts, queries: Dim) -> list[tuple[Spot,
     pieces = {part for parts in facts.joined(keys) for part in parts} - {()}
     if keys != queries:
         pieces &= {queries}
-    if not pieces or site.causal is not None or site.masked or score_terms(site, facts):
+    if not pieces or not _unmasked(site, facts, keys):
         return []
     if isinstance(merge_point(site, facts, keys), Spot):
         return []
@@ -298,9 +305,7 @@ def _longest(site: AttentionSite, facts: Facts, streams: list[tuple[Spot, Dim]])
 def _part(site: AttentionSite, facts: Facts, tokens: Dim) -> Block | None:
     """The block of tokens that are a part of a stream and attend to themselves: an image in a pack of images. Raises
     _Left."""
-    if site.causal is not None or site.masked or score_terms(site, facts):
-        return None
-    if isinstance(merge_point(site, facts, tokens), Spot):
+    if not _unmasked(site, facts, tokens) or isinstance(merge_point(site, facts, tokens), Spot):
         return None
     for stream, start, stop in _sliced_from(tokens, facts):
         spot = merge_point(site, facts, stream)

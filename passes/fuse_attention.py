@@ -328,6 +328,8 @@ class _Fuser:
             operands = [self._emit(aten.unsqueeze.default, x, 1) for x in operands]
             if mask is not None and mask.meta["val"].dim() >= 3:
                 mask = self._emit(aten.unsqueeze.default, mask, -3)
+        while mask is not None and mask.meta["val"].dim() < 2:  # one row for all queries, which SDPA wants to see
+            mask = self._emit(aten.unsqueeze.default, mask, 0)
         masked = {} if mask is None else {"attn_mask": mask}
         out = self._emit(sdpa, *operands, **masked, dropout_p=dropout, scale=match.scale)
         out.meta.update({k: v for k, v in product.meta.items() if k != "val"})

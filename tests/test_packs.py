@@ -42,6 +42,15 @@ def written(x: Tensor, lengths: Sequence[int]) -> Tensor:
     return out
 
 
+def added(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """What is there is read before it is written to."""
+    out, at = x[..., :D].clone(), 0
+    for n in lengths:
+        out[:, at : at + n] += attention(x[:, at : at + n])
+        at += n
+    return out
+
+
 def halved(x: Tensor, lengths: Sequence[int]) -> Tensor:
     """The first, and then the rest as slices of a slice."""
     first, rest = x[:, : lengths[0]], x[:, lengths[0] :]
@@ -80,6 +89,7 @@ WAYS: dict[str, Callable[[Tensor, Sequence[int]], Tensor]] = {
     "what was before": what_was_before,
     "unbind": unbound,
     "written": written,
+    "added": added,
     "padded and added": lambda x, lengths: sum(  # type: ignore[arg-type, return-value]
         F.pad(attention(part), (0, 0, sum(lengths[:i]), sum(lengths[i + 1 :])))
         for i, part in enumerate(sliced(x, lengths))
@@ -241,6 +251,115 @@ def test_images_of_a_pack_merge_on_the_stream(way: str, lengths: tuple[int, ...]
             return
         assert [site.tokens[1] for site in sites] == [left[n][i] for i in range(3) for n in lengths]
         fast = tome_fx.rewrite(model, (x,), r=6, placement="stream")
-        alone = [tome_fx.rewrite(Tower("split", [n]), (part,), r=6, placement="stream")(part)
+        same = "added" if way == "added" else "split"
+        alone = [tome_fx.rewrite(Tower(same, [n]), (part,), r=6, placement="stream")(part)
                  for n, part in zip(lengths, x.split(lengths, 1), strict=True)]  # fmt: skip
         assert distance(fast(x), torch.cat(alone, 1)) < 1e-5
+
+
+class Read(Tower):
+    """A head on some tokens; whole: after each pack, attention over all."""
+
+    def __init__(self, lengths: Sequence[int], places: Sequence[int], whole: bool = False) -> None:
+        super().__init__("split", lengths, depth=2)
+        self.places, self.whole = places, Block("split", [sum(lengths)], False) if whole else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = self.whole(block(x))
+        return self.head(torch.stack([x[:, i] for i in self.places], 1))
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_what_is_read_of_a_pack_is_special_in_its_images(placement: str) -> None:
+    """The first token of each, and two in the middle."""
+    model, x = Read((40, 60), (0, 40, 70, 75)), torch.randn(2, 100, D)
+    _, report = run(model, (x,), None, 6, placement=placement, drop_unread=False)
+    assert [site.protected for site in report.sites] == [1, 3] * 2, str(report)
+    with torch.no_grad():
+        assert tome_fx.check(model, (x,), r=6, placement=placement, drop_unread=False).holds
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_images_of_a_pack_are_no_special_tokens_where_all_attend_to_all(placement: str) -> None:
+    _, report = run(Read((20, 20, 30, 30), (0,), True), (torch.randn(2, 100, D),), None, 6, placement=placement)
+    assert [site.protected for site in report.sites[:5]] == [1, 0, 0, 0, 1], str(report)
+
+
+def test_special_tokens_at_the_same_places_of_images_of_unequal_length() -> None:
+    model, x = Tower("slices", (30, 40, 30)), torch.randn(2, 100, D)
+    for placement in PLACEMENTS:
+        found = tome_fx.check(model, (x,), r=6, protect=(1, 20), placement=placement)
+        assert found.holds and found.merges, found
+
+
+def test_a_part_counted_from_the_end_by_a_number_of_the_callers() -> None:
+    """Nothing but a guard says that -n is an index from the end."""
+
+    class FromTheEnd(Tower):
+        def forward(self, x: Tensor, n: int, m: int) -> Tensor:  # type: ignore[override]
+            for block in self.blocks:
+                qkv = block.qkv(block.norm1(x))
+                parts = (qkv[:, : -n - m], qkv[:, -n - m : -n], qkv[:, -n:])
+                x = x + block.out(torch.cat([attention(part) for part in parts], 1))
+                x = x + block.mlp(block.norm2(x))
+            return self.head(x[:, -n:])
+
+    model = FromTheEnd("split", [], depth=2)
+    fast = torch.compile(model, backend=tome_fx.tome_backend(r=6, placement="stream", inner="eager"), dynamic=True)
+    with torch.no_grad():
+        for lengths in ((36, 50, 34), (50, 36, 44)):
+            x = torch.cat([palette_tokens(2, n, D, k=2) for n in lengths], 1)
+            assert distance(fast(x, *lengths[:0:-1]), model(x, *lengths[:0:-1])) < 2e-5
+            (report,) = tome_fx.reports()
+            no_internal_error(report)
+            assert [a - b for a, b in report.tokens] == [6] * 6, str(report)
+
+
+def filled(scores: Tensor) -> Tensor:
+    scores[..., ~torch.ones(scores.shape[-2:], dtype=torch.bool).tril()] = -1e9
+    return scores.softmax(-1)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_mask_that_no_operand_shows_leaves_a_part_alone(placement: str) -> None:
+    """Causal in each part: written into the open scores."""
+
+    class Causal(Tower):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                out = []
+                for part in block.qkv(block.norm1(x)).split([40, 60], 1):
+                    q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in part.chunk(3, -1))
+                    out.append((filled(q @ k.mT / 4) @ v).transpose(1, 2).flatten(2))
+                x = x + block.out(torch.cat(out, 1))
+                x = x + block.mlp(block.norm2(x))
+            return self.head(x)
+
+    x = torch.randn(2, 100, D)
+    late = (torch.arange(100) % 40 >= 20) & (torch.arange(100) < 80)
+    made = traced(Causal("split", [], depth=2), R)
+    first, second = (made(placement, torch.where(late[:, None], other, x)) for other in (x, -x))
+    no_internal_error(made.reports[placement])
+    assert moved(first, second, torch.arange(100) < 20) < UNMOVED, made.reports[placement]
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_mask_before_attention_without_softmax_leaves_a_part_alone(placement: str) -> None:
+    class Linear(Tower):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                out = []
+                for part in block.qkv(block.norm1(x)).split([40, 60], 1):
+                    q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in part.chunk(3, -1))
+                    q, k = F.elu(q) + 1, (F.elu(k) + 1) * (torch.arange(k.shape[2]) % 5 != 0)[:, None]
+                    weighed = q @ (k.mT @ v) / (q @ k.sum(-2, keepdim=True).mT)
+                    out.append(weighed.transpose(1, 2).flatten(2))
+                x = x + block.out(torch.cat(out, 1))
+                x = x + block.mlp(block.norm2(x))
+            return self.head(x)
+
+    made = traced(Linear("split", [], depth=2), 6)
+    made(placement, torch.randn(2, 100, D))
+    no_internal_error(made.reports[placement])
+    assert not made.reports[placement].merged_sites, made.reports[placement]

@@ -630,7 +630,7 @@ def _as_number(mask: Tensor, fill: Fill, call: Call | None) -> Tensor:
         value, drops = parts
         drop = mask if drops else ~mask
         return torch.where(drop, value, 0.0) if fill is Fill.BIAS else torch.where(drop, 0.0, 1.0)
-    return torch.where(mask, 0.0, float("-inf"))
+    return torch.where(mask, 0.0, float("-inf")) if fill is Fill.BIAS else mask
 
 
 def _parts(call: Call) -> tuple[float, bool] | None:

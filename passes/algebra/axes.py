@@ -68,9 +68,11 @@ def at_most(a: Expr, b: Expr) -> bool:
     return bool(a <= b) if isinstance(a, int) and isinstance(b, int) else sympy.expand(b - a).is_nonnegative is True
 
 
-def from_front(index: Expr, size: Expr) -> Expr:
-    """An index or a bound as Python counts it, from the front: -1 is the last, -n the n-th last for a symbol n too."""
-    return index + size if at_most(index, -1) else index
+def from_front(index: Size, size: Expr) -> Expr:
+    """An index or a bound as Python counts it, from the front: -1 is the last, -n the n-th last for a symbol n too.
+    Torch has guarded the sign of one that it has seen."""
+    at, seen = expr(index), index.node.hint if isinstance(index, torch.SymInt) else 0
+    return at + size if at_most(at, -1) or (isinstance(seen, int) and seen < 0) else at
 
 
 def quotient(a: Expr, b: Expr) -> Expr | None:

@@ -110,7 +110,7 @@ class Groups:
 
     def _special(self, block: Block, step: Step | None) -> Traced:
         """bool [*sample, N]: the tokens between the ends that never merge, in the state `step`."""
-        key = (block.special, leaves(block.sample), step)
+        key = (block.special, size_expr(block.length), leaves(block.sample), step)
         if key not in self._weights:
             if step is None:
                 device = block.merge.meta["val"].device

@@ -112,7 +112,7 @@ def _bounds(start: Any, stop: Any, size: Any) -> tuple[Any, Any]:
         if value is None:
             return default
         value = value.meta["val"] if hasattr(value, "meta") else value
-        value = from_front(size_expr(value), size)
+        value = from_front(value, size)
         if isinstance(value, int) and isinstance(size, int):
             return min(max(value, 0), size)
         return size if isinstance(value, int) and value >= 2**62 else value
@@ -165,7 +165,7 @@ class SelectRule(Rule):
         d = call.axis(call.args["dim"])
         size = call.vals[0].shape[d]
         index = call.args["index"]
-        index = size_expr(index.meta["val"]) if hasattr(index, "meta") else index
+        index = index.meta["val"] if hasattr(index, "meta") else index
         return d, from_front(index, size_expr(size)), size
 
     def axes(self, call: Call, facts: Facts) -> tuple[Dims, ...]:
@@ -302,8 +302,9 @@ class ScatterSlice(SignatureRule):
         d = call.axis(call.args.get("dim", 0))
         if not decision.ins[0][d]:
             return env.run(call, [base, src])
-        span = Span.of(call)
-        return base.slice_scatter(src, d, span.sized(span.start), base.shape[d] - span.sized(span.behind))
+        part = Span.of(call).part(decision.ins[0][d][0].step)
+        assert part is not None
+        return base.slice_scatter(src, d, part.start, part.start + part.length)
 
 
 register(SliceRule(), aten.slice.Tensor)
