@@ -57,13 +57,13 @@ def _as_column(graph: fx.Graph, node: fx.Node, mode: FakeTensorMode) -> None:
     if found is None:
         return
     emit = Emit(graph, mode)
-    q, k = found.query.meta["val"], found.key.meta["val"]
-    if q.dtype is not torch.float32:  # log(size) / scale would be rounded to half precision
+    if found.query.meta["val"].dtype is not torch.float32:  # log(size) / scale would be rounded to half precision
         return
     with emit.before(node):
         term = emit(aten.transpose.int, emit(aten.div.Tensor, found.bias, found.scale), -1, -2)
-        key = emit(aten.cat.default, [found.key, emit(aten.expand.default, term, [*k.shape[:-1], 1])], -1)
-        one = emit(aten.ones.default, [*q.shape[:-1], 1], dtype=q.dtype, device=q.device)
+        none, one = (emit(aten.full_like.default, emit(aten.slice.Tensor, x, -1, 0, 1), fill)
+                     for x, fill in ((found.key, 0.0), (found.query, 1.0)))  # fmt: skip
+        key = emit(aten.cat.default, [found.key, emit(aten.add.Tensor, none, term)], -1)
         query = emit(aten.cat.default, [found.query, one], -1)
     node.args = (query, key, found.value)
     node.kwargs = {"scale": found.scale, "enable_gqa": found.grouped}

@@ -246,7 +246,7 @@ def test_attention_leaves_with_four_dims(lead: tuple[int, ...], mask: tuple[int,
     model, x = Folded(lead, mask), torch.randn(12, 5, 8)
     gm = torch.export.export(model, (x,)).module()
     (value,) = (n.meta["val"] for n in gm.graph.find_nodes(op="placeholder"))
-    portable.make_portable(gm, value.fake_mode)
+    portable.make_portable(gm, value.fake_mode, "mask")
     (node,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default)
     assert node.args[0].meta["val"].dim() == 4
     assert distance(gm(x), model(x)) < 1e-6
