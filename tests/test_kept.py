@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import tome_fx
 from tests.palette import distance
+from tests.strategies import thinned
 from tests.test_explain import D, N, Stack, tokens
 
 R = 6
@@ -36,9 +38,10 @@ def merged(model: nn.Module, x: Tensor, **options: Any) -> tuple[tome_fx.MergedT
     return found, gm.meta["tome_report"]
 
 
-@pytest.mark.parametrize("plain", [True, False])
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("merging", ["mean", "keep", "prune"])
+WAYS = product(["mean", "keep", "prune"], [1, 3], [True, False])
+
+
+@pytest.mark.parametrize(("merging", "batch", "plain"), thinned(WAYS, 5))
 def test_what_rows_stand_for(batch: int, merging: str, plain: bool) -> None:
     """Given back at full length the rows are what the merged model gives; sizes count, and the order is the tokens'."""
     model, x = Stack(), torch.randn(batch, N, D)

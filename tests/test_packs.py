@@ -237,7 +237,7 @@ def test_packs_of_any_lengths(inner: str) -> None:
         assert len(tome_fx.reports()) == 2
 
 
-@pytest.mark.parametrize("lengths", [(60, 40), (36, 50, 34)], ids=str)
+@pytest.mark.parametrize("lengths", [pytest.param((60, 40), marks=pytest.mark.slow), (36, 50, 34)], ids=str)
 @pytest.mark.parametrize("way", CUT)
 def test_images_of_a_pack_merge_on_the_stream(way: str, lengths: tuple[int, ...]) -> None:
     """Each loses r tokens a block, for good, compared by its own keys: the tied law, and what each is alone."""
