@@ -28,7 +28,7 @@ SPREAD := -n auto --dist worksteal
 test: $(VENV)/.stamp-test
 	$(PY) -m pytest $(SPREAD) $(ARGS)
 
-test-all: $(VENV)/.stamp-test
+test-all: $(VENV)/.stamp-clients
 	$(PY) -m pytest $(SPREAD) -m "" $(ARGS)
 
 lint: $(VENV)/.stamp-lint

@@ -59,6 +59,7 @@ from .fuse_attention import fuse_attention
 from .infer_axes import infer_axes
 from .inner.lengths import lengths_to_share
 from .lower import lower
+from .merging.kept import KeptError
 from .plan import Merge, Plan, make_plan, site_reports
 from .portable import PortableError, make_portable
 from .rewrite import rewrite
@@ -103,7 +104,7 @@ class Result:
         """Merges of tokens that were made of some that entered in another order or number, and what is known of
         those."""
         inputs = [n for n in self.facts.graph.find_nodes(op="placeholder") if self.facts.axes.get(n)]
-        for merge in self.plan.merges.values():
+        for merge in self.plan.every:
             if not entering(self.facts, merge.block.tokens):
                 above = [n for n in inputs if self.facts.leads(n, merge.block.merge)]
                 known = (before(self.facts, dim) for n in above for dim in self.facts.dims(n))
@@ -111,7 +112,7 @@ class Result:
 
     def _entered(self) -> list[Before | None]:
         """What is known of each of the tokens that merge and entered the graph."""
-        merged = [merge.block.tokens for merge in self.plan.merges.values()]
+        merged = [merge.block.tokens for merge in self.plan.every]
         return [before(self.facts, tokens) for tokens in merged if entering(self.facts, tokens)]
 
     def after(self, first: bool) -> dict[int, Before]:
@@ -132,6 +133,15 @@ class Result:
         return found
 
 
+@dataclass(frozen=True)
+class Target:
+    """What a graph is rewritten for. portable: to run where tome_fx is not installed, and how log sizes join the scores
+    there (`make_portable`); empty: for this process. kept: its outputs stay merged (`merging/kept.py`)."""
+
+    portable: str = ""
+    kept: bool = False
+
+
 @contextmanager
 def _no_collector() -> Iterator[None]:
     """Little of what passes make is garbage before they end, and a collection walks all that the process holds."""
@@ -150,15 +160,16 @@ def run_pipeline(
     inputs: Sequence[Any],
     config: ToMeConfig,
     known: Mapping[int, Before] | None = None,
-    portable: bool = False,
+    target: Target | None = None,
 ) -> Result:
     """All passes over one graph. known: of a piece of a model, what the pieces before it tell of tokens (`after`).
-    portable: whether it is to run where tome_fx is not installed.
+    target: what the graph is rewritten for, this process and whole outputs if none is given.
 
     Raises ValueError where the schedule does not fit, VerifyError on a bug of ours.
 
     A graph that cannot be captured, or in which nothing merges, gives `gm=None` and a report with the reasons.
     """
+    target = target or Target()
     report = ToMeReport(graphs=1, r=config.schedule if config.flops is None else None)
     seconds = report.seconds
     try:
@@ -194,7 +205,7 @@ def run_pipeline(
             report.skipped.append(SkipReason("no attention", "", why))
         return Result(None, report, captured, facts=facts, blocks=blocks, plan=plan)
     with _timed(seconds, "rewrite"):
-        rewritten = rewrite(captured, facts, plan)
+        rewritten = rewrite(captured, facts, plan, target.kept)
     if config.drop_unread:
         with _timed(seconds, "drop_unread"):
             report.unread_ops = drop_unread(rewritten)
@@ -204,22 +215,26 @@ def run_pipeline(
             report.skipped.append(reason)
         report.sites = site_reports(facts, plan, skipped)
     with _timed(seconds, "lower"):
-        if portable:
-            make_portable(rewritten, captured.fake_mode)
+        if target.portable:
+            make_portable(rewritten, captured.fake_mode, target.portable)
         else:
             lower(rewritten)
     with _timed(seconds, "verify"):
-        verify(captured.gm, rewritten)
+        verify(captured.gm, rewritten, kept=target.kept)
     return Result(rewritten, report, captured, lengths_to_share(captured.gm, plan), facts, blocks, plan)
 
 
 def _unread_merges(rewritten: fx.GraphModule, plan: Plan) -> list[Merge]:
     """Take from the plan the merges whose matching is not in the graph any more."""
     left = {node.meta.get("tome_step") for node in rewritten.graph.nodes}
-    gone = {node: m for node, m in plan.merges.items() if (m.groups or m.step).site not in left}
-    for node in gone:
-        plan.unread[node] = plan.merges.pop(node)
-    return list(gone.values())
+    gone = [merge for merge in plan.every if (merge.groups or merge.step).site not in left]
+    for merge in gone:
+        held = plan.merges[merge.block.merge]
+        held.remove(merge)
+        plan.unread.setdefault(merge.block.merge, []).append(merge)
+        if not held:
+            del plan.merges[merge.block.merge]
+    return gone
 
 
 @contextmanager
@@ -231,4 +246,4 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-__all__ = ["PIPELINE", "CaptureError", "PortableError", "Result", "VerifyError", "run_pipeline"]
+__all__ = ["PIPELINE", "CaptureError", "KeptError", "PortableError", "Result", "Target", "VerifyError", "run_pipeline"]

@@ -29,6 +29,7 @@ It only annotates.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -37,7 +38,7 @@ from torch import fx
 
 from tome_fx.report import SkipReason
 
-from .algebra.axes import Dim, leaves, size_of
+from .algebra.axes import Dim, leaves, size_of, sized
 from .analysis.blocks import PAPERS, Block, unfit
 from .analysis.masks import KeyMask, key_masks, masked_by_place, score_terms, token_dims
 from .analysis.mlps import mlp_blocks, told_before
@@ -68,7 +69,7 @@ def find_blocks(facts: Facts) -> tuple[list[Block], list[SkipReason]]:
     for site in facts.sites:
         try:
             found = _block(site, facts)
-            if any(b.merge is found.merge for b in blocks):
+            if any(b.merge is found.merge and (b.alone or found.alone) for b in blocks):
                 raise _Left("shared merge point", "another attention of the same block merges here")
             blocks.append(found)
         except _Left as left:
@@ -131,6 +132,8 @@ def _block(site: AttentionSite, facts: Facts) -> Block:
         raise _Left("causal or windowed mask", why)
     if streams:
         return _longest(site, facts, streams)
+    if placement != "branch" and not crossed and (part := _part(site, facts, tokens)):
+        return part
     return _placed(site, facts, tokens, _place(site, facts, tokens))
 
 
@@ -255,6 +258,13 @@ def _key_masks(block: Block, facts: Facts) -> tuple[KeyMask, ...]:
     return masks
 
 
+def _unmasked(site: AttentionSite, facts: Facts, tokens: Dim) -> bool:
+    """Whether no mask tells the tokens of an attention apart, or leaves any out."""
+    if site.causal is not None or site.masked or score_terms(site, facts) or masked_by_place(site, facts):
+        return False
+    return site.softmax or not told_before(site.out, facts, tokens)
+
+
 # -- joined streams ----------------------------------------------------------------------------------------------------
 
 
@@ -268,7 +278,7 @@ def _joined(site: AttentionSite, facts: Facts, queries: Dim) -> list[tuple[Spot,
     pieces = {part for parts in facts.joined(keys) for part in parts} - {()}
     if keys != queries:
         pieces &= {queries}
-    if not pieces or site.causal is not None or site.masked or score_terms(site, facts):
+    if not pieces or not _unmasked(site, facts, keys):
         return []
     if isinstance(merge_point(site, facts, keys), Spot):
         return []
@@ -287,6 +297,37 @@ def _longest(site: AttentionSite, facts: Facts, streams: list[tuple[Spot, Dim]])
     sample = tuple(leaf for dim in facts.dims(spot.merge) for leaf in leaves(dim) if leaf in keys)
     length = length_of(spot.merge, facts, tokens)
     return Block(site=site, tokens=tokens, sample=sample, spot=spot, special=kept, length=length)
+
+
+# -- packed streams ----------------------------------------------------------------------------------------------------
+
+
+def _part(site: AttentionSite, facts: Facts, tokens: Dim) -> Block | None:
+    """The block of tokens that are a part of a stream and attend to themselves: an image in a pack of images. Raises
+    _Left."""
+    if not _unmasked(site, facts, tokens) or isinstance(merge_point(site, facts, tokens), Spot):
+        return None
+    for stream, start, stop in _sliced_from(tokens, facts):
+        spot = merge_point(site, facts, stream)
+        if not isinstance(spot, Spot):
+            continue
+        kept, length = special(facts, tokens), site.k.node.meta["val"].shape[site.k.tokens]
+        if why := unfit(site, size_of(tokens), kept.count):
+            raise _Left(why.kind, why.detail)
+        symbolic = (x for x in (length, length_of(spot.merge, facts, stream)) if isinstance(x, torch.SymInt))
+        held = next((x.node for x in symbolic), None)
+        around = sized(start, held), sized(size_of(stream) - stop, held)
+        sample = _sample(site, facts, stream, spot.merge)
+        return Block(site=site, tokens=stream, sample=sample, spot=spot, special=kept, length=length, around=around)
+    return None
+
+
+def _sliced_from(axis: Dim, facts: Facts) -> Iterator[tuple[Dim, Any, Any]]:
+    """What an axis is a slice of, from where to where, and what that is a slice of."""
+    for new, source, start, stop in facts.origins:
+        if leaves(new) == axis:
+            yield leaves(source), start, stop
+            yield from ((above, start + more, stop + more) for above, more, _ in _sliced_from(leaves(source), facts))
 
 
 def _hint(length: Any) -> int:

@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from .algebra.axes import expr as size_expr
 from .building.emit import Emit
@@ -304,6 +305,8 @@ class _Fuser:
 
     def _replace(self, match: _Match, q: Any, k: Any, product: fx.Node, dropout: float) -> None:
         values, value_order, out_order = self._values(product)
+        if any(free_unbacked_symbols(n.meta["val"]) for n in (q[0], k[0], values)):
+            raise _NoMatch  # torch's SDPA asks whether a size is 0, which only values would tell
         batch = match.shape if match.shape is not None else _shape(self.softmax)[:-2]
         after = _shape(self.probabilities)[:-2]
         query = self._permuted(*q)
@@ -325,6 +328,8 @@ class _Fuser:
             operands = [self._emit(aten.unsqueeze.default, x, 1) for x in operands]
             if mask is not None and mask.meta["val"].dim() >= 3:
                 mask = self._emit(aten.unsqueeze.default, mask, -3)
+        while mask is not None and mask.meta["val"].dim() < 2:  # one row for all queries, which SDPA wants to see
+            mask = self._emit(aten.unsqueeze.default, mask, 0)
         masked = {} if mask is None else {"attn_mask": mask}
         out = self._emit(sdpa, *operands, **masked, dropout_p=dropout, scale=match.scale)
         out.meta.update({k: v for k, v in product.meta.items() if k != "val"})

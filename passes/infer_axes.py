@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .algebra.axes import Dim, fresh_dims, leaves, same, size_of, unify
+from .algebra.axes import Atom, Dim, fresh_dims, leaves, same, size_of, unify
 from .algebra.axes import expr as size_expr
 from .analysis.pairs import Pairs, elementwise
 from .analysis.provenance import origins
@@ -73,12 +73,11 @@ def infer_axes(graph: fx.Graph, model_input: Sequence[bool], held: Mapping[fx.No
             elementwise(rule) and any(n in facts.decided for n in sources(node, call.nodes))
         ):
             facts.decided.add(node)
-        if _given(call, rule, facts):
-            facts.given.add(node)
         angles.note(call, rule)
         if rule is UNKNOWN and call.operands:
             facts.unknown[call.op] = facts.unknown.get(call.op, 0) + 1
     _match_pieces(facts)
+    _note_given(facts)
     facts.scores = _scores(facts)
     facts.pairs = Pairs(facts, values)
     facts.mixed = origins(facts, values)
@@ -97,9 +96,19 @@ def _match_pieces(facts: Facts) -> None:
                         unify(a, b)
 
 
+def _note_given(facts: Facts) -> None:
+    """What says of single positions what an input says, once it is known which axes are features."""
+    for node, call in facts.calls.items():
+        if _given(call, find(call), facts):
+            facts.given.add(node)
+
+
 def _given(call: Call, rule: Rule, facts: Facts) -> bool:
-    """Whether a value still says of single positions what an input of the model said: no product came between."""
+    """Whether a value still says of single positions what an input of the model said: no product came between, and no
+    sum over features (what a norm divides by)."""
     read = sources(call.node, call.nodes)
+    if isinstance(rule, SignatureRule) and not elementwise(rule) and _sums_features(call, rule, facts):
+        return False
     given = [n for n in read if n in facts.given]
     if isinstance(rule, Contraction) and Role.SUM not in rule.signature(call, facts).roles.values():
         return bool(given) and len(given) == len(read)  # an outer product
@@ -108,6 +117,15 @@ def _given(call: Call, rule: Rule, facts: Facts) -> bool:
     if not elementwise(rule) or all(n in facts.given or n in facts.constant for n in read):
         return True
     return any(n.meta["val"].dim() > 1 and facts.varies(n, -1) and facts.varies(n, -2) for n in given)
+
+
+def _sums_features(call: Call, rule: SignatureRule, facts: Facts) -> bool:
+    sig, summed = rule.signature(call, facts), set[Atom]()
+    for n, letters in zip(call.nodes, sig.ins, strict=True):
+        for dim, letter in zip(facts.dims(n), letters, strict=True):
+            if letter is not None and sig.role(letter) in (Role.SUM, Role.NORM2):
+                summed |= set(leaves(dim))
+    return bool(summed & facts.features)
 
 
 class _Angles:

@@ -35,6 +35,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -215,23 +216,46 @@ def _use_triton(graph: fx.Graph, node: fx.Node) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class LogSizes:
+    """What an attention is made of that adds log sizes to its scores and nothing else. bias: `[B or 1, 1, 1, s]`."""
+
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    bias: fx.Node
+    scale: float
+    grouped: bool
+
+    @classmethod
+    def of(cls, node: fx.Node) -> LogSizes | None:
+        call = Call(node)
+        bias = call.args.get("attn_mask")
+        if not isinstance(bias, fx.Node) or not _log_sizes(bias) or call.args.get("dropout_p"):
+            return None
+        query, key, value = call.nodes[:3]
+        q, k, _, term = call.vals
+        dim, scale = q.shape[-1], call.args.get("scale")
+        if k.dim() != 4 or not isinstance(dim, int) or not _per_sample(term, k.shape[0]):
+            return None
+        scale = dim**-0.5 if scale is None else scale
+        if not isinstance(scale, float) or scale < _SMALLEST_SCALE:
+            return None
+        while bias.target in _CASTS:  # the sizes' own float32
+            bias = cast(fx.Node, bias.args[0])
+        return cls(query, key, value, bias, scale, bool(call.args.get("enable_gqa")))
+
+
 def _attend(graph: fx.Graph, node: fx.Node) -> bool:
-    call = Call(node)
-    query, key, value, bias = (call.args.get(name) for name in ("query", "key", "value", "attn_mask"))
-    if not isinstance(bias, fx.Node) or not _log_sizes(bias) or call.args.get("dropout_p"):
+    found = LogSizes.of(node)
+    if found is None:
         return False
-    q, k, _, term = call.vals
-    dim, scale = q.shape[-1], call.args.get("scale")
-    if k.dim() != 4 or not isinstance(dim, int) or not _per_sample(term, k.shape[0]):
+    q, k = found.query.meta["val"], found.key.meta["val"]
+    form = attention.choose(q.dtype, q.shape[-1], size_hint(k.shape[2]))
+    if form == attention.MASK:
         return False
-    scale = dim**-0.5 if scale is None else scale
-    form = attention.choose(q.dtype, dim, size_hint(k.shape[2]))
-    if form == attention.MASK or not isinstance(scale, float) or scale < _SMALLEST_SCALE:
-        return False
-    while bias.target in _CASTS:  # the sizes' own float32
-        bias = cast(fx.Node, bias.args[0])
-    grouped = bool(call.args.get("enable_gqa"))
-    _replace(graph, node, tome.attend.default, (query, key, value, bias, scale, grouped, form))
+    operands = (found.query, found.key, found.value, found.bias)
+    _replace(graph, node, tome.attend.default, (*operands, found.scale, found.grouped, form))
     return True
 
 

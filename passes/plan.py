@@ -23,8 +23,8 @@ from torch import fx
 from tome_fx.report import SiteReport, SkipReason, Unmerge
 from tome_fx.schedule import gathered, merged_away, to_multiple, tokens_per_block
 
-from .algebra.axes import Dim, leaves, locate
-from .algebra.layout import SHORT_AXIS, Layout, Run, Step, plain
+from .algebra.axes import Dim, Size, leaves, locate
+from .algebra.layout import SHORT_AXIS, Layout, Part, Run, Step, plain
 from .analysis.blocks import Block
 from .analysis.costs import NO_PRODUCT, Bill, elements_of
 from .analysis.partition import Room
@@ -41,14 +41,15 @@ aten = torch.ops.aten
 class Merge:
     """A merge to carry out right after its node: the dim and run of leaves, the step, and how many tokens go.
 
-    groups: the step whose groups it takes, where it has no matching of its own. even: whether the parts of a window
-    give the same number each, else the same share.
+    length: the tokens that it sees, r of which go. groups: the step whose groups it takes, where it has no matching of
+    its own. even: whether the parts of a window give the same number each, else the same share.
     """
 
     block: Block
     dim: int
     key: tuple[int, int]
     step: Step
+    length: Size
     r: int
     groups: Step | None = None
     even: bool = True
@@ -64,18 +65,22 @@ class Plan:
 
     decisions: dict[fx.Node, Decision] = field(default_factory=dict)
     layouts: dict[fx.Node, tuple[Layout, ...]] = field(default_factory=dict)
-    merges: dict[fx.Node, Merge] = field(default_factory=dict)
-    unread: dict[fx.Node, Merge] = field(default_factory=dict)
+    merges: dict[fx.Node, list[Merge]] = field(default_factory=dict)
+    unread: dict[fx.Node, list[Merge]] = field(default_factory=dict)
     unmerges: list[Unmerge] = field(default_factory=list)
     skipped: list[SkipReason] = field(default_factory=list)
     bill: Bill = field(default_factory=lambda: Bill(Facts(), ()))
     r: Any = None
     asked: dict[int, int] = field(default_factory=dict)
 
+    @property
+    def every(self) -> list[Merge]:
+        return [merge for merges in self.merges.values() for merge in merges]
+
     def chains(self) -> list[list[int]]:
         """The sites whose merges follow each other on one stream."""
         chains: dict[int, list[int]] = {}
-        for merge in self.merges.values():
+        for merge in self.every:
             chains.setdefault(merge.step.chain()[0].site, []).append(merge.step.site)
         return list(chains.values())
 
@@ -174,7 +179,10 @@ class _Walk:
 
     def __init__(self, facts: Facts, blocks: list[Block], active: list[int], wanted: list[int | float]) -> None:
         self.facts, self.blocks, self.wanted = facts, blocks, wanted
-        self.at = {blocks[i].merge: i for i in active if not blocks[i].operands}
+        self.at: dict[fx.Node, list[int]] = {}
+        for i in active:
+            if not blocks[i].operands:
+                self.at.setdefault(blocks[i].merge, []).append(i)
         self.inside = {blocks[i].merge: i for i in active if blocks[i].operands}
         self.multiple = facts.config.multiple
         self.owed: dict[int, int] = {}
@@ -183,8 +191,8 @@ class _Walk:
     def run(self) -> Plan:
         for node in self.facts.graph.nodes:
             self._visit(node)
-            if node in self.at:
-                self._merge(node, self.at[node])
+            for index in self.at.get(node, ()):
+                self._merge(node, index)
         return self.plan
 
     def _visit(self, node: fx.Node) -> None:
@@ -273,8 +281,8 @@ class _Walk:
         ]
 
     def _take(self, node: fx.Node, merge: Merge) -> None:
-        self.plan.merges[node] = merge
-        self.plan.bill.merge(merge.block, merge.step, matched=merge.groups is not None)
+        self.plan.merges.setdefault(node, []).append(merge)
+        self.plan.bill.merge(merge.block, merge.step, merge.length, matched=merge.groups is not None)
 
     def _merged(self, node: fx.Node, layout: Layout) -> list[tuple[Dim, Step]]:
         """The leaves of a value that are merged, by which step."""
@@ -294,18 +302,27 @@ class _Walk:
         if clash := _clash(block, held if isinstance(held, Run) else None, around):
             self._skip(block, "merged otherwise", clash)
             return None
-        before: Any = prev.after if prev is not None else block.length
-        r = self._count(index, before, prev)
-        if r == 0:
-            self._skip(block, "nothing to merge", self._why_none(block, before) if wanted else NO_SHARE)
+        lo, hi = block.around
+        part = prev.within(lo, hi) if prev is not None else Part(None, lo, block.length)
+        if part is None:
+            self._skip(block, "merged otherwise", "some of its tokens merged together with others before")
             return None
-        prefix, suffix = block.special.prefix, block.special.suffix
-        asked = int((size_hint(before) - prefix - suffix) * wanted) if isinstance(wanted, float) else wanted
+        r = self._count(index, part.length, prev)
+        if r == 0:
+            self._skip(block, "nothing to merge", self._why_none(block, part.length) if wanted else NO_SHARE)
+            return None
+        special = block.special
+        free = size_hint(part.length) - special.prefix - special.suffix
+        asked = int(free * wanted) if isinstance(wanted, float) else wanted
         if self.multiple == 1 and size_hint(r) < asked:
             self.plan.asked[index] = asked
-        step = Step(index, prev, block.sample, before, before - r, prefix, suffix, block.branch)
-        groups = self._groups(block, step, r) if block.alike else None
-        return Merge(block=block, dim=dim, key=key, step=step, r=r, groups=groups, even=not isinstance(wanted, float))
+        before: Any = prev.after if prev is not None else block.length + lo + hi
+        prefix = part.start + special.prefix
+        suffix = before - part.start - part.length + special.suffix
+        ends = lo + special.prefix, hi + special.suffix
+        step = Step(index, prev, block.sample, before, before - r, prefix, suffix, ends, block.branch)
+        groups, even = self._groups(block, step, r) if block.alike else None, not isinstance(wanted, float)
+        return Merge(block=block, dim=dim, key=key, step=step, length=part.length, r=r, groups=groups, even=even)
 
     def _count(self, index: int, before: Any, prev: Step | None) -> Any:
         """How many of `before` tokens a block merges away."""
@@ -335,7 +352,7 @@ class _Walk:
     def _groups(self, block: Block, step: Step, r: int) -> Step | None:
         """The step of an MLP's attention, where it merges the same tokens in the same samples, and as many."""
         tokens = _tokens(block, step, r)
-        for merge in self.plan.merges.values():
+        for merge in self.plan.every:
             own = merge.block.site is block.site and not merge.block.mlp
             if own and _tokens(merge.block, merge.step, merge.r) == tokens:
                 return merge.step
@@ -386,21 +403,21 @@ def _tokens(block: Block, step: Step, r: int) -> tuple[Any, ...]:
     return (block.tokens, block.masks, block.parts, block.special, step.prev, step.sample, step.before, r)
 
 
-def _pair(step: Step) -> tuple[int, int]:
-    return size_hint(step.before), size_hint(step.after)
+def _pair(merge: Merge) -> tuple[int, int]:
+    return size_hint(merge.length), size_hint(merge.length - merge.r)
 
 
 def site_reports(facts: Facts, plan: Plan, skipped: list[SkipReason]) -> list[SiteReport]:
     """One row per attention site, merged or not."""
-    by_site = {m.block.site: m for m in plan.merges.values() if not m.block.mlp}
-    mlps = {m.block.site: m for m in plan.merges.values() if m.block.mlp}
+    by_site = {m.block.site: m for m in plan.every if not m.block.mlp}
+    mlps = {m.block.site: m for m in plan.every if m.block.mlp}
     why = {s.where: f"{s.kind}: {s.detail}" for s in (*skipped, *plan.skipped)}
     rows = []
     for site in facts.sites:
         merge, mlp = by_site.get(site), mlps.get(site)
         flops = [plan.bill.at[m.step.site] for m in (merge, mlp) if m is not None]
         total = (sum(f[0] for f in flops), sum(f[1] for f in flops))
-        pair = _pair(mlp.step) if mlp is not None else None
+        pair = _pair(mlp) if mlp is not None else None
         row = partial(SiteReport, name=site.name, merged=bool(flops), flops=total, mlp=pair)
         if merge is None:
             tokens = size_hint(site.q.node.meta["val"].shape[site.q.tokens])
@@ -409,7 +426,7 @@ def site_reports(facts: Facts, plan: Plan, skipped: list[SkipReason]) -> list[Si
         else:
             placement, asked = "branch" if merge.step.branch else "stream", plan.asked.get(merge.step.site)
             kept = merge.block.special.count
-            found = row(tokens=_pair(merge.step), protected=kept, placement=placement, asked=asked)
+            found = row(tokens=_pair(merge), protected=kept, placement=placement, asked=asked)
         rows.append(found)
     return rows
 

@@ -13,7 +13,7 @@ import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -21,23 +21,52 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tome_fx import matching, ops
 
+from .building.emit import Emit
+from .lower import LogSizes
 from .normal.regions import retrace
 
+aten = torch.ops.aten
 NAMESPACES = "tome", "tome_cpu"
+aten = torch.ops.aten
 
 
 class PortableError(ValueError):
     """An op of ours that cannot leave Python; the message names it and what to do."""
 
 
-def make_portable(gm: fx.GraphModule, mode: FakeTensorMode) -> int:
-    """Rewrite in place; returns how many ops were replaced. Raises PortableError where one cannot be."""
+def make_portable(gm: fx.GraphModule, mode: FakeTensorMode, form: str) -> int:
+    """Rewrite in place; returns how many ops were replaced. form: how log sizes join the scores of an attention, as a
+    "mask" or as a "column" of queries and keys. Raises PortableError where an op cannot be replaced."""
+    if form == "column":
+        for node in gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+            _as_column(gm.graph, node, mode)
     nodes = [n for n in gm.graph.nodes if getattr(n.target, "namespace", None) in NAMESPACES]
     for node in nodes:
         _inline(gm, node, mode)
+    for node in gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+        _four_dims(gm, node, mode)
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return len(nodes)
+
+
+def _as_column(graph: fx.Graph, node: fx.Node, mode: FakeTensorMode) -> None:
+    """Log sizes as one more feature of queries and keys: what spells attention out adds a mask to the score of every
+    pair."""
+    found = LogSizes.of(node)
+    if found is None:
+        return
+    emit = Emit(graph, mode)
+    if found.query.meta["val"].dtype is not torch.float32:  # log(size) / scale would be rounded to half precision
+        return
+    with emit.before(node):
+        term = emit(aten.transpose.int, emit(aten.div.Tensor, found.bias, found.scale), -1, -2)
+        none, one = (emit(aten.full_like.default, emit(aten.slice.Tensor, x, -1, 0, 1), fill)
+                     for x, fill in ((found.key, 0.0), (found.query, 1.0)))  # fmt: skip
+        key = emit(aten.cat.default, [found.key, emit(aten.add.Tensor, none, term)], -1)
+        query = emit(aten.cat.default, [found.query, one], -1)
+    node.args = (query, key, found.value)
+    node.kwargs = {"scale": found.scale, "enable_gqa": found.grouped}
 
 
 def _inline(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> None:
@@ -55,11 +84,13 @@ def _inline(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> None:
     with mode:
         body = retrace(run, [n.meta["val"] for n in inputs])
     env: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    meta = {k: v for k, v in node.meta.items() if k not in ("val", "tome_merge", "tome_step")}
+    meta = {k: v for k, v in node.meta.items() if k not in ("val", "tome_merge", "tome_step", "tome_prev")}
     with gm.graph.inserting_before(node):
         for inner in body.graph.nodes:
             if inner.op == "call_function":
                 env[inner] = gm.graph.node_copy(inner, env.__getitem__)
+                if inner.target is aten.view.default:  # values may lie in memory otherwise than they did
+                    env[inner].target = aten.reshape.default
                 env[inner].meta = {**meta, "val": inner.meta.get("val")}
             elif inner.op == "get_attr":
                 raise PortableError(f"{node.target} depends on a constant of the process")
@@ -80,11 +111,57 @@ def _finds(node: fx.Node) -> bool:
     return node.target._opname.startswith("match")  # type: ignore[union-attr]
 
 
+def _four_dims(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> None:
+    """Attention of more or fewer than four dims with four: torch.onnx has a form for those alone. In place.
+
+    It stays where sizes before the tokens are free or broadcast, or heads share keys."""
+    given: list[Any] = list(node.args)
+    operands, mask = given[:3], cast(Any, given[3] if given[3:] else node.kwargs.get("attn_mask"))
+    shapes = [x.meta["val"].shape for x in operands]
+    lead = [*shapes[0][:-2]]
+    fixed = all(isinstance(size, int) for size in lead) and all([*shape[:-2]] == lead for shape in shapes)
+    if len(lead) in (0, 2) or not fixed or node.kwargs.get("enable_gqa"):
+        return
+    meta = {k: v for k, v in node.meta.items() if k != "val"}
+
+    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        made = gm.graph.call_function(target, args, kwargs)
+        with mode:
+            value = target(*fx.map_arg(args, _value), **fx.map_arg(kwargs, _value))
+        made.meta = {**meta, "val": value}
+        return made
+
+    def folded(x: Any) -> fx.Node:
+        return call(aten.unsqueeze.default, call(aten.flatten.using_ints, x, 0, -3), 0)
+
+    with gm.graph.inserting_before(node):
+        if mask is not None and len(mask.meta["val"].shape) > 2:
+            before = [*mask.meta["val"].shape[:-2]]
+            if any(size != 1 for size in before):
+                mask = call(aten.expand.default, mask, [*lead, -1, -1])
+            mask = folded(mask)
+        options = {k: v for k, v in node.kwargs.items() if k != "attn_mask"}
+        found = call(node.target, *(folded(x) for x in operands), mask, *given[4:], **options)
+        found = call(aten.unflatten.int, call(aten.squeeze.dim, found, 0), 0, lead)
+    node.replace_all_uses_with(found)
+    gm.graph.erase_node(node)
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta["val"]
+
+
 # -- matching ----------------------------------------------------------------------------------------------------------
 
 
 def _places(count: Any, device: torch.device) -> Tensor:
     return torch.arange(count, device=device)
+
+
+def _half(count: Any) -> Any:
+    """`count // 2`. Of a free count torch takes even terms out of the quotient, (n - 6) // 2 is n // 2 - 3, and then
+    cannot show that the product of two such sizes is 2 or more; with a free count beside a fixed batch it must."""
+    return count // 2 if isinstance(count, int) else (2 * count + 1) // 4
 
 
 @dataclass(frozen=True)
@@ -103,10 +180,10 @@ class Sides:
     def of(cls, partition: str, n: Any, prefix: int, suffix: int) -> Sides:
         body, first = n - prefix - suffix, prefix % 2
         if partition == "alternating":
-            return cls(prefix + first, 2, (body + 1 - first) // 2, (prefix + 1 - first, 2, (body + first) // 2))
+            return cls(prefix + first, 2, _half(body + 1 - first), (prefix + 1 - first, 2, _half(body + first)))
         if partition == "sequential":
-            half = (body + 1) // 2
-            return cls(prefix, 1, half, (prefix + half, 1, body // 2))
+            half = _half(body + 1)
+            return cls(prefix, 1, half, (prefix + half, 1, _half(body)))
         raise PortableError(f"partition={partition!r} cannot leave Python; plain=False keeps it")
 
     def parted(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,7 +210,8 @@ def _index_form(
     stays = source & (gone == 0)
     # In the new order: prefix, sources that stay, destinations, suffix.
     slot = torch.where(inside, prefix + left + (place - start) // step, torch.where(place < prefix, place, place - r))
-    slot = torch.where(source, stays.to(torch.int64).cumsum(1) + (prefix - 1), slot)
+    # Counted in float32, exact for fewer than 2^24 tokens: TensorRT lists no CumSum of integers.
+    slot = torch.where(source, stays.to(torch.float32).cumsum(1).to(torch.int64) + (prefix - 1), slot)
     assign = torch.where(gone > 0, joins + (prefix + left), slot)
     # What goes is written behind the end.
     keep = torch.zeros((batch, n - r + 1), dtype=torch.int64, device=device)
@@ -213,10 +291,24 @@ def _marked(positions: Sequence[int], length: Any, *, device: torch.device) -> T
     return functools.reduce(operator.or_, (every == p for p in positions), every < 0)
 
 
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of `[*sample, N, *rest]` by an index `[*sample, n]`: a copy of whole rows, where a gather has an index for
+    each element."""
+    lead = index.dim() - 1
+    if x.dim() == index.dim():
+        return x.gather(lead, index)
+    if not lead:
+        return x.index_select(0, index)
+    flat = index.reshape(-1, index.shape[lead])
+    first = torch.arange(flat.shape[0], device=index.device)[:, None] * x.shape[lead]
+    found = x.reshape(-1, *x.shape[lead + 1 :]).index_select(0, (flat + first).reshape(-1))
+    return found.reshape(*index.shape, *x.shape[lead + 1 :])
+
+
 FORMS: dict[str, Callable[..., Any]] = {
     "match": match, "match_by": match_by, "match_parts": match_parts,
-    "merge": ops.merge_aten, "merge_size": ops.merge_size_aten, "merge_bias": ops.merge_bias_aten,
-    "log_size": torch.log, "unmerge": ops.unmerge_aten, "seen_first": ops.seen_first,
+    "merge": functools.partial(ops.merge_aten, rows=_rows), "merge_size": ops.merge_size_aten,
+    "merge_bias": ops.merge_bias_aten, "log_size": torch.log, "unmerge": _rows, "seen_first": ops.seen_first,
     "key_weight": ops.key_weight, "key_kinds": ops.key_kinds, "places": _marked, "place_kinds": ops.place_kinds,
     "part_labels": ops.part_labels, "apart": ops.apart,
 }  # fmt: skip

@@ -30,6 +30,7 @@ from .analysis.reach import only_summed
 from .building.trace import Builder, Traced
 from .capture import Captured
 from .merging.groups import Groups
+from .merging.kept import Kept
 from .merging.laid import Laid, dim_size, spread
 from .merging.steps import Steps
 from .normal.functional import is_impure
@@ -41,9 +42,10 @@ from .rules.facts import Facts
 aten = torch.ops.aten
 
 
-def rewrite(captured: Captured, facts: Facts, plan: Plan) -> fx.GraphModule:
-    """The rewritten graph, with the placeholders of `captured.gm`."""
-    graph = Emitter(captured, facts, plan).run_graph()
+def rewrite(captured: Captured, facts: Facts, plan: Plan, kept: bool = False) -> fx.GraphModule:
+    """The rewritten graph, with the placeholders of `captured.gm`. kept: its outputs stay merged, and after them stands
+    what their rows stand for (`Kept.told`)."""
+    graph = Emitter(captured, facts, plan).run_graph(kept)
     graph.eliminate_dead_code(is_impure_node=is_impure)
     return _make_graph_module(torch.nn.Module(), graph)
 
@@ -62,7 +64,7 @@ class Emitter:
 
     # -- nodes -----------------------------------------------------------------------------------------------------
 
-    def run_graph(self) -> fx.Graph:
+    def run_graph(self, kept: bool = False) -> fx.Graph:
         """The new graph. Its inputs stand first, in their old order, whatever a merge at one of them reads early."""
         for node in self.facts.graph.find_nodes(op="placeholder"):
             self.builder.begin(node)
@@ -70,7 +72,10 @@ class Emitter:
         for node in self.facts.graph.nodes:
             if node.op == "output":
                 self.builder.begin(node)
-                self.builder.graph.output(self.builder.arguments(fx.map_arg(node.args[0], self.whole)))
+                outputs = Kept(self)
+                found = fx.map_arg(node.args[0], outputs.value if kept else self.whole)
+                found = [*found, *outputs.told()] if kept else found
+                self.builder.graph.output(self.builder.arguments(found))
                 break
             self.visit(node)
         return self.builder.graph
@@ -82,12 +87,13 @@ class Emitter:
         for source in node.all_input_nodes:
             self.visit(source)
         self.builder.begin(node)
-        merge = self.plan.merges.get(node)
-        if merge is not None and merge.block.operands:
+        merges = self.plan.merges.get(node, [])
+        inside = [merge for merge in merges if merge.block.operands]
+        for merge in inside:
             self.groups.find(merge, None)
         value = self._value(node)
-        if merge is not None and not merge.block.operands:
-            value = self._merge_here(merge, value)
+        if merges and not inside:
+            value = self._merge_here(node, merges, value)
         self.env[node] = value
 
     def _value(self, n: fx.Node) -> Any:
@@ -111,15 +117,16 @@ class Emitter:
         value = self.env[n]
         return self.fetch(n, plain(value.dim())) if isinstance(value, Traced) else value
 
-    def _merge_here(self, merge: Merge, value: Traced) -> Traced:
-        step, after = merge.step, self.layout(merge.block.merge)
+    def _merge_here(self, node: fx.Node, merges: Sequence[Merge], value: Traced) -> Traced:
+        first, last, after = merges[0].step.prev, merges[-1].step, self.layout(node)
         have = tuple(
-            tuple(Run(*run.key, run.step.prev) for run in runs if run.step is step and run.step.prev)
-            + tuple(run for run in runs if run.step is not step)
+            tuple(Run(*run.key, first) for run in runs if run.step is last and first)
+            + tuple(run for run in runs if run.step is not last)
             for runs in after
         )
-        laid = Laid(value, self.facts.dims(merge.block.merge), have)
-        self.groups.find(merge, laid)
+        laid = Laid(value, self.facts.dims(node), have)
+        for merge in merges:
+            self.groups.find(merge, laid)
         return self.steps.convert(laid, after)
 
     def run(self, call: Call, operands: Sequence[Traced], **overrides: Any) -> Any:

@@ -53,6 +53,14 @@ def test_any_transformer(data: st.DataObject) -> None:
     assert_apart(*build(spec), data.draw(strategies.schedules(spec), label="r"), placement=placement)
 
 
+def test_what_a_norm_divides_by_is_no_mask() -> None:
+    """Of one sample alone it has the shape of a mask of single tokens, and the caller's tokens are all that it is made
+    of."""
+    spec = Spec(batch=BATCH, layout="rows", kind="sigmoid", rms=True, stem="tokens", prefix="none", readout="mean")
+    report = assert_apart(*build(spec), R, placement="stream")
+    assert report.merged_sites == spec.depth
+
+
 def test_a_condition_has_a_batch_too() -> None:
     """Shift and scale of adaLN are [B, 1, C]: no axis of theirs makes the batch an axis of features.
 

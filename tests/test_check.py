@@ -443,3 +443,23 @@ def test_a_merge_at_an_input_of_the_graph() -> None:
     model.norm1 = nn.Identity()
     found = tome_fx.check(model, (torch.randn(2, 40, 32),), r=6, placement="branch")
     assert found.merges and found.error < 1e-9 and found.moved > 1e-3
+
+
+def test_a_bool_table_is_a_factor_of_0_or_1() -> None:
+    """Not what a bool mask adds to scores."""
+
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(64, 192) for _ in range(2))
+            self.out = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                q, k, v = (t.unflatten(-1, (4, 16)).transpose(1, 2) for t in block(x).chunk(3, -1))
+                v = v * (torch.arange(x.shape[1]) % 5 != 0)[:, None]
+                x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            return x
+
+    found = holds(redraw(Hidden(), 0), (torch.randn(2, 60, 64),), 8, exact=False, placement="stream")
+    assert found.approximations, found

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from tests.models import Spec, build
-from tome_fx import ToMeWarning, cli, timing
+from tome_fx import ToMeWarning, cli, runtimes, timing
+from tome_fx.export import SUFFIXES
 
 HERE = "tests.test_cli"
 INPUT = ["--input", "2,3,24,24"]
@@ -116,18 +117,46 @@ def test_explain_a_timm_model_at_another_size(capsys: pytest.CaptureFixture[str]
     assert "37 -> 35" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["pt2", "onnx"])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("aoti", "openvino")]
+
+
+@pytest.mark.parametrize("kind", ["pt2", "onnx", *SLOW])
 def test_export_writes_checks_and_times(kind: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """One line each for the file, what its runtime gives, and the speed there."""
-    if kind == "onnx":
-        pytest.importorskip("onnxruntime")
-    file, numbers = tmp_path / f"model.{kind}", tmp_path / "numbers.json"
+    if kind in ("onnx", "openvino"):
+        pytest.importorskip("onnxruntime" if kind == "onnx" else kind)
+    file, numbers = tmp_path / f"model{SUFFIXES.get(kind, '.onnx')}", tmp_path / "numbers.json"
     words = ["export", f"{HERE}:tiny_vit", "--r", "4", *INPUT, "--placement", "stream", "--rounds", "1"]
     assert cli.main([*words, "--format", kind, "-o", str(file), "--dynamic-batch", "--json", str(numbers)]) == 0
     said, found = capsys.readouterr().out, json.loads(numbers.read_text())
     assert file.exists()
     assert found["difference"] < 1e-5
     assert "MiB" in said and "differ by" in said and "times the plain model's" in said
+
+
+def test_export_without_the_runtime(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The file is written, and the numbers that there are."""
+    monkeypatch.setattr(runtimes, "runtime_of", lambda format: None)
+    file, numbers = tmp_path / "model.pt2", tmp_path / "numbers.json"
+    words = ["export", f"{HERE}:tiny_vit", "--r", "4", *INPUT, "--placement", "stream", "-o", str(file)]
+    assert cli.main([*words, "--json", str(numbers)]) == 0
+    assert file.exists() and "not run" in capsys.readouterr().out
+    assert json.loads(numbers.read_text())["format"] == "pt2"
+
+
+def test_a_runtime_that_does_not_run_the_file_gets_one_sentence(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """onnxruntime has no kernels for bfloat16 on a CPU, and exceptions of its own."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    words = ["export", f"{HERE}:tiny_vit", "--r", "4", *INPUT, "--placement", "stream", "--dtype", "bfloat16"]
+    assert cli.main([*words, "--format", "onnx", "-o", str(tmp_path / "model.onnx")]) == 2
+    error = capsys.readouterr().err
+    assert "is written, but onnxruntime does not run it here" in error
+    assert error.count("\n") == 1
 
 
 def test_export_of_nothing_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -196,6 +225,7 @@ MISTAKES = [
     (["explain", f"{HERE}:tiny_vit", *INPUT, "--r", "4,4,4,4"], "lists 4 blocks"),
     (["explain", f"{HERE}:convolution", "--size", "16", "--strict"], "nothing merged"),
     (["bench", f"{HERE}:convolution", "--size", "16", "--strict", "--inner", "eager"], "nothing merged"),
+    (["export", f"{HERE}:tiny_vit", *INPUT, "--format", "openvino", "-o", "model.bin"], "must end in .xml"),
     (["demo", "--out", "no/such/folder/picture.png"], "folder"),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [(ROOT / "docs" / name).read_text() for name in ("programs.md", "export.md")]
+PAGES = [(ROOT / "docs" / name).read_text() for name in ("programs.md", "export.md", "limits.md")]
 NAMED = sorted({named for page in PAGES for named in re.findall(r"`(test_\w+\.py)::(test_\w+)`", page)})
 
 
@@ -20,10 +21,15 @@ def test_the_test_behind_a_row_is_there(file: str, name: str) -> None:
     assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
 
-def test_every_row_names_a_test() -> None:
-    table = (ROOT / "docs/programs.md").read_text().split("\n\n**")[0]
+@pytest.mark.parametrize(
+    ("page", "before", "count"), [("programs.md", "# Programs", 20), ("limits.md", "## Good to know", 8)]
+)
+def test_every_row_names_a_test(page: str, before: str, count: int) -> None:
+    """In the first table after a heading."""
+    table = (ROOT / "docs" / page).read_text().partition(before)[2]
+    table = table[table.index("| ") :].split("\n\n")[0]
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) > 10
+    assert len(rows) > count
     assert all("`test_" in row.rsplit("|", 2)[1] for row in rows)
 
 
@@ -32,3 +38,14 @@ def test_the_api_page_is_that_of_the_docstrings() -> None:
     import api
 
     assert api.PAGE.read_text() == api.page(), "python benchmarks/api.py writes it"
+
+
+def test_the_table_of_exported_models_is_that_of_its_result() -> None:
+    sys.path.append(str(ROOT / "benchmarks"))
+    import export
+
+    result = json.loads(export.RESULTS.read_text())
+    assert list(result["rows"]) == list(export.MODELS), "python benchmarks/export.py measures them"
+    assert export.between(export.PAGE.read_text()) == export.table(result), "benchmarks/export.py --page writes it"
+    # A number that misses the goal by merging is a defect; a refusal has its reason below the table.
+    assert not [(name, f) for name, row in result["rows"].items() for f in export.FORMATS if export.ours(row[f])]

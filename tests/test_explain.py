@@ -362,3 +362,11 @@ def test_a_short_axis_is_not_blamed_on_a_mask() -> None:
     report = tome_fx.explain(model, (torch.randn(2, 16, D),), r=6, placement="stream")
     reasons = [reason.detail for reason in report.skipped if reason.kind == "nothing to merge"]
     assert reasons and all("tokens left of 16" in why for why in reasons), reasons
+
+
+def test_tokens_that_leave_ask_whether_the_model_goes_on() -> None:
+    """A graph that ends in tokens may be one that a break ended."""
+    ends = str(tome_fx.explain(Stack(), (tokens(),), r=R, placement="stream"))
+    assert "TORCH_LOGS=graph_breaks" in ends
+    pooled = Stack(read=lambda x: x.mean(1))
+    assert "graph_breaks" not in str(tome_fx.explain(pooled, (tokens(),), r=R, placement="stream"))

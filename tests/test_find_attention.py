@@ -128,3 +128,23 @@ def test_a_mask_turned_by_an_einsum_of_one_operand() -> None:
                    placement="branch")  # fmt: skip
     kept = padding == 0
     torch.testing.assert_close(other[kept], out[kept])
+
+
+@pytest.mark.parametrize("low", [-1e9, float("-inf")])
+def test_a_mask_of_one_dim_is_a_row_for_all_queries(low: float) -> None:
+    """SDPA wants two dims of a mask, a softmax does not."""
+
+    class Rowed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out, self.mlp = nn.Linear(64, 192), nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (t.unflatten(-1, (4, 16)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            scores = (q @ k.mT).masked_fill(torch.arange(x.shape[1]) % 5 == 0, low)
+            x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+            return x + self.mlp(x)
+
+    with torch.no_grad():
+        found = tome_fx.check(Rowed(), (torch.randn(2, 60, 64),), r=8, placement="stream")
+    assert found.holds and len(found.merges) == 1, found

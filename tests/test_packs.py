@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import tome_fx
 from tests.laws import PLACEMENTS, UNMOVED, moved, no_internal_error, traced
 from tests.models import redraw
 from tests.palette import assert_lossless, distance, palette_tokens, run
@@ -37,6 +38,15 @@ def written(x: Tensor, lengths: Sequence[int]) -> Tensor:
     out, at = torch.zeros_like(x[..., :D]), 0
     for n in lengths:
         out[:, at : at + n] = attention(x[:, at : at + n])
+        at += n
+    return out
+
+
+def added(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """What is there is read before it is written to."""
+    out, at = x[..., :D].clone(), 0
+    for n in lengths:
+        out[:, at : at + n] += attention(x[:, at : at + n])
         at += n
     return out
 
@@ -79,6 +89,7 @@ WAYS: dict[str, Callable[[Tensor, Sequence[int]], Tensor]] = {
     "what was before": what_was_before,
     "unbind": unbound,
     "written": written,
+    "added": added,
     "padded and added": lambda x, lengths: sum(  # type: ignore[arg-type, return-value]
         F.pad(attention(part), (0, 0, sum(lengths[:i]), sum(lengths[i + 1 :])))
         for i, part in enumerate(sliced(x, lengths))
@@ -172,3 +183,183 @@ def test_pieces_that_one_attention_sees_leave_the_mlps_as_they_were() -> None:
     model = redraw(nn.Sequential(*(Whole("split", (40, 56), False) for _ in range(2))), 1).eval()
     report = assert_lossless(model, (palette_tokens(2, 96, D, k=3),), R, placement="branch")
     assert [site.mlp for site in report.sites] == [(96, 84)] * 2, str(report)
+
+
+CUT = [way for way in WAYS if way not in ("index_select", "what was before", "unbind")]
+
+
+class Tower(nn.Module):
+    """Blocks on a pack of images, and a head on all tokens."""
+
+    def __init__(self, way: str, lengths: Sequence[int], early: bool = False, depth: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block(way, lengths, early) for _ in range(depth))
+        self.head = nn.Linear(D, 5)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Varied(Tower):
+    """Lengths are what the caller says, and differ from call to call."""
+
+    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:  # type: ignore[override]
+        for block in self.blocks:
+            q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in block.qkv(block.norm1(x)).chunk(3, -1))
+            parts = zip(*(t.split(lengths, 2) for t in (q, k, v)), strict=True)
+            y = torch.cat([F.scaled_dot_product_attention(*part) for part in parts], 2).transpose(1, 2).flatten(2)
+            x = x + block.out(y)
+            x = x + block.mlp(block.norm2(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_packs_of_any_lengths(inner: str) -> None:
+    """Lengths that are Python numbers: one graph serves them all, on the stream; a shorter image than r allows makes
+    another."""
+    model = Varied("split", [])
+    fast = torch.compile(model, backend=tome_fx.tome_backend(r=6, placement="stream", inner=inner), dynamic=True)
+    with torch.no_grad():
+        for lengths in ([36, 50, 34], [50, 36, 34], [34, 36, 60]):
+            x = torch.cat([palette_tokens(2, n, D, k=2) for n in lengths], 1)
+            assert distance(fast(x, lengths), model(x, lengths)) < 2e-5
+            (report,) = tome_fx.reports()
+            assert [a - b for a, b in report.tokens] == [6] * 9
+            assert [site.tokens[0] for site in report.sites] == [n - 6 * i for i in range(3) for n in (36, 50, 34)]
+            assert {site.placement for site in report.sites} == {"stream"}
+        lengths = [80, 10, 30]
+        x = torch.cat([palette_tokens(2, n, D, k=1) for n in lengths], 1)
+        assert distance(fast(x, lengths), model(x, lengths)) < 2e-5
+        assert len(tome_fx.reports()) == 2
+
+
+@pytest.mark.parametrize("lengths", [pytest.param((60, 40), marks=pytest.mark.slow), (36, 50, 34)], ids=str)
+@pytest.mark.parametrize("way", CUT)
+def test_images_of_a_pack_merge_on_the_stream(way: str, lengths: tuple[int, ...]) -> None:
+    """Each loses r tokens a block, for good, compared by its own keys: the tied law, and what each is alone."""
+    model, x = Tower(way, lengths), torch.randn(2, sum(lengths), D)
+    with torch.no_grad():
+        found = tome_fx.check(model, (x,), r=6, placement="stream", drop_unread=False)
+        assert found.holds and found.error < 1e-9, found
+        sites = [site for site in found.report.sites if site.placement == "stream"]
+        left = {n: [n - 6 * i for i in range(1, 4)] for n in lengths}
+        if (way, len(lengths)) == ("padded and added", 3):  # each sum unmerges what the other parts lost
+            return
+        assert [site.tokens[1] for site in sites] == [left[n][i] for i in range(3) for n in lengths]
+        fast = tome_fx.rewrite(model, (x,), r=6, placement="stream")
+        same = "added" if way == "added" else "split"
+        alone = [tome_fx.rewrite(Tower(same, [n]), (part,), r=6, placement="stream")(part)
+                 for n, part in zip(lengths, x.split(lengths, 1), strict=True)]  # fmt: skip
+        assert distance(fast(x), torch.cat(alone, 1)) < 1e-5
+
+
+class Read(Tower):
+    """A head on some tokens; whole: after each pack, attention over all."""
+
+    def __init__(self, lengths: Sequence[int], places: Sequence[int], whole: bool = False) -> None:
+        super().__init__("split", lengths, depth=2)
+        self.places, self.whole = places, Block("split", [sum(lengths)], False) if whole else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = self.whole(block(x))
+        return self.head(torch.stack([x[:, i] for i in self.places], 1))
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_what_is_read_of_a_pack_is_special_in_its_images(placement: str) -> None:
+    """The first token of each, and two in the middle."""
+    model, x = Read((40, 60), (0, 40, 70, 75)), torch.randn(2, 100, D)
+    _, report = run(model, (x,), None, 6, placement=placement, drop_unread=False)
+    assert [site.protected for site in report.sites] == [1, 3] * 2, str(report)
+    with torch.no_grad():
+        assert tome_fx.check(model, (x,), r=6, placement=placement, drop_unread=False).holds
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_images_of_a_pack_are_no_special_tokens_where_all_attend_to_all(placement: str) -> None:
+    _, report = run(Read((20, 20, 30, 30), (0,), True), (torch.randn(2, 100, D),), None, 6, placement=placement)
+    assert [site.protected for site in report.sites[:5]] == [1, 0, 0, 0, 1], str(report)
+
+
+def test_special_tokens_at_the_same_places_of_images_of_unequal_length() -> None:
+    model, x = Tower("slices", (30, 40, 30)), torch.randn(2, 100, D)
+    for placement in PLACEMENTS:
+        found = tome_fx.check(model, (x,), r=6, protect=(1, 20), placement=placement)
+        assert found.holds and found.merges, found
+
+
+def test_a_part_counted_from_the_end_by_a_number_of_the_callers() -> None:
+    """Nothing but a guard says that -n is an index from the end."""
+
+    class FromTheEnd(Tower):
+        def forward(self, x: Tensor, n: int, m: int) -> Tensor:  # type: ignore[override]
+            for block in self.blocks:
+                qkv = block.qkv(block.norm1(x))
+                parts = (qkv[:, : -n - m], qkv[:, -n - m : -n], qkv[:, -n:])
+                x = x + block.out(torch.cat([attention(part) for part in parts], 1))
+                x = x + block.mlp(block.norm2(x))
+            return self.head(x[:, -n:])
+
+    model = FromTheEnd("split", [], depth=2)
+    fast = torch.compile(model, backend=tome_fx.tome_backend(r=6, placement="stream", inner="eager"), dynamic=True)
+    with torch.no_grad():
+        for lengths in ((36, 50, 34), (50, 36, 44)):
+            x = torch.cat([palette_tokens(2, n, D, k=2) for n in lengths], 1)
+            assert distance(fast(x, *lengths[:0:-1]), model(x, *lengths[:0:-1])) < 2e-5
+            (report,) = tome_fx.reports()
+            no_internal_error(report)
+            assert [a - b for a, b in report.tokens] == [6] * 6, str(report)
+
+
+def filled(scores: Tensor) -> Tensor:
+    scores[..., ~torch.ones(scores.shape[-2:], dtype=torch.bool).tril()] = -1e9
+    return scores.softmax(-1)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_mask_that_no_operand_shows_leaves_a_part_alone(placement: str) -> None:
+    """Causal in each part: written into the open scores."""
+
+    class Causal(Tower):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                out = []
+                for part in block.qkv(block.norm1(x)).split([40, 60], 1):
+                    q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in part.chunk(3, -1))
+                    out.append((filled(q @ k.mT / 4) @ v).transpose(1, 2).flatten(2))
+                x = x + block.out(torch.cat(out, 1))
+                x = x + block.mlp(block.norm2(x))
+            return self.head(x)
+
+    x = torch.randn(2, 100, D)
+    late = (torch.arange(100) % 40 >= 20) & (torch.arange(100) < 80)
+    made = traced(Causal("split", [], depth=2), R)
+    first, second = (made(placement, torch.where(late[:, None], other, x)) for other in (x, -x))
+    no_internal_error(made.reports[placement])
+    assert moved(first, second, torch.arange(100) < 20) < UNMOVED, made.reports[placement]
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_mask_before_attention_without_softmax_leaves_a_part_alone(placement: str) -> None:
+    class Linear(Tower):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                out = []
+                for part in block.qkv(block.norm1(x)).split([40, 60], 1):
+                    q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in part.chunk(3, -1))
+                    q, k = F.elu(q) + 1, (F.elu(k) + 1) * (torch.arange(k.shape[2]) % 5 != 0)[:, None]
+                    weighed = q @ (k.mT @ v) / (q @ k.sum(-2, keepdim=True).mT)
+                    out.append(weighed.transpose(1, 2).flatten(2))
+                x = x + block.out(torch.cat(out, 1))
+                x = x + block.mlp(block.norm2(x))
+            return self.head(x)
+
+    made = traced(Linear("split", [], depth=2), 6)
+    made(placement, torch.randn(2, 100, D))
+    no_internal_error(made.reports[placement])
+    assert not made.reports[placement].merged_sites, made.reports[placement]

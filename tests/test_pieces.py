@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -211,6 +213,28 @@ def test_another_size_starts_from_the_same_block() -> None:
         assert [a - b for a, b in tokens] == [6, 5, 4, 3]
 
 
+@pytest.mark.parametrize("how", BREAKS)
+def test_pieces_are_one_report(how: str) -> None:
+    """Of one model one report for each compilation, whatever it was cut into; another model has its own."""
+    backends = [tome_fx.tome_backend(r=r, inner="eager") for r in (R, R - 1)]
+    fast = [torch.compile(Cut(how), backend=backend, dynamic=False) for backend in backends]
+    with torch.no_grad():
+        for run, batch in ((0, 2), (0, 3), (1, 2)):
+            fast[run](torch.randn(batch, N, D))
+    found = tome_fx.reports()
+    assert [(report.model, report.attention_sites, report.merged_sites) for report in found] == [("Cut", 4, 4)] * 3
+    assert all(report.graphs >= 2 and report.compile_id.count(", ") == report.graphs - 1 for report in found)
+
+
+def test_a_warning_stands_at_the_line_that_called() -> None:
+    """Not at a line of torch or of ours, which says nothing to the user."""
+    run = torch.compile(NoAttention(), backend=tome_fx.tome_backend(inner="eager"))
+    with pytest.warns(tome_fx.ToMeWarning) as caught:
+        run(torch.randn(2, N, D))
+    line = Path(caught[0].filename).read_text(encoding="utf-8").splitlines()[caught[0].lineno - 1]
+    assert (caught[0].filename, line.strip()) == (__file__, "run(torch.randn(2, N, D))")
+
+
 def test_no_word_where_nothing_is_lost() -> None:
     """A stem and a head in graphs of their own; a number that says what is protected, and a constant r."""
     for options in ({}, {"strict": True}):
@@ -229,6 +253,65 @@ def test_blocks_compiled_one_by_one() -> None:
 def test_pieces_of_strict_raise_what_matters() -> None:
     with pytest.raises(Exception, match="piece of the model"):
         told(Cut("middle"), torch.randn(2, N, D), r=(6, -1), strict=True)
+
+
+class Stem(nn.Module):
+    """A module of its own that Dynamo compiles by itself where it gives up the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+LOGGER = logging.getLogger(__name__)
+
+
+class Logging(Block):
+    def attention(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        LOGGER.info(
+            "no weights under this attention: %s",
+            "choose another",
+        )
+        return super().attention(x, mask)
+
+
+class Complaining(nn.Module):
+    """Every attention logs a line, inside of a try: Dynamo gives up all that stand around it.
+
+    Before, the message came with the stem, and named neither the line nor what it says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.blocks = Stem(), nn.ModuleList(Logging() for _ in range(3))
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            x = self.stem(x)
+            for block in self.blocks:
+                x = block(x)
+            return x
+        finally:
+            self.done = True
+
+
+def test_what_breaks_a_model_that_is_given_up_is_named() -> None:
+    """The statement itself, with what it says, and the setting that Dynamo's hint names; one message."""
+    (message,), report = told(Complaining(), tokens())
+    assert report.graphs > 2
+    assert "torch.compile gave up Complaining as a whole" in message
+    assert "Stem" not in message
+    assert "LOGGER.info('no weights under this attention: %s', 'choose another')" in message
+    assert "test_pieces.py" in message
+    assert "torch._dynamo.config." in message
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(ignore_logger_methods={logging.Logger.info}):
+        messages, report = told(Complaining(), tokens(), strict=True)
+    assert (messages, report.graphs, report.merged_sites) == ([], 1, 3)
 
 
 class NoAttention(nn.Module):

@@ -6,7 +6,7 @@ model = torch.compile(model, backend=tome_backend(r=16))
 from tome_fx.backend import ToMeBackend, ToMeError, ToMeWarning, tome_backend
 from tome_fx.check import Approximation, Check, CheckedMerge, CheckedOutput, NoLawError, check
 from tome_fx.config import ToMeConfig
-from tome_fx.explain import MergeStep, TokenTrace, explain, rewrite, trace_tokens
+from tome_fx.explain import MergedTokens, MergeStep, TokenTrace, explain, kept_tokens, rewrite, trace_tokens
 from tome_fx.export import export
 from tome_fx.matching import register_matcher
 from tome_fx.register import RuleError, register_attention, register_rule
@@ -23,6 +23,7 @@ __all__ = [
     "CheckedMerge",
     "CheckedOutput",
     "MergeStep",
+    "MergedTokens",
     "NoLawError",
     "RuleError",
     "SiteReport",
@@ -38,6 +39,7 @@ __all__ = [
     "clear_reports",
     "explain",
     "export",
+    "kept_tokens",
     "register_attention",
     "register_matcher",
     "register_rule",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -21,13 +22,14 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from tome_fx import passes
 from tome_fx.config import ToMeConfig, from_environment, updated
 from tome_fx.kernels import cpu
-from tome_fx.passes import PortableError, Result, run_pipeline
+from tome_fx.passes import KeptError, PortableError, Result, Target, run_pipeline
 from tome_fx.passes.inner import lengths
 from tome_fx.passes.lower import KERNELS, call_kernels
 from tome_fx.passes.normal.wrappers import closed_input
-from tome_fx.pieces import Piece, piece_of
+from tome_fx.pieces import Piece, compilations, piece_of
 from tome_fx.register import RuleError
 from tome_fx.report import SkipReason, ToMeReport, record
 from tome_fx.schedule import ScheduleError
@@ -64,7 +66,8 @@ class ToMeBackend:
         config = updated(self.config, own) if own else self.config
         if wrong := [key for key in options if config.inner == "inductor" and _is_ours(key)]:
             raise ValueError(f"options of tome_backend begin with tome.: say tome.{wrong[0]} instead of {wrong[0]}")
-        rewritten, report = transform(gm, example_inputs, config)
+        piece = piece_of(gm, config)
+        rewritten, report = transform(gm, example_inputs, config, piece=piece)
         if rewritten is not None:
             on_cpu = _shares_kernels(example_inputs, config)
             if on_cpu:
@@ -76,13 +79,13 @@ class ToMeBackend:
             except torch._dynamo.exc.TorchDynamoException:  # how Dynamo is asked to trace again
                 raise
             except Exception:  # noqa: BLE001 - a graph of ours that does not compile: the same rung as in `transform`
-                report = _internal_error(config)
+                report = _internal_error(config, piece)
             else:
                 if on_cpu:
                     cpu.library()  # no call may meet the dispatcher while the kernels register themselves
-                record(report)
+                record(report, piece.group)
                 return compiled
-        record(report)
+        record(report, piece.group)
         return compile_inner(gm, example_inputs, config.inner, options=options, **kwargs)
 
 
@@ -171,28 +174,32 @@ def tome(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Ca
 
 
 def transform(
-    gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig, portable: bool = False
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    config: ToMeConfig,
+    target: Target | None = None,
+    piece: Piece | None = None,
 ) -> tuple[fx.GraphModule | None, ToMeReport]:
     """The rewritten graph with the placeholders of `gm`, or None where `gm` is to be used as it is, and the report.
-    portable: of plain ATen alone, for where tome_fx is not installed (PortableError where that cannot be).
+    target: what it is rewritten for, if not for this process (PortableError or KeptError where that cannot be).
+    piece: the place of the graph in its model; looked for where it is not given.
 
     `meta[LENGTHS]` of the graph holds the lengths that merges leave, where layers can share kernels by them.
 
     Warns (strict: raises ToMeError) where a site does not pay, nothing merges, or a pass fails.
     """
-    piece = piece_of(gm, config)
+    piece = piece or piece_of(gm, config)
     try:
-        result = _run(gm, inputs, config, piece, portable)
+        result = _run(gm, inputs, config, piece, target)
         lost = _lost(result, config, piece) if piece.cut else []
         if piece.cut and result.captured is not None:
             piece.remember(result.after(piece.first))
         rewritten = None if result.gm is None else finish(gm, result)
-    except (ScheduleError, RuleError, PortableError):
+    except (ScheduleError, RuleError, PortableError, KeptError):
         raise
     except Exception:  # noqa: BLE001 - the last rung of the ladder: a bug of ours must not cost the user's result
-        return None, _internal_error(config)
-    report = result.report
-    report.compile_id = str(CompileContext.current_compile_id() or "")
+        return None, _internal_error(config, piece)
+    report = _placed(result.report, piece)
     _count(report)
     log.info("%s", report)
     if piece.cut:
@@ -204,30 +211,35 @@ def transform(
     return rewritten, report
 
 
-def _run(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig, piece: Piece, portable: bool) -> Result:
+def _run(gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig, piece: Piece, target: Target | None) -> Result:
     """The passes; for a piece of a model a list `r` may be longer than its blocks."""
     try:
-        return run_pipeline(gm, inputs, config, piece.known, portable)
+        return run_pipeline(gm, inputs, config, piece.known, target)
     except ScheduleError as error:
         if not piece.cut:
             raise
         shorter = updated(config, {"r": list(config.r)[: error.blocks]})  # type: ignore[arg-type]
-        result = run_pipeline(gm, inputs, shorter, piece.known, portable)
+        result = run_pipeline(gm, inputs, shorter, piece.known, target)
         result.report.r = config.schedule
         return result
 
 
-def _internal_error(config: ToMeConfig) -> ToMeReport:
+def _placed(report: ToMeReport, piece: Piece) -> ToMeReport:
+    report.compile_id, report.model = str(CompileContext.current_compile_id() or ""), piece.model.name
+    return report
+
+
+def _internal_error(config: ToMeConfig, piece: Piece) -> ToMeReport:
     """The last rung of the fallback ladder: the original graph is compiled, and the traceback is shown."""
     text, error = traceback.format_exc(), sys.exc_info()[1]
     message = f"tome_backend failed on a graph and left it as it is; please report this:\n{text}"
     if config.strict:
         raise ToMeError(message)
-    warnings.warn(message, ToMeWarning, stacklevel=2)
+    _tell_user(message)
     counters["tome_fx"]["internal_errors"] += 1
     first = next(iter(str(error).strip().splitlines()), "")
     what = f"{type(error).__name__}: {first}".removesuffix(": ")
-    return ToMeReport(graphs=1, skipped=[SkipReason("internal error", "", what)], r=config.r)
+    return _placed(ToMeReport(graphs=1, skipped=[SkipReason("internal error", "", what)], r=config.r), piece)
 
 
 def _count(report: ToMeReport) -> None:
@@ -296,14 +308,12 @@ NO_LOSS = "nothing to merge", "not read"
 
 def _tell_of_limit() -> None:
     """Dynamo compiles a function so many times, then runs it as it is and says nothing to the backend."""
-    compiled, limit = CompileContext.current_compile_id(), torch._dynamo.config.recompile_limit
-    if compiled is not None and (compiled.frame_compile_id or 0) + 1 == limit:
-        warnings.warn(
+    limit = torch._dynamo.config.recompile_limit
+    if compilations() == limit:
+        _tell_user(
             f"tome_backend: this is compilation {limit} of one function, and torch._dynamo.config.recompile_limit "
             "allows no more: inputs that need another (another size) will run as the plain model, unmerged. Compile "
-            "with dynamic=True, pad inputs to fewer sizes, or raise that limit.",
-            ToMeWarning,
-            stacklevel=3,
+            "with dynamic=True, pad inputs to fewer sizes, or raise that limit."
         )
 
 
@@ -314,7 +324,23 @@ def _wants_any(r: Any) -> bool:
 def _warn(message: str, config: ToMeConfig) -> None:
     if config.strict:
         raise ToMeError(message)
-    warnings.warn(message, ToMeWarning, stacklevel=3)
+    _tell_user(message)
+
+
+_NOT_THE_USERS = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, __file__, passes.__file__))
+
+
+def _tell_user(message: str) -> None:
+    """Warn at the line that called what was compiled: where a graph broke, lines of the model's own stand inside of
+    it."""
+    frame, level, found = sys._getframe(1), 2, 0
+    while frame is not None:
+        if frame.f_code.co_filename.startswith((*_NOT_THE_USERS, "<")):
+            found = 0 if frame.f_code.co_name == "compile_wrapper" else found
+        else:
+            found = found or level
+        frame, level = frame.f_back, level + 1  # type: ignore[assignment]
+    warnings.warn(message, ToMeWarning, stacklevel=found or 2)
 
 
 def finish(source: fx.GraphModule, result: Result) -> fx.GraphModule:

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map
 
 from tome_fx.backend import ToMeError
 from tome_fx.config import ToMeConfig, config_from
-from tome_fx.explain import check_call
+from tome_fx.explain import APART, check_call
 from tome_fx.passes import Result, run_pipeline
 from tome_fx.passes.algebra.layout import Layout
 from tome_fx.passes.analysis.sites import place
@@ -234,7 +234,7 @@ def check(
     names = ("recompile_limit", "accumulated_recompile_limit")
     with torch._dynamo.config.patch({name: 10_000 for name in names}), _same_random_state(), _same_buffers(model):
         try:
-            torch.compile(model, backend=backend, dynamic=False)(*_copied(args), **_copied(dict(kwargs or {})))
+            torch.compile(model, backend=backend, dynamic=False, **APART)(*_copied(args), **_copied(dict(kwargs or {})))
         except BackendCompilerFailed as error:
             raise error.inner_exception from None  # the user asked us, not torch.compile
     found = _total(graphs, settings)
@@ -405,8 +405,8 @@ class _Comparison:
 
     def _merges(self, merged: MergedRun, tied: TiedRun) -> list[CheckedMerge]:
         found = []
-        for node, merge in self.result.plan.merges.items():
-            step = merge.step
+        for merge in self.result.plan.every:
+            node, step = merge.block.merge, merge.step
             if not self.groups.ran(step):
                 continue
             pairs = merged.pairs.get(step.site, 1.0)

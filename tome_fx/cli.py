@@ -333,7 +333,7 @@ def _explain(args: argparse.Namespace, _: Sequence[str], console: Console) -> No
     with torch.no_grad(), _refusals():
         report = tome_fx.explain(model, (x,), **_config(args))
     console.print(Text.from_ansi(str(report)), soft_wrap=True)
-    _write(args.json, {"model": args.model, "input": list(x.shape), **report.to_dict()})
+    _write(args.json, {**report.to_dict(), "model": args.model, "input": list(x.shape)})
 
 
 def _check(args: argparse.Namespace, _: Sequence[str], console: Console) -> int:
@@ -347,7 +347,7 @@ def _check(args: argparse.Namespace, _: Sequence[str], console: Console) -> int:
         except tome_fx.NoLawError as error:
             raise UserError(str(error)) from error
     console.print(Text.from_ansi(str(found)), soft_wrap=True)
-    _write(args.json, {"model": args.model, "input": list(x.shape), **found.to_dict()})
+    _write(args.json, {**found.to_dict(), "model": args.model, "input": list(x.shape)})
     return int(not found.holds)
 
 
@@ -458,16 +458,21 @@ def _export(args: argparse.Namespace, _: Sequence[str], console: Console) -> Non
             )
         except (ValueError, RuntimeError, ImportError) as error:
             raise UserError(_first_line(error)) from error
-        console.print(f"{args.out}: {args.out.stat().st_size / 2**20:.1f} MiB", highlight=False)
+        console.print(f"{args.out}: {runtimes.size(args.out) / 2**20:.1f} MiB", highlight=False)
         package = runtimes.runtime_of(args.format)
         if package is None:
             console.print(f"not run: the package that runs {args.format} is not installed")
-            return
-        line.update(f"run in {package}")
-        merged = runtimes.loaded(args.format, args.out, (x,))
-        numbers["difference"] = runtimes.difference(merged(), program.module()(x))
-        console.print(f"outputs in {package} differ by {numbers['difference']:.1e} of their size from the program's")
-        if not args.no_time:
+        else:
+            line.update(f"run in {package}")
+            try:
+                merged = runtimes.loaded(args.format, args.out, (x,))
+                got = merged()
+            except Exception as error:  # each runtime has its own: onnxruntime's are no RuntimeError
+                why = _first_line(error)
+                raise UserError(f"{args.out} is written, but {package} does not run it here: {why}") from error
+            apart = numbers["difference"] = runtimes.difference(got, program.module()(x))
+            console.print(f"outputs in {package} differ by {apart:.1e} of their size from the program's")
+        if package is not None and not args.no_time:
             line.update("export and time the plain model")
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / f"plain{args.out.suffix}"

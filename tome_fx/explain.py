@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from inspect import signature
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch._dynamo.exc import BackendCompilerFailed, UserError
 from torch.fx._pytree import tree_flatten_spec
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from tome_fx.backend import ToMeError, transform
 from tome_fx.config import config_from
+from tome_fx.passes import KeptError, Target
 from tome_fx.report import SkipReason, ToMeReport
 
 tome = torch.ops.tome
@@ -49,7 +50,7 @@ def explain(
     told = Counter(torch._dynamo.utils.counters["graph_break"])
     with _isolated(), _undone(model, (args, kwargs)):
         try:
-            torch.compile(model, backend=backend)(*args, **(kwargs or {}))
+            torch.compile(model, backend=backend, **APART)(*args, **(kwargs or {}))
         except BackendCompilerFailed as error:
             raise error.inner_exception from None  # the user asked us, not torch.compile
     total = ToMeReport(r=settings.r)
@@ -60,6 +61,10 @@ def explain(
         lines = [next(iter(why.strip().splitlines()), "") for why in breaks]
         total.skipped += [SkipReason("graph break", "", line) for line in dict.fromkeys(lines)]
     return total
+
+
+APART: dict[str, Any] = {name: True for name in ("isolate_recompiles",) if name in signature(torch.compile).parameters}
+"""For torch.compile, where it knows this: what is compiled to be looked at counts against no limit of the user's."""
 
 
 def check_call(model: Any, args: Any) -> None:
@@ -90,6 +95,20 @@ def _undone(model: Any, inputs: Any) -> Iterator[None]:
                 x.copy_(value)
 
 
+class MergedTokens(NamedTuple):
+    """What a model gives back whose tokens stay merged.
+
+    output: as the model gives it, but for its tokens: [*batch, N', *rest] in the place of [*batch, N, *rest], each row
+    where the token stood that represents its group, in the order of these. sizes: float32 [*batch, N'], how many
+    tokens each row stands for. source: int64 [*batch, N], the row that each token went into. A batch of one has no axis
+    in the last two.
+    """
+
+    output: Any
+    sizes: Tensor
+    source: Tensor
+
+
 def rewrite(
     model: torch.nn.Module,
     args: Sequence[Any] = (),
@@ -98,6 +117,7 @@ def rewrite(
     r: Any = None,
     dynamic_shapes: Any = None,
     plain: bool = True,
+    keep: str = "full",
     **config: Any,
 ) -> fx.GraphModule:
     """The rewritten graph as a module with the call signature of `model`, sharing its parameters.
@@ -107,26 +127,43 @@ def rewrite(
     installed; plain=False keeps our operators, which are faster in Python. Where nothing merges it is the traced graph
     itself, and `.meta["tome_report"]` says why.
 
+    keep="merged": the module gives back `MergedTokens`, whose `output` is the model's own with its tokens left merged:
+    for a language model that is to see fewer of them. How many there are does not depend on the input: `kept_tokens`.
+
     Raises ToMeError where a pass fails, ValueError for options that cannot leave Python (matchers of your own, with
-    plain=True), and what torch.export raises where the model cannot be traced whole.
+    plain=True) and, with keep="merged", for a model whose outputs hold no merged tokens or hold them after different
+    merges, and what torch.export raises where the model cannot be traced whole.
     """
-    settings = {"r": r, **config}
-    gm, report = _rewritten(model, args, kwargs, settings, dynamic_shapes=dynamic_shapes, portable=plain)
+    if keep not in ("full", "merged"):
+        raise ValueError(f"keep must be full or merged, got {keep!r}")
+    target = Target("mask" if plain else "", keep == "merged")
+    gm, report = rewritten_module(model, args, kwargs, {"r": r, **config}, dynamic_shapes, target)
     gm.meta["tome_report"] = report
     for module in gm.modules():
         module.training = model.training
     return gm
 
 
-def _rewritten(
+def kept_tokens(gm: fx.GraphModule) -> int:
+    """How many rows of merged tokens a module of `rewrite(..., keep="merged")` gives back, known without a call: an
+    int, or a SymInt where the model's number of tokens is free. Raises ValueError for any other module."""
+    output = gm.graph.output_node().args[0]
+    if not isinstance(gm._out_spec, TreeSpec) or gm._out_spec.context is not MergedTokens:
+        raise ValueError('not a module of rewrite(..., keep="merged")')
+    sizes, _ = tree_leaves(output)[-2:]
+    count: int = sizes.meta["val"].shape[-1]
+    return count
+
+
+def rewritten_module(
     model: torch.nn.Module,
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
     config: Mapping[str, Any],
-    *,
     dynamic_shapes: Any = None,
-    portable: bool = False,
+    target: Target | None = None,
 ) -> tuple[fx.GraphModule, ToMeReport]:
+    """The module of `rewrite`, and its report. target: as `transform` takes it."""
     settings = config_from({"inner": "eager", **config})
     check_call(model, args)
     if not isinstance(model, torch.nn.Module):
@@ -134,15 +171,20 @@ def _rewritten(
     exported = _exported(model, tuple(args), in_order(model, kwargs or {}), dynamic_shapes)
     source = _module(exported)
     flat = [_flat_value(node) for node in source.graph.find_nodes(op="placeholder")]
-    rewritten, report = transform(source, flat, settings, portable)
+    rewritten, report = transform(source, flat, settings, target)
     if any(s.kind == "internal error" for s in report.skipped):
         raise ToMeError(str(report.skipped[0]))
+    kept = target is not None and target.kept
     if rewritten is None:
+        if kept:
+            raise KeptError(report.summary())
         return source, report
     rewritten.graph._codegen = copy.deepcopy(source.graph._codegen)
     for name in ("_in_spec", "_out_spec"):
         if hasattr(source, name):
             setattr(rewritten, name, getattr(source, name))
+    if kept:
+        _told_beside(rewritten)
     _flatten_output(rewritten.graph)
     rewritten.recompile()
     return rewritten, report
@@ -160,7 +202,7 @@ def _exported(model: torch.nn.Module, args: Any, kwargs: Any, dynamic_shapes: An
 
 def in_order(model: torch.nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments in the order of the model's signature, so that the traced module takes them by position too."""
-    names = [name for name in inspect.signature(model.forward).parameters if name in kwargs]
+    names = [name for name in signature(model.forward).parameters if name in kwargs]
     return {name: kwargs[name] for name in dict.fromkeys([*names, *kwargs])}
 
 
@@ -176,6 +218,15 @@ def _module(exported: Any) -> fx.GraphModule:
 
 def _flat_value(node: fx.Node) -> Any:
     return node.meta.get("val")
+
+
+def _told_beside(gm: fx.GraphModule) -> None:
+    """Two more outputs: the module gives back `MergedTokens`."""
+    own: Any = gm._out_spec
+    output = tree_unflatten(range(own.num_leaves), own)
+    gm._out_spec = tree_flatten(MergedTokens(output, 0, 0))[1]  # type: ignore[arg-type]
+    codegen: Any = gm.graph._codegen
+    codegen.pytree_info = codegen.pytree_info._replace(out_spec=gm._out_spec)
 
 
 def _flatten_output(graph: fx.Graph) -> None:
@@ -249,16 +300,16 @@ def trace_tokens(
 
     Raises what `rewrite` raises.
     """
-    gm, report = _rewritten(model, args, kwargs, {"r": r, **config})
+    gm, report = rewritten_module(model, args, kwargs, {"r": r, **config})
     recorder = _MatchRecorder(gm)
     with torch.no_grad():
         recorder.run(*_flat_inputs(gm, args, kwargs), enable_io_processing=False)
     merges: list[MergeStep] = []
-    groups: Tensor | None = None
+    known: dict[int, Tensor] = {}
     for node, (assign, _, moved, similarity, *_) in recorder.found:
-        continues = groups is not None and int(groups.max()) + 1 == assign.shape[-1]
         assign = assign[None] if assign.dim() == 1 else assign  # a batch of one has no axis in the graph
-        groups = assign.gather(-1, groups) if continues and groups is not None else assign
+        before_it = known.get(node.meta["tome_prev"])
+        groups = known[node.meta["tome_step"]] = assign if before_it is None else assign.gather(-1, before_it)
         before = assign.shape[-1]
         similarity = similarity[None] if similarity.dim() == 1 else similarity
         prefix = int(node.args[_MATCHES[node.target]])  # type: ignore[arg-type, index]

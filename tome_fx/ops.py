@@ -294,8 +294,9 @@ def seen_first(weight: Tensor, assign: Tensor, keep: Tensor, moved: Tensor) -> t
     rank = torch.arange(moved.shape[-1], device=moved.device).expand_as(moved)
     hidden = weight.gather(dim, keep) <= 0.5
     r, places = moved.shape[-1], keep.shape[-1]
-    offered = torch.where((weight.gather(dim, moved) > 0.5) & hidden.gather(dim, slot), rank, r)
-    chosen = torch.full_like(keep, r).scatter_reduce(dim, slot, offered, "amin")
+    offered = torch.where((weight.gather(dim, moved) > 0.5) & hidden.gather(dim, slot), r - rank, 0)
+    # By the greatest, as `merge_bias_aten` does: a runtime must know one reduction.
+    chosen = r - torch.zeros_like(keep).scatter_reduce(dim, slot, offered, "amax")
     own = torch.arange(places, device=keep.device) + r
     lead = torch.cat([moved, keep], dim).gather(dim, torch.where(chosen < r, chosen, own))
     return lead, torch.where(chosen.gather(dim, slot) == rank, keep.gather(dim, slot), moved)
@@ -340,15 +341,24 @@ def _must_begin(name: str, x: Tensor, shape: tuple[int, ...], dims: int) -> None
 # -- merge -------------------------------------------------------------------------------------------------------------
 
 
-def merge_aten(x: Tensor, size: Tensor | None, size_out: Tensor, assign: Tensor, keep: Tensor, moved: Tensor) -> Tensor:
-    """`merge`, spelled out."""
+def merge_aten(
+    x: Tensor,
+    size: Tensor | None,
+    size_out: Tensor,
+    assign: Tensor,
+    keep: Tensor,
+    moved: Tensor,
+    rows: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """`merge`, spelled out. rows: how rows of x are read by an index."""
+    rows = rows or unmerge_aten
     dim = assign.dim() - 1
     slot = assign.gather(dim, moved)
     wide = torch.promote_types(x.dtype, torch.float32)
     share = size_out.gather(dim, slot).to(wide)
     share = share.reciprocal() if size is None else size.gather(dim, moved).to(wide) / share
-    out = x.gather(dim, _index(keep, x)).to(wide)
-    joining = x.gather(dim, _index(moved, x)).to(wide) - out.gather(dim, _index(slot, x))
+    out = rows(x, keep).to(wide)
+    joining = rows(x, moved).to(wide) - rows(out, slot)
     return out.scatter_add(dim, _index(slot, x), joining * _column(share, x)).to(x.dtype)
 
 

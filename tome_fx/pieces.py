@@ -6,6 +6,10 @@ blocks come before and after it.
 
 from __future__ import annotations
 
+import ast
+import inspect
+import itertools
+import linecache
 import sys
 import weakref
 from collections.abc import Iterator
@@ -14,7 +18,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.cache_size import CacheSizeRelevantForFrame
 from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.utils import graph_break_reasons
 from torch._guards import CompileContext, TracingContext
 
 from tome_fx.passes.analysis.special import Before
@@ -24,10 +30,12 @@ from tome_fx.passes.analysis.special import Before
 class Model:
     """What is known of a model while its graphs are compiled: whether one had attention, whether the user was told.
 
-    cut: why its graphs are pieces; empty for a model that is one graph. remedy: what to do about it. after: what each
-    frame's graph told of the tokens that it gives out, by the number of the frame.
+    name: of what the user called. cut: why its graphs are pieces; empty for a model that is one graph. remedy: what to
+    do about it. after: what each frame's graph told of the tokens that it gives out, by the number of the frame.
     """
 
+    name: str = ""
+    number: int = field(default_factory=itertools.count().__next__)
     attention: bool = False
     told: bool = False
     cut: str = ""
@@ -48,17 +56,24 @@ _MODELS: weakref.WeakKeyDictionary[Any, dict[Any, Model]] = weakref.WeakKeyDicti
 
 @dataclass
 class Piece:
-    """A graph as a part of its model. last: no graph break ends it. frame: Dynamo's number of the code that it comes
-    from. shared: other modules of the model may run the same code."""
+    """A graph as a part of its model. last: no graph break ends it, and it is no module that Dynamo compiles by itself
+    since it gave up the whole. frame: Dynamo's number of the code that it comes from. nth: which compilation of that
+    code it is. shared: other modules of the model may run the same code."""
 
     model: Model
     last: bool
     frame: int = 0
+    nth: int = 0
     shared: bool = False
 
     @property
     def cut(self) -> str:
         return self.model.cut
+
+    @property
+    def group(self) -> tuple[int, int] | None:
+        """What the graphs of one model have in common; None where one graph is all of it."""
+        return (self.model.number, self.nth) if self.cut else None
 
     @property
     def known(self) -> dict[int, Before]:
@@ -79,16 +94,17 @@ def piece_of(gm: fx.GraphModule, config: Any) -> Piece:
     if TracingContext.try_get() is None:
         return Piece(Model(), last=True)
     owner, modules, asked = _owner()
-    model = Model()
+    model = Model(name=getattr(owner, "__qualname__", type(owner).__qualname__) if owner is not None else "")
     if owner is not None:
         model = _MODELS.setdefault(owner, {}).setdefault(config, model)
     reason = getattr(gm, "compile_subgraph_reason", None)
     broken = reason is not None and reason.graph_break
-    if not model.cut and (broken or reason is None or len(modules) > 1):
+    given_up = not broken and len(modules) > 1 and asked is modules[0]
+    if given_up or (not model.cut and (broken or reason is None or len(modules) > 1)):
         model.cut, model.remedy = _cause(reason if broken else None, modules, asked)
     compiled = CompileContext.current_compile_id()
-    frame = (compiled.frame_id or 0) if compiled is not None else 0
-    return Piece(model, last=not broken, frame=frame, shared=len(modules) > 1)
+    frame, nth = (compiled.frame_id or 0, compiled.frame_compile_id or 0) if compiled is not None else (0, 0)
+    return Piece(model, last=not (broken or given_up), frame=frame, nth=nth, shared=len(modules) > 1)
 
 
 def _cause(reason: Any, modules: list[torch.nn.Module], asked: Any) -> tuple[str, str]:
@@ -98,13 +114,7 @@ def _cause(reason: Any, modules: list[torch.nn.Module], asked: Any) -> tuple[str
         cause = "torch.compile splits the graph at the gradient buckets of DistributedDataParallel"
         return cause, "Set torch._dynamo.config.optimize_ddp = False before the first call: it is one graph then"
     if reason is not None:
-        remedy = "Compile the whole model as one graph (fullgraph=True shows what breaks it)"
-        if "capture_scalar_outputs" in reason.reason:
-            remedy = (
-                "Set torch._dynamo.config.capture_scalar_outputs = True: numbers that are read from tensors stay in "
-                "the graph then"
-            )
-        return f"torch.compile breaks the graph {_where(reason)}", remedy
+        return f"torch.compile breaks the graph {_where(reason)}", _remedy(reason)
     if len(modules) < 2:
         return "the graph was split before it came here", "Hand the backend the whole graph"
     inner, outer = (type(m).__name__ for m in (modules[-1], modules[0]))
@@ -113,9 +123,36 @@ def _cause(reason: Any, modules: list[torch.nn.Module], asked: Any) -> tuple[str
     if sharded is not None and isinstance(modules[-1], sharded.FSDPModule):
         return f"{cause}, as fully_shard was applied to it", f"Apply fully_shard to {outer} alone: it is one graph then"
     if asked is modules[0]:
-        cause = f"torch.compile gave up {outer} as a whole and compiles {inner} by itself"
+        cause, broke = f"torch.compile gave up {outer} as a whole and compiles {inner} by itself", _broke(modules)
+        if broke is not None:
+            return f"{cause}: the graph breaks {_where(broke)}", _remedy(broke)
         return cause, f"See what breaks {outer} (fullgraph=True says it)"
     return cause, f"Compile {outer} instead"
+
+
+def _broke(modules: list[torch.nn.Module]) -> Any:
+    """The last graph break that Dynamo met inside of the forward of one of these modules, or None."""
+    codes = [getattr(inspect.unwrap(type(module).forward), "__code__", None) for module in modules]
+    places = {(code.co_filename, code.co_name) for code in codes if code is not None}
+    met = (r for r in reversed(graph_break_reasons) if any((f.filename, f.name) in places for f in r.user_stack))
+    return next(met, None)
+
+
+def _remedy(reason: Any) -> str:
+    """What to do about a graph break: a setting where Dynamo's hints name one."""
+    if "capture_scalar_outputs" in reason.reason:
+        return (
+            "Set torch._dynamo.config.capture_scalar_outputs = True: numbers that are read from tensors stay in "
+            "the graph then. Or pass them as Python numbers"
+        )
+    if "data-dependent" in reason.reason.lower():
+        return (
+            "Pass numbers that are read from tensors as Python numbers instead (lengths.tolist() before the call): the "
+            "compiler knows them as sizes then"
+        )
+    hints = [line.strip() for line in reason.reason.split("  Hint: ")[1:] if "torch._dynamo.config." in line]
+    what = "Compile the whole model as one graph (fullgraph=True shows what breaks it)"
+    return f"{what}, or do what Dynamo says: {hints[0].rstrip('.')}" if hints else what
 
 
 def _where(reason: Any) -> str:
@@ -123,8 +160,31 @@ def _where(reason: Any) -> str:
     if not reason.user_stack:
         return f"({what})"
     frame = reason.user_stack[-1]
-    line = f" `{frame.line.strip()}`" if frame.line else ""
-    return f"at {frame.filename}:{frame.lineno}{line} ({what})"
+    statement = _statement(frame)
+    return f"at {frame.filename}:{frame.lineno}{statement and f' `{statement}`'} ({what})"
+
+
+def _statement(frame: Any) -> str:
+    """The statement at a line, which often says itself what is wrong (a call of a logger); its first line where it is
+    long."""
+    first = (frame.line or "").strip()
+    try:
+        tree = ast.parse("".join(linecache.getlines(frame.filename)))
+    except (SyntaxError, ValueError):
+        return first
+    spans = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.stmt) and node.lineno <= frame.lineno <= (node.end_lineno or node.lineno)
+    ]
+    if not spans:
+        return first
+    whole = ast.unparse(max(spans, key=lambda node: node.lineno))
+    return whole if len(whole) <= LONG and "\n" not in whole else first
+
+
+LONG = 400
+"""Characters of source that a message shows at most."""
 
 
 def _owner() -> tuple[Any, list[torch.nn.Module], Any]:
@@ -143,7 +203,16 @@ def _owner() -> tuple[Any, list[torch.nn.Module], Any]:
     return running[-1] if running else asked, running[::-1], asked
 
 
-_READ = "_call_impl", "compile_wrapper", "compile_fn"
+def compilations() -> int:
+    """How many compilations of the function that Dynamo compiles now count against its limit, this one too; 0 outside
+    of Dynamo."""
+    for _, held in _frames():
+        if isinstance(counted := held.get("cache_size"), CacheSizeRelevantForFrame):
+            return counted.num_cache_entries_with_same_id_matched_objs + 1
+    return 0
+
+
+_READ = "_call_impl", "compile_wrapper", "compile_fn", "_compile"
 """Functions of torch whose arguments say who called."""
 
 

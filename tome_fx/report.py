@@ -61,6 +61,7 @@ class ToMeReport:
     left as they were. flops_before, flops_after: estimated floating-point operations of one forward pass, all rows
     counted. unread_ops: ops that compute fewer rows since nobody reads the others (the last block of a model that is
     read at its class token; a merge that only they would go through is not made). seconds: time spent in each pass.
+    model: the class or function that was called, where torch.compile was. compile_id: Dynamo's, of each graph.
     """
 
     graphs: int = 0
@@ -74,6 +75,7 @@ class ToMeReport:
     seconds: dict[str, float] = field(default_factory=dict)
     r: Any = None
     compile_id: str = ""
+    model: str = ""
 
     @property
     def attention_sites(self) -> int:
@@ -110,6 +112,8 @@ class ToMeReport:
             "unknown_ops": self.unknown_ops,
             "seconds": self.seconds,
             "r": self.r,
+            "compile_id": self.compile_id,
+            "model": self.model,
         }
 
     def __add__(self, other: ToMeReport) -> ToMeReport:
@@ -130,7 +134,8 @@ class ToMeReport:
             unknown,
             seconds,
             self.r if self.r is not None else other.r,
-            self.compile_id or other.compile_id,
+            ", ".join(dict.fromkeys(filter(None, [self.compile_id, other.compile_id]))),
+            self.model or other.model,
         )
 
     def summary(self) -> str:
@@ -146,12 +151,15 @@ class ToMeReport:
                     "is given)"
                 )
             return f"nothing merged in {graphs} with {self.attention_sites} attention sites: {why}"
-        chains: list[tuple[int, int]] = []
-        for start, end in (site.tokens for site in self.sites if site.merged and site.placement == "stream"):
-            if chains and chains[-1][1] == start:
-                start = chains.pop()[0]
-            chains.append((start, end))
-        tokens = "".join(f"{start} -> {end} tokens, " for start, end in dict.fromkeys(chains))
+        chains: list[tuple[int, int, str]] = []
+        for site in self.sites:
+            if site.merged and site.placement == "stream":
+                (start, end), name = site.tokens, site.name
+                before = [c for c in chains if c[1] == start and (c[2] != name or not name)]
+                if before:  # parts of one stream take turns
+                    chains.remove(before[-1])
+                chains.append((before[-1][0] if before else start, end, name))
+        tokens = "".join(f"{start} -> {end} tokens, " for start, end in dict.fromkeys(c[:2] for c in chains))
         branches, mlps = (self.merged_by_placement[name] for name in ("branch", "mlp"))
         alone = f", {branches} of them around the attention alone" if branches else ""
         alone += f", {mlps} in the MLP alone" if mlps else ""
@@ -171,6 +179,11 @@ class ToMeReport:
             console.print(self._site_table())
         if self.unmerges:
             console.print(self._unmerge_table())
+            if {u.op for u in self.unmerges} == {"output"}:
+                console.print(
+                    "All tokens are given back at outputs alone. If the model goes on from there, torch.compile broke "
+                    "it into graphs: TORCH_LOGS=graph_breaks says where."
+                )
         for reason in dict.fromkeys(self.skipped):
             if not any(site.skipped and site.name == reason.where for site in self.sites):
                 console.print(f"skipped: {reason}", markup=False)
@@ -218,16 +231,25 @@ def _flops(count: float) -> str:
 
 
 KEPT = 1000
-_REPORTS: deque[ToMeReport] = deque(maxlen=KEPT)
+_REPORTS: deque[tuple[Any, ToMeReport]] = deque(maxlen=KEPT)
 
 
-def record(report: ToMeReport) -> None:
-    _REPORTS.append(report)
+def record(report: ToMeReport, group: Any = None) -> None:
+    """Keep a report. group: what it shares with those of other graphs of its model; they are kept as one."""
+    for i in range(len(_REPORTS) - 1, -1, -1) if group is not None else ():
+        held, earlier = _REPORTS[i]
+        if held == group:
+            if report.compile_id not in earlier.compile_id.split(", "):  # else the same model, compiled anew
+                _REPORTS[i] = held, earlier + report
+                return
+            break
+    _REPORTS.append((group, report))
 
 
 def reports() -> list[ToMeReport]:
-    """The reports of the graphs compiled by tome_backend in this process, oldest first: of the last thousand."""
-    return list(_REPORTS)
+    """What tome_backend compiled in this process, oldest first, the last thousand: one report for each model and each
+    of its compilations (another size is one more), however many graphs torch.compile cut it into."""
+    return [report for _, report in _REPORTS]
 
 
 def clear_reports() -> None:

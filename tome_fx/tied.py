@@ -117,15 +117,17 @@ class Marked:
         captured = result.captured
         assert captured is not None
         # Decisions are of all merges; those that nobody reads fall out again.
-        plan = replace(result.plan, merges={**result.plan.merges, **result.plan.unread})
+        merges = {node: list(found) for node, found in result.plan.merges.items()}
+        for node, found in result.plan.unread.items():
+            merges[node] = sorted([*merges.get(node, []), *found], key=lambda merge: merge.step.site)
+        plan = replace(result.plan, merges=merges)
         emitter = _Noting(captured, result.facts, plan)
         graph = emitter.run_graph()
         for step, held in emitter.steps.held.items():
             if step.base is None:
                 for name in ("assign", "keep"):
                     _mark(getattr(held, name).node, "tome_groups", (step.site, name))
-                (match,) = held.assign.node.all_input_nodes
-                _mark(match, "tome_pairs", step.site)
+                _mark(_match_of(held.assign.node), "tome_pairs", step.site)
         for node, value in emitter.env.items():
             if isinstance(value, Traced) and (node in result.plan.merges or is_random(node)):
                 _mark(value.node, "tome_value", node.name)
@@ -135,6 +137,14 @@ class Marked:
             drop_unread(self.gm)
         verify(captured.gm, self.gm)
         self.joins = list(dict.fromkeys(emitter.joins))
+
+
+def _match_of(assign: fx.Node) -> fx.Node:
+    """The matching that an index comes from, which may have seen a part of the tokens."""
+    left = [assign]
+    while "tome_step" not in left[0].meta:
+        left += left.pop(0).all_input_nodes
+    return left[0]
 
 
 def _mark(node: fx.Node, name: str, value: Any) -> None:
@@ -292,7 +302,7 @@ class Groups:
 
     def __init__(self, result: Result, config: ToMeConfig, merged: MergedRun) -> None:
         self.facts, self.config, self.found = result.facts, config, merged.groups
-        self.merges = {merge.step: merge for merge in result.plan.merges.values()}
+        self.merges = {merge.step: merge for merge in result.plan.every}
         self._index: dict[Step, Tensor] = {}
         self._lead: dict[Step, Tensor] = {}
         self.masked: dict[Step, Tensor] = {}
@@ -488,20 +498,20 @@ class TiedRun(PlainRun):
         self.moved: dict[Step, float] = {}
         self.joined: dict[Join, float] = {}
         self.values: dict[str, Tensor] = {}
-        masks = [mask.node for merge in self.plan.merges.values() for mask in merge.block.masks]
+        masks = [mask.node for merge in self.plan.every for mask in merge.block.masks]
         self.kept = _above(masks)
 
     def after(self, node: fx.Node, value: Any) -> Any:
-        merge = self.plan.merges.get(node)
-        if merge is None:
-            return value
-        step = merge.step
-        if not merge.block.operands and self.groups.ran(step):
-            self._see(merge)
-            tied = self.groups.tied(value, self.facts.dims(node), merge.dim, merge.key, [step], Fill.MEAN)
-            self.moved[step] = relative(tied, value)
-            value = tied
-        self.values[node.name] = value
+        merges = self.plan.merges.get(node, [])
+        for merge in merges:
+            step = merge.step
+            if not merge.block.operands and self.groups.ran(step):
+                self._see(merge)
+                tied = self.groups.tied(value, self.facts.dims(node), merge.dim, merge.key, [step], Fill.MEAN)
+                self.moved[step] = relative(tied, value)
+                value = tied
+        if merges:
+            self.values[node.name] = value
         return value
 
     def value(self, node: fx.Node) -> Any:
@@ -528,7 +538,8 @@ class TiedRun(PlainRun):
 
     def _read(self, node: fx.Node) -> dict[tuple[str, int | None, fx.Node], Tensor]:
         """The operands of a node that it reads tied, by argument."""
-        merge, call, found = self.plan.merges.get(node), self.facts.calls.get(node), {}
+        call, found = self.facts.calls.get(node), {}
+        merge = next(iter(self.plan.merges.get(node, [])), None)
         for join in self.at.get(node, ()) if call is not None else ():
             assert call is not None
             merges = is_merge(join, self.plan, self.facts)
@@ -576,8 +587,8 @@ class TiedRun(PlainRun):
 
 def is_merge(join: Join, plan: Plan, facts: Facts) -> bool:
     """Whether an operand is what its op's merge merges."""
-    merge = plan.merges.get(join.node)
-    return merge is not None and any(facts.calls[join.node].nodes[i] is join.source for i, _ in merge.block.operands)
+    inside = [i for merge in plan.merges.get(join.node, []) for i, _ in merge.block.operands]
+    return any(facts.calls[join.node].nodes[i] is join.source for i in inside)
 
 
 def _above(nodes: Sequence[fx.Node]) -> set[fx.Node]:
@@ -619,7 +630,7 @@ def _as_number(mask: Tensor, fill: Fill, call: Call | None) -> Tensor:
         value, drops = parts
         drop = mask if drops else ~mask
         return torch.where(drop, value, 0.0) if fill is Fill.BIAS else torch.where(drop, 0.0, 1.0)
-    return torch.where(mask, 0.0, float("-inf"))
+    return torch.where(mask, 0.0, float("-inf")) if fill is Fill.BIAS else mask
 
 
 def _parts(call: Call) -> tuple[float, bool] | None:

@@ -32,12 +32,17 @@ _serial = count()
 
 
 def expr(size: Size) -> Expr:
-    """The size as an int or a sympy expression: comparing it adds no guard."""
+    """The size as an int or a sympy expression: comparing it adds no guard. A number of the caller's is a symbol of any
+    sign to torch; where it is known to be a length its symbol says so."""
     if isinstance(size, int):
         return size
     if size.node.is_constant():
         return int(size)
-    held = size.node.expr
+    node: Any = size.node
+    held, known = node.expr, node.shape_env.var_to_range
+    lengths = [s for s in held.free_symbols if s.is_nonnegative is None and s in known and known[s].lower >= 0]
+    if lengths:
+        held = held.xreplace({s: sympy.Symbol(s.name, integer=True, nonnegative=True) for s in lengths})
     return held if held.is_Symbol else sympy.expand(held)
 
 
@@ -46,7 +51,11 @@ def sized(size: Expr, held: Any) -> Size:
     or a fake mode; an int needs none."""
     if isinstance(size, int) or size.is_Integer:
         return int(size)
-    found: torch.SymInt = held.shape_env.create_symintnode(size, hint=None)
+    env = held.shape_env
+    if strange := {s for s in size.free_symbols if s not in env.var_to_range}:
+        own = {s.name: s for s in env.var_to_range}
+        size = size.xreplace({s: own[s.name] for s in strange})
+    found: torch.SymInt = env.create_symintnode(size, hint=None)
     return found
 
 
@@ -59,9 +68,11 @@ def at_most(a: Expr, b: Expr) -> bool:
     return bool(a <= b) if isinstance(a, int) and isinstance(b, int) else sympy.expand(b - a).is_nonnegative is True
 
 
-def from_front(index: Expr, size: Expr) -> Expr:
-    """An index or a bound as Python counts it, from the front: -1 is the last, -n the n-th last for a symbol n too."""
-    return index + size if at_most(index, -1) else index
+def from_front(index: Size, size: Expr) -> Expr:
+    """An index or a bound as Python counts it, from the front: -1 is the last, -n the n-th last for a symbol n too.
+    Torch has guarded the sign of one that it has seen."""
+    at, seen = expr(index), index.node.hint if isinstance(index, torch.SymInt) else 0
+    return at + size if at_most(at, -1) or (isinstance(seen, int) and seen < 0) else at
 
 
 def quotient(a: Expr, b: Expr) -> Expr | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 from .axes import Dim, Dims, Expr, Size, at_most, leaves
 from .axes import expr as size_expr
@@ -23,10 +24,11 @@ class Step:
 
     `branch`: the merge is undone where it meets a value of full length that depends on the model's input.
 
-    `shift(lo, hi)` is the same merge on an axis with `lo` more tokens in front and `hi` more behind (negative: fewer).
-    A slice that drops the class token and a `cat` that puts it back cancel exactly, so that queries, keys and
-    values that took different ways hold the *same* step object. What is shifted by may be symbolic: text of any length
-    before an image.
+    `shift(lo, hi)` is the same merge on an axis with `lo` more tokens in front and `hi` more behind, `within(lo, hi)`
+    on one that lacks so many. A slice that drops the class token and a `cat` that puts it back cancel exactly, so that
+    queries, keys and values that took different ways hold the *same* step object. What is shifted by may be symbolic:
+    text of any length before an image. offset: by how much, counted in tokens `before` this merge. ends: the tokens of
+    full length before and behind those that may merge; prefix and suffix are what other merges left of them.
     """
 
     site: int
@@ -36,32 +38,57 @@ class Step:
     after: Size
     prefix: Size
     suffix: Size
+    ends: tuple[Size, Size]
     branch: bool = False
     base: Step | None = None
     offset: tuple[Size, Size] = (0, 0)
-    variants: dict[tuple[Expr, Expr], Step] = field(default_factory=dict, repr=False)
+    variants: dict[tuple[Expr, Expr, Step | None], Step] = field(default_factory=dict, repr=False)
     _chain: tuple[Step, ...] = field(default=(), repr=False)
 
     def shift(self, lo: Size, hi: Size) -> Step:
-        base = self.base or self
+        return self._moved((lo, hi), (lo, hi), self.prev.shift(lo, hi) if self.prev else None)
+
+    def _moved(self, ends: tuple[Size, Size], full: tuple[Size, Size], prev: Step | None) -> Step:
+        """The same merge with more tokens at its ends, so many before this merge and at full length, after others."""
+        (lo, hi), base = ends, self.base or self
         offset = (self.offset[0] + lo, self.offset[1] + hi)
-        key = (size_expr(offset[0]), size_expr(offset[1]))
-        if key == (0, 0):
+        key = (size_expr(offset[0]), size_expr(offset[1]), prev)
+        if key == (0, 0, base.prev):
             return base
         if key not in base.variants:
             base.variants[key] = replace(
                 base,
-                prev=base.prev.shift(*offset) if base.prev else None,
+                prev=prev,
                 before=base.before + sum(offset),
                 after=base.after + sum(offset),
                 prefix=base.prefix + offset[0],
                 suffix=base.suffix + offset[1],
+                ends=(self.ends[0] + full[0], self.ends[1] + full[1]),
                 base=base,
                 offset=offset,
                 variants={},
                 _chain=(),
             )
         return base.variants[key]
+
+    def within(self, lo: Size, hi: Size) -> Part | None:
+        """What this merge and those before it are to a part of the axis, all but `lo` tokens of full length in front
+        and `hi` behind; None where its ends are among tokens that merge."""
+        if {size_expr(lo), size_expr(hi)} == {0}:
+            return Part(self, 0, self.after)
+        kept: Step | None = None
+        front, back, full = lo, hi, self.full
+        for step in self.chain():
+            before, behind = step.ends
+            if _fits(lo, before) and _fits(hi, behind):
+                kept = step._moved((-front, -back), (-lo, -hi), kept)
+            elif _fits(full - behind, lo):
+                front = front - (step.before - step.after)
+            elif _fits(full - before, hi):
+                back = back - (step.before - step.after)
+            else:
+                return None
+        return Part(kept, front, self.after - front - back)
 
     def chain(self) -> tuple[Step, ...]:
         if not self._chain:
@@ -78,6 +105,31 @@ class Step:
 
     def fixed_suffix(self) -> Expr:
         return _least([step.suffix for step in self.chain()])
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a merged axis. step: of the merges those among its own tokens. start, length: where it stands."""
+
+    step: Step | None
+    start: Size
+    length: Size
+
+
+def _fits(some: Size, among: Size) -> bool:
+    return at_most(size_expr(some), size_expr(among))
+
+
+def rejoined(parts: Sequence[tuple[Size, Step | None]]) -> Step | None:
+    """The merges of an axis that was cut into parts, (length before any merge, merges) each; None where these are not
+    all of them."""
+    ends = [*accumulate(length for length, _ in parts)]
+    for whole in dict.fromkeys(step.base for _, step in parts if step is not None and step.base is not None):
+        behind = [*(whole.full - end for end in ends[:-1]), 0]
+        found = [whole.within(lo, hi) for lo, hi in zip([0, *ends], behind, strict=False)]
+        if all(part is not None and part.step is step for part, (_, step) in zip(found, parts, strict=True)):
+            return whole
+    return None
 
 
 def _least(sizes: Sequence[Size]) -> Expr:

@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from tome_fx.config import ToMeConfig
 from tome_fx.report import SkipReason
 
-from ..algebra.axes import Dim
+from ..algebra.axes import Dim, Size
 from .masks import KeyMask
 from .partition import Room
 from .sites import AttentionSite
@@ -30,7 +30,8 @@ class Block:
 
     tokens: the leaves of the token axis. sample: the leaves along which each entry is merged on its own.
     spot: the node whose value is merged, or whose operands are, and the stream that they are compared by. special:
-    tokens that never merge. length: tokens before any merge. crossed: the tokens are the queries of cross attention.
+    tokens that never merge. length: tokens before any merge. around: how many others the stream holds in front of them
+    and behind, that this attention does not see. crossed: the tokens are the queries of cross attention.
     mlp: what merges is the MLP that reads the stream of the site.
     masks: the masks of keys, which give a token no weight. parts: the mask of pairs within whose parts tokens merge.
     room: how many of them may. turn: the sites that merge before it along its chain, and all of the chain.
@@ -43,6 +44,7 @@ class Block:
     spot: Spot
     special: Special
     length: Any
+    around: tuple[Size, Size] = (0, 0)
     crossed: bool = False
     mlp: bool = False
     masks: tuple[KeyMask, ...] = ()
@@ -63,6 +65,11 @@ class Block:
     @property
     def stream(self) -> fx.Node:
         return self.spot.stream
+
+    @property
+    def alone(self) -> bool:
+        """Whether its tokens are all that the stream holds."""
+        return all(isinstance(size, int) and size == 0 for size in self.around)
 
     @property
     def branch(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ..algebra.axes import Atom, count_of, leaves
+from ..algebra.axes import Atom, Size, count_of, leaves
 from ..algebra.layout import Layout, Step
 from ..rules import Call, Decision
 from ..rules.base import Fill, Rule
@@ -149,11 +149,11 @@ class Bill:
                     share = size_hint(goal[shared].before) / max(size_hint(step.full), 1) / len(goal[shared:])
                     self.spent[step.site][each] += getattr(self.costs[step.site], each) * elements * grown * share
 
-    def merge(self, block: Block, step: Step, *, matched: bool) -> None:
-        """Matching compares half of the tokens with the other half; merging reads every element once. matched: whether
-        the groups are another step's."""
+    def merge(self, block: Block, step: Step, length: Size, *, matched: bool) -> None:
+        """Matching compares half of the tokens with the other half; merging reads every element once. length: of the
+        tokens that it sees. matched: whether the groups are another step's."""
         costs = self.costs[step.site]
-        before, full = size_hint(step.before), max(size_hint(step.full), 1)
+        before, full = size_hint(length), max(size_hint(step.full), 1)
         k, wide = block.site.k, width(block, self.facts)
         count = elements_of(block.stream if block.mlp else block.merge)
         tokens = max(count // wide * before // full, 1)
@@ -167,7 +167,7 @@ class Bill:
             inner = heads = wide
         else:
             inner = prod(size_hint(k.node.meta["val"].shape[d]) for d in k.features)
-            heads = elements_of(k.node) * before // full // tokens
+            heads = elements_of(k.node) * before // max(size_hint(block.length), 1) // tokens
         compare = 2.0 * samples * (before / 2) ** 2 * inner
         self.spent[step.site]["match"] += compare + costs.match * tokens * heads
         self.spent[step.site]["merge"] += costs.merge * elements

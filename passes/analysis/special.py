@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..algebra.axes import Dim, leaves, same, size_of
+from ..algebra.axes import Dim, at_most, leaves, same, size_of
 from ..rules.base import tensors_of
 from ..rules.facts import Facts
 from .provenance import WEIGHT
@@ -266,12 +266,19 @@ def _largest(counts: Sequence[Any]) -> int:
     return max((n for n in counts if isinstance(n, int) and n <= MOST), default=0)
 
 
-def _reads(facts: Facts, axis: Dim) -> Iterator[tuple[Any, Any]]:
+def _reads(facts: Facts, axis: Dim, above: tuple[Dim, ...] = ()) -> Iterator[tuple[Any, Any]]:
     """Writes to a part of an axis, and reads of values that hold features beside the tokens: of a mask they say
-    nothing."""
+    nothing, nor do those that attend each to itself. What is read of the axis that it is a slice of is read of it too.
+    """
     for node, dim, start, stop in facts.cuts:
-        if leaves(dim) == axis and (node is None or _has_features(facts, node, axis)):
+        held = leaves(dim) == axis and (axis, start, stop) not in facts.parts
+        if held and (node is None or _has_features(facts, node, axis)):
             yield start, stop
+    above = (*above, axis)
+    for new, source, lo, hi in facts.origins:
+        if leaves(new) == axis and leaves(source) not in above:
+            inside = (read for read in _reads(facts, leaves(source), above) if not same(hi - lo, read[1] - read[0]))
+            yield from ((a - lo, b - lo) for a, b in inside if at_most(lo, a) and at_most(b, hi))
 
 
 def _has_features(facts: Facts, node: fx.Node, axis: Dim) -> bool:

@@ -261,17 +261,18 @@ class Traced:
     def pad(self, pads: Sequence[Size], value: float) -> Traced:
         return self._call(aten.constant_pad_nd.default, list(pads), value)
 
+    # Numbers too go to the overload for tensors, as torch traces them: OpenVINO has no rule for the others.
     def __add__(self, other: Any) -> Traced:
-        return self._call(aten.add.Tensor if isinstance(other, Traced) else aten.add.Scalar, other)
+        return self._call(aten.add.Tensor, other)
 
     def __sub__(self, other: Any) -> Traced:
-        return self._call(aten.sub.Tensor if isinstance(other, Traced) else aten.sub.Scalar, other)
+        return self._call(aten.sub.Tensor, other)
 
     def __mul__(self, other: Traced) -> Traced:
         return self._call(aten.mul.Tensor, other)
 
     def __truediv__(self, other: Any) -> Traced:
-        return self._call(aten.div.Tensor if isinstance(other, Traced) else aten.div.Scalar, other)
+        return self._call(aten.div.Tensor, other)
 
 
 def single(number: float) -> float:

@@ -40,7 +40,7 @@ def lengths_to_share(gm: fx.GraphModule, plan: Plan) -> list[int]:
         for val in tree_leaves(node.meta.get("val")):
             if any(isinstance(size, torch.SymInt) for size in (val.shape if isinstance(val, Tensor) else [val])):
                 return []
-    found = list(dict.fromkeys(size_hint(merge.step.after) for merge in plan.merges.values()))
+    found = list(dict.fromkeys(size_hint(merge.step.after) for merge in plan.every))
     return found if len(found) >= FEWEST else []
 
 

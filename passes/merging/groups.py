@@ -15,7 +15,7 @@ from ..analysis.masks import KeyMask, token_dims
 from ..analysis.sites import Operand
 from ..building.trace import Traced
 from .laid import Laid, dim_size, spot, token_spots
-from .steps import StepTensors
+from .steps import StepTensors, grown
 
 if TYPE_CHECKING:
     from ..plan import Merge
@@ -36,6 +36,7 @@ class Groups:
     def find(self, merge: Merge, value: Laid | None) -> None:
         """Find the groups of a merge, and their sizes. value: what merges, before it does, if that is one value."""
         step, call, block, config = merge.step, self.call, merge.block, self.config
+        own = self._own(merge)
         if merge.groups is not None:
             self.steps.held[step] = self.steps.of(merge.groups)
             return
@@ -48,9 +49,9 @@ class Groups:
             kind = call(tome.key_kinds.default, weight)
             metric, heads = call(tome.apart.default, metric, kind, heads, config.padding_first, *compared_by), False
         if block.special.inner:  # they are unlike all others, whatever they hold
-            kind = call(tome.place_kinds.default, self._special(block, step.prev))
+            kind = call(tome.place_kinds.default, self._special(block, own.prev))
             metric, heads = call(tome.apart.default, metric, kind, heads, True, *compared_by), False
-        how = (merge.r, step.prefix, step.suffix, heads)
+        how = (merge.r, own.prefix, own.suffix, heads)
         if block.parts is not None:
             parts = self._parts(block, block.parts)
             found = call(tome.match_parts.default, metric, parts, *how, merge.even, *compared_by)
@@ -59,7 +60,10 @@ class Groups:
         else:
             found = call(tome.match_by.default, metric, *how, *config.pairing)
         assign, keep, moved, similarity = found
-        similarity.node.args[0].meta.update(tome_merge=block.name, tome_step=step.site)
+        prev = own.prev.site if own.prev is not None else None
+        similarity.node.args[0].meta.update(tome_merge=block.name, tome_step=step.site, tome_prev=prev)
+        held = grown(StepTensors(assign, keep, moved, None), (-own.offset[0], -own.offset[1]))
+        assign, keep, moved = held.assign, held.keep, held.moved
         size = call(tome.merge_size.default, before, assign, keep, moved) if config.counts else None
         seen = None
         if weight is not None and config.counts:
@@ -67,6 +71,13 @@ class Groups:
         if weight is not None and config.merging in ("keep", "prune"):
             keep, moved = call(tome.seen_first.default, weight, assign, keep, moved)
         self.steps.held[step] = StepTensors(assign, keep, moved, size, weight, seen)
+
+    @staticmethod
+    def _own(merge: Merge) -> Step:
+        """The step as it is to the tokens that its attention sees."""
+        part = merge.step.within(*merge.block.around)
+        assert part is not None and part.step is not None
+        return part.step
 
     # -- what keeps tokens apart -----------------------------------------------------------------------------------
 
@@ -99,7 +110,7 @@ class Groups:
 
     def _special(self, block: Block, step: Step | None) -> Traced:
         """bool [*sample, N]: the tokens between the ends that never merge, in the state `step`."""
-        key = (block.special, leaves(block.sample), step)
+        key = (block.special, size_expr(block.length), leaves(block.sample), step)
         if key not in self._weights:
             if step is None:
                 device = block.merge.meta["val"].device
@@ -118,7 +129,7 @@ class Groups:
         x = self._by_sample(block, mask.node)
         if x.dtype is torch.bool:
             return x if mask.scale > 0 else x.logical_not()
-        x = x if mask.scale == 1 else self.call(aten.mul.Scalar, x, mask.scale)
+        x = x if mask.scale == 1 else self.call(aten.mul.Tensor, x, mask.scale)
         return x - self.call(aten.amax.default, x, [-1], True)
 
     def _by_sample(self, block: Block, node: fx.Node) -> Traced:
@@ -150,11 +161,12 @@ class Groups:
         The keys, queries or values of the block's attention (its queries, where those alone merge), [*sample, N, h, d],
         or the residual stream, in a branch the merged value itself, [*sample, N, d].
         """
-        block, prev = merge.block, merge.step.prev
+        block = merge.block
         operand = self._compared(block)
         source = operand.node if operand is not None else block.stream
         dims = self.facts.dims(source)
-        place = self._standing(dims, operand.tokens if operand is not None else None, block.tokens)
+        prev = merge.step.prev if operand is None else self._own(merge).prev
+        place = self._standing(dims, operand.tokens if operand is not None else None, self._tokens(block, operand))
         assert place is not None
         dim, key, ends = place
         run = (Run(*key, prev.shift(*ends)),) if prev else ()
@@ -165,7 +177,9 @@ class Groups:
         else:
             whole = self.env.fetch(source, want)
         if {size_expr(size) for size in ends} != {0}:
-            whole = whole.narrow(dim, ends[0], merge.step.before)
+            whole = whole.narrow(dim, ends[0], merge.length)
+        elif operand is None and not block.alone:
+            whole = whole.narrow(dim, merge.step.prefix - block.special.prefix, merge.length)
         x, factors = Laid(whole, dims, want).factored()
         spots = [spot(factors, leaf) for leaf in leaves(merge.step.sample)]
         token = token_spots(factors, dim, key)
@@ -195,8 +209,13 @@ class Groups:
 
     def _holds(self, operand: Operand, block: Block) -> bool:
         """Whether an operand of the attention has the tokens in its dim, and every sample axis."""
-        standing = self._standing(self.facts.dims(operand.node), operand.tokens, block.tokens)
+        standing = self._standing(self.facts.dims(operand.node), operand.tokens, self._tokens(block, operand))
         return standing is not None and set(leaves(block.sample)) <= self.facts.leaves_of(operand.node)
+
+    def _tokens(self, block: Block, operand: Operand | None) -> Dim:
+        """The tokens of a block as what they are compared by has them: of a part of the stream an attention has no
+        others."""
+        return block.tokens if block.alone or operand is None else block.site.k.axis(self.facts)
 
     def _standing(
         self, dims: Dims, at: int | None, tokens: Dim

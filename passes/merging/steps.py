@@ -51,7 +51,8 @@ class Steps:
     def of(self, step: Step) -> StepTensors:
         if step not in self.held:
             assert step.base is not None, "a step is read before its merge"
-            self.held[step] = _trimmed(_grown(self.of(step.base), step.offset), step.offset)
+            more, less = (_ends(step.offset, grow=grow) for grow in (True, False))
+            self.held[step] = _trimmed(grown(self.of(step.base), more), less)
         return self.held[step]
 
     def size(self, step: Step) -> Traced:
@@ -171,14 +172,15 @@ class Steps:
 
 
 def _ends(offset: tuple[Size, Size], *, grow: bool) -> tuple[Size, Size]:
-    """What a shift adds (or takes away) in front and behind."""
+    """What a shift adds (or takes away) in front and behind: parts of an axis may have any length, so that what is not
+    known to add takes away."""
     lo, hi = (size if at_most(0, expr(size)) is grow else 0 for size in offset)
     return (lo, hi) if grow else (-lo, -hi)
 
 
-def _trimmed(held: StepTensors, offset: tuple[Size, Size]) -> StepTensors:
+def _trimmed(held: StepTensors, ends: tuple[Size, Size]) -> StepTensors:
     """The same merge on an axis that lacks some protected tokens at its ends."""
-    ends = front, back = _ends(offset, grow=False)
+    front, back = ends
     if {expr(size) for size in ends} == {0}:
         return held
 
@@ -189,9 +191,9 @@ def _trimmed(held: StepTensors, offset: tuple[Size, Size]) -> StepTensors:
     return StepTensors(*index, cut(held.size), cut(held.before), cut(held.after))
 
 
-def _grown(held: StepTensors, offset: tuple[Size, Size]) -> StepTensors:
+def grown(held: StepTensors, ends: tuple[Size, Size]) -> StepTensors:
     """The same merge on an axis with more protected tokens at its ends."""
-    ends = front, back = _ends(offset, grow=True)
+    front, back = ends
     if {expr(size) for size in ends} == {0}:
         return held
 
@@ -211,4 +213,4 @@ def _padded(index: Traced, front: Size, back: Size, length: Size) -> Traced:
     return cat([front_part, index + front, back_part], -1)
 
 
-__all__ = ["StepTensors", "Steps"]
+__all__ = ["StepTensors", "Steps", "grown"]

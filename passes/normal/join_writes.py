@@ -65,7 +65,7 @@ def _spot(node: fx.Node) -> tuple[int, Any, Any, int]:
 def _bound(value: Any, default: Any, size: Any) -> Any:
     if value is None:
         return default
-    value = from_front(expr(value.meta["val"] if isinstance(value, fx.Node) else value), size)
+    value = from_front(value.meta["val"] if isinstance(value, fx.Node) else value, size)
     beyond = isinstance(value, int) and (value >= size if isinstance(size, int) else value >= 2**62)
     return size if beyond else value
 

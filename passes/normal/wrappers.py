@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -62,7 +63,9 @@ def through(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str,
 
 
 def holds_wrapper(args: Any, kwargs: Any) -> bool:
-    return any(map(is_wrapper, tree_flatten((args, kwargs))[0]))
+    found: list[Any] = []
+    map_aggregate((args, kwargs), found.append)
+    return any(map(is_wrapper, found))
 
 
 def why_not(value: Any, varies: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -79,6 +80,14 @@ class Facts:
     def features(self) -> set[Atom]:
         """The leaves of all axes that come from a weight, once all are known."""
         return {leaf for dim in self.channels for leaf in leaves(dim)}
+
+    @cached_property
+    def parts(self) -> set[tuple[Dim, Any, Any]]:
+        """Of axes that are packs: the slices that attend each to itself, (axis, from, to), once sites are known."""
+        own = {site.k.axis(self) for site in self.sites if site.q.axis(self) == site.k.axis(self)}
+        found = {(leaves(source), start, stop) for new, source, start, stop in self.origins if leaves(new) in own}
+        held = Counter(axis for axis, *_ in found)
+        return {part for part in found if held[part[0]] > 1}
 
     def leads(self, a: fx.Node, b: fx.Node) -> bool:
         """Whether b is computed from a (or is a)."""

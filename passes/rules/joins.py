@@ -13,7 +13,7 @@ import torch
 
 from ..algebra.axes import Dims, fresh, leaves, same, size_of, unify
 from ..algebra.axes import expr as size_expr
-from ..algebra.layout import Layout, Run, covering, plain, with_runs
+from ..algebra.layout import Layout, Run, Step, covering, plain, rejoined, with_runs
 from .base import Call, Decision, Emitter, Fill, Letter, Role, Rule, Signature, register
 from .facts import Facts
 from .signature import SignatureRule
@@ -52,7 +52,7 @@ class CatRule(Rule):
         origins = [facts.slices.get(("origin", leaves(dim))) for dim in dims]
         total = size_expr(call.out.shape[d])
         whole = next((o for o in origins if o is not None), None)
-        if whole is not None and self._restores(call, facts, d, pieces, whole):
+        if whole is not None and (_adjacent(origins) or self._restores(call, facts, d, pieces, whole)):
             return whole[0]
         # The same axes in the same order make the same axis: joined queries and joined keys are the same tokens.
         found = [leaves(dim) for dim in dims]
@@ -84,14 +84,13 @@ class CatRule(Rule):
         inner = SignatureRule(lambda *_: sig)
         bare = [with_runs(layout, d, ()) if len(layout) > d else layout for layout in ins]
         base = inner.plan(call, bare, facts)
-        run, at, why = self._along(call, ins, facts, d, pieces)
-        if run is None:
+        step, why = self._along(call, ins, facts, d, pieces)
+        if step is None:
             return Decision(base.ins, base.outs, (*base.reasons, *((i, why) for i in pieces if ins[i][d] and why)))
-        step = run.step
         outs = with_runs(base.outs[0], d, (Run(0, len(leaves(facts.dims(call.node)[d])), step),))
-        piece = ins[at][d][0].intensive()
+        kept = [tuple(run.intensive() for run in layout[d]) if i in pieces else () for i, layout in enumerate(ins)]
         return Decision(
-            tuple(with_runs(layout, d, (piece,)) if i == at else layout for i, layout in enumerate(base.ins)),
+            tuple(with_runs(layout, d, kept[i]) if kept[i] else layout for i, layout in enumerate(base.ins)),
             (outs,),
             base.reasons,
         )
@@ -122,23 +121,33 @@ class CatRule(Rule):
 
     def _along(
         self, call: Call, ins: Sequence[Layout], facts: Facts, d: int, pieces: list[int]
-    ) -> tuple[Run | None, int, str]:
-        """The run of the joined axis, the piece it comes from, or why there is none."""
+    ) -> tuple[Step | None, str]:
+        """What the joined axis is merged by, or why it is whole."""
         merged = [i for i in pieces if ins[i][d]]
+        runs = [covering(facts.dims(call.nodes[i]), ins[i], d) for i in merged]
         if not merged:
-            return None, -1, ""
-        if len(merged) > 1:
-            return None, -1, "joins two merged axes"
-        at = merged[0]
-        run = covering(facts.dims(call.nodes[at]), ins[at], d)
-        lo = [call.vals[i].shape[d] for i in pieces if i < at]
-        hi = [call.vals[i].shape[d] for i in pieces if i > at]
-        if run is None:
-            return None, -1, "joins a part of the token axis"
+            return None, ""
+        if None in runs:
+            return None, "joins a part of the token axis"
+        steps = {i: run.step for i, run in zip(merged, runs, strict=True) if run is not None}
         samples = facts.leaves_of(call.node)
-        if not set(leaves(run.step.sample)) <= samples:
-            return None, -1, "loses the samples it was merged within"
-        return Run(0, run.count, run.step.shift(sum(lo), sum(hi)), False), at, ""
+        if not all(set(leaves(step.sample)) <= samples for step in steps.values()):
+            return None, "loses the samples it was merged within"
+        lengths = [call.vals[i].shape[d] for i in pieces]
+        if len(merged) == 1:
+            at = pieces.index(merged[0])
+            return steps[merged[0]].shift(sum(lengths[:at]), sum(lengths[at + 1 :])), ""
+        whole = rejoined([(length, steps.get(i)) for length, i in zip(lengths, pieces, strict=True)])
+        return whole, "" if whole is not None else "joins two merged axes"
+
+
+def _adjacent(origins: Sequence[Any]) -> bool:
+    """Whether parts of an axis, (axis, start, stop) each, stand one behind the other and are all of it: so they are
+    where only the call knows that their lengths make up its length."""
+    if None in origins or len({leaves(source) for source, *_ in origins}) > 1:
+        return False
+    starts, stops = ([origin[at] for origin in origins] for at in (1, 2))
+    return all(map(same, [0, *stops], [*starts, size_of(origins[0][0])]))
 
 
 class StackRule(Rule):

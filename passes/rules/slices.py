@@ -15,7 +15,7 @@ from torch import fx
 
 from ..algebra.axes import Dim, Dims, Size, at_most, fresh, from_front, leaves, same, sized, unify
 from ..algebra.axes import expr as size_expr
-from ..algebra.layout import DimLayout, Layout, Run, Step, covering, with_runs
+from ..algebra.layout import DimLayout, Layout, Part, Run, Step, covering, with_runs
 from .base import Call, Decision, Emitter, Letter, Role, Rule, Signature, register
 from .facts import Facts
 from .signature import SignatureRule
@@ -37,13 +37,14 @@ def _without_samples_in(dims: Dims, layout: Layout, touched: int) -> Layout:
 @dataclass(frozen=True)
 class Span:
     """`[start:stop:step]` of dim d, which has some size; ints or expressions, counted from the front. whole_size: the
-    size as torch has it."""
+    size as torch has it. length: its own as torch has it, where it is known."""
 
     d: int
     start: Any
     stop: Any
     whole_size: Size
     step: int = 1
+    length: Size = 0
 
     @classmethod
     def of(cls, call: Call) -> Span:
@@ -51,7 +52,8 @@ class Span:
         a = call.args
         d = call.axis(a.get("dim", 0))
         size = call.vals[0].shape[d]
-        return cls(d, *_bounds(a.get("start"), a.get("end"), size_expr(size)), size, a.get("step") or 1)
+        bounds = _bounds(a.get("start"), a.get("end"), size_expr(size))
+        return cls(d, *bounds, size, a.get("step") or 1, call.out.shape[d])
 
     @property
     def size(self) -> Any:
@@ -84,24 +86,23 @@ class Span:
         if dim and not (same(self.start, 0) and same(self.stop, self.size)):
             facts.cuts.append((node, dim, self.start, self.stop))
 
+    def part(self, step: Step) -> Part | None:
+        """What it is of an axis that a step has merged; None where it ends among tokens that merge."""
+        return step.within(self.sized(self.start), self.sized(self.behind)) if self.step == 1 else None
+
     def runs(self, dims: Dims, layout: Layout) -> DimLayout | None:
         """The layout of the dim after it, None where the cut falls inside the merged part."""
         if self.whole:
             return layout[self.d]
         run = covering(dims, layout, self.d)
-        if run is None or self.step != 1:
+        part = self.part(run.step) if run is not None else None
+        if run is None or part is None:
             return None
-        step = run.step
-        if at_most(self.start, step.fixed_prefix()) and at_most(self.behind, step.fixed_suffix()):
-            return (Run(0, 1, step.shift(self.sized(-self.start), self.sized(-self.behind)), run.extensive),)
-        return () if self.in_front(step) or at_most(self.size - self.start, step.fixed_suffix()) else None
-
-    def in_front(self, step: Step) -> bool:
-        """Whether it ends before any token that merges."""
-        return at_most(self.stop, step.fixed_prefix())
+        return (Run(0, 1, part.step, run.extensive),) if part.step is not None else ()
 
     def sized(self, size: Any) -> Size:
-        return sized(size, getattr(self.whole_size, "node", None))
+        symbolic = (x for x in (self.whole_size, self.length) if isinstance(x, torch.SymInt))
+        return sized(size, next((x.node for x in symbolic), None))
 
 
 def _bounds(start: Any, stop: Any, size: Any) -> tuple[Any, Any]:
@@ -111,7 +112,7 @@ def _bounds(start: Any, stop: Any, size: Any) -> tuple[Any, Any]:
         if value is None:
             return default
         value = value.meta["val"] if hasattr(value, "meta") else value
-        value = from_front(size_expr(value), size)
+        value = from_front(value, size)
         if isinstance(value, int) and isinstance(size, int):
             return min(max(value, 0), size)
         return size if isinstance(value, int) and value >= 2**62 else value
@@ -150,12 +151,9 @@ class SliceRule(Rule):
             return env.run(call, [x])
         if span.whole:
             return x
-        start = span.sized(span.start)
-        if decision.outs[0][d]:
-            return x.narrow(d, start, x.shape[d] - span.sized(span.size - (span.stop - span.start)))
-        if not span.in_front(runs[0].step):
-            start = x.shape[d] - span.sized(span.size - span.start)
-        return x.narrow(d, start, span.sized(span.stop - span.start))
+        part = span.part(runs[0].step)
+        assert part is not None
+        return x.narrow(d, part.start, part.length)
 
 
 def with_dim(dims: Dims, d: int, dim: Dim) -> Dims:
@@ -167,7 +165,7 @@ class SelectRule(Rule):
         d = call.axis(call.args["dim"])
         size = call.vals[0].shape[d]
         index = call.args["index"]
-        index = size_expr(index.meta["val"]) if hasattr(index, "meta") else index
+        index = index.meta["val"] if hasattr(index, "meta") else index
         return d, from_front(index, size_expr(size)), size
 
     def axes(self, call: Call, facts: Facts) -> tuple[Dims, ...]:
@@ -221,9 +219,9 @@ class SplitRule(Rule):
     @staticmethod
     def _spans(call: Call, d: int) -> Iterator[Span]:
         size, at = call.vals[0].shape[d], 0
-        for piece in call.results:
-            stop = at + size_expr(piece.shape[d])
-            yield Span(d, at, stop, size)
+        for i, piece in enumerate(call.results, 1):
+            stop = size_expr(size) if i == len(call.results) else at + size_expr(piece.shape[d])
+            yield Span(d, at, stop, size, length=piece.shape[d])
             at = stop
 
     def plan(self, call: Call, ins: Sequence[Layout], facts: Facts) -> Decision:
@@ -255,9 +253,8 @@ class SplitRule(Rule):
         d = call.axis(call.args.get("dim", 0))
         if not decision.ins[0][d]:
             return env.run(call, [x])
-        fixed = [None if out[d] else val.shape[d] for val, out in zip(call.results, decision.outs, strict=True)]
-        rest = x.shape[d] - sum(s for s in fixed if s is not None)
-        return x.split_with_sizes([rest if s is None else s for s in fixed], d)
+        pieces = zip(call.results, decision.outs, strict=True)
+        return x.split_with_sizes([out[d][0].step.after if out[d] else val.shape[d] for val, out in pieces], d)
 
 
 def _scatter_slice(call: Call, facts: Facts) -> Signature:
@@ -305,8 +302,9 @@ class ScatterSlice(SignatureRule):
         d = call.axis(call.args.get("dim", 0))
         if not decision.ins[0][d]:
             return env.run(call, [base, src])
-        span = Span.of(call)
-        return base.slice_scatter(src, d, span.sized(span.start), base.shape[d] - span.sized(span.behind))
+        part = Span.of(call).part(decision.ins[0][d][0].step)
+        assert part is not None
+        return base.slice_scatter(src, d, part.start, part.start + part.length)
 
 
 register(SliceRule(), aten.slice.Tensor)

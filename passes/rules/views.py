@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..algebra.axes import Dims, fresh, fresh_dims, leaves, regroup
+from ..algebra.axes import Dims, fresh, fresh_dims, leaves, regroup, size_of
 from ..algebra.axes import expr as size_expr
 from ..algebra.layout import Layout, Run, plain
 from .base import Call, Decision, Emitter, Rule, register
@@ -35,8 +35,11 @@ class ViewRule(Rule):
     """Row-major regrouping: the leaves in order are the same before and after."""
 
     def axes(self, call: Call, facts: Facts) -> tuple[Dims, ...]:
-        shape = [size_expr(s) for s in call.out.shape]
-        return (regroup(facts.dims(call.nodes[0]), shape) or fresh_dims(call.out.shape),)
+        dims = facts.dims(call.nodes[0])
+        # One length may be two expressions, of which only a guard says that they are equal.
+        own = {size_expr(s): size_of(leaves(dim)) for s, dim in zip(call.vals[0].shape, dims, strict=True)}
+        shape = [own.get(size_expr(s), size_expr(s)) for s in call.out.shape]
+        return (regroup(dims, shape) or fresh_dims(call.out.shape),)
 
     def plan(self, call: Call, ins: Sequence[Layout], facts: Facts) -> Decision:
         have, want = facts.dims(call.nodes[0]), facts.dims(call.node)
