@@ -31,7 +31,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .normal.composites import composites, is_composite
 from .normal.functional import functionalise, is_impure
-from .normal.fused import EXPANSIONS
+from .normal.fused import expansion
 from .normal.regions import CaptureError, SpelledOut, cut_out, enters_vmap, retrace, vmap_stretch
 from .normal.wrappers import Path, closed, holds_wrapper, is_wrapper, opened, through, why_not
 from .normalize import normalize
@@ -241,9 +241,9 @@ class _Tracer(fx.Interpreter):
             return AUTOCAST_SWITCHES[target](*args)
         if getattr(target, "__name__", "").endswith("_increment_nesting"):  # vmap is a stretch of its own
             raise CaptureError("it takes derivatives inside (torch.func.grad, vjp, jvp, ...)")
-        if isinstance(target, torch._ops.HigherOrderOperator) and target not in EXPANSIONS:
+        own = expansion(target) or target
+        if own is target and isinstance(target, torch._ops.HigherOrderOperator):
             return self._region(target, args, kwargs)
-        own = EXPANSIONS.get(target, target)
         if holds_wrapper(args, kwargs) or is_composite(own):
             return through(own, args, kwargs)
         return super().call_function(own, args, kwargs)

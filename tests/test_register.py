@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,31 @@ def test_the_example_of_the_readme() -> None:
     model = redraw(nn.Sequential(*(Own() for _ in range(3)))).eval()
     report = assert_lossless(model, (palette_tokens(2, N, D, k=3),), 6, sites=3, placement="stream")
     assert not report.unknown_ops and [tuple(t) for t in report.tokens] == [(40, 34), (34, 28), (28, 22)]
+
+
+def test_an_operator_that_is_defined_anew() -> None:
+    """A cell of a notebook that runs twice: when the first definition is collected, a graph holds a third object."""
+
+    def defined() -> Any:
+        @torch.library.custom_op("tome_test::again", mutates_args=())
+        def again(x: Tensor) -> Tensor:
+            return x * 2
+
+        again.register_fake(torch.empty_like)
+        tome_fx.register_rule(again, "...->...")
+        return again
+
+    defined()
+    second = defined()
+    gc.collect()
+    layer = nn.TransformerEncoderLayer(D, H, 2 * D, batch_first=True).eval()
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return layer(second(layer(x)))
+
+    report = run(Net(), (torch.randn(2, N, D),), None, 4)[1]
+    assert not report.unknown_ops and [tuple(t) for t in report.tokens] == [(40, 36), (36, 32)]
 
 
 @pytest.mark.parametrize(

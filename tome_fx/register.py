@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from tome_fx.passes.normal.fused import EXPANSIONS
+from tome_fx.passes.normal.fused import expand
 from tome_fx.passes.rules.base import Call, Letter, Role, Signature, register
 from tome_fx.passes.rules.contraction import Contraction, parse_einsum
 from tome_fx.passes.rules.facts import Facts
@@ -40,7 +40,7 @@ def register_rule(op: Any, signature: str, *, sum: str = "", max: str = "", mix:
 
     Raises ValueError for a signature that does not fit the operator. Whether it fits the tensors is seen when a model
     is compiled: RuleError where a term has more or fewer letters than the tensor has dims, or one letter two sizes
-    (other than 1). The rule holds for every later compilation.
+    (other than 1). The rule holds for every later compilation, by the name of the operator.
     """
     targets = _overloads(op)
     terms, arrow, outs = (part.strip() for part in signature.replace(" ", "").partition("->"))
@@ -133,8 +133,10 @@ def register_attention(
         unknown = [n for n in (q, k, v, mask, causal, scale, dropout) if n is not None and n not in known]
         if unknown and equal is None:
             raise ValueError(f"register_attention: {target} has no argument {unknown[0]!r}, but {', '.join(known)}")
-        EXPANSIONS[target] = equal or _sdpa(target, (q, k, v), layout, mask, causal, scale, dropout)
-    EXPANSIONS[targets[0].overloadpacket] = EXPANSIONS[targets[0]]
+        made = equal or _sdpa(target, (q, k, v), layout, mask, causal, scale, dropout)
+        if target is targets[0]:
+            expand(target.overloadpacket, made)
+        expand(target, made)
 
 
 def _sdpa(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 
+from ..rules.base import op_key
 from .flex import flex_attention
 
 aten = torch.ops.aten
@@ -111,13 +112,23 @@ def _encoder_layer(
     return norm2(x + feed_forward(x))
 
 
-EXPANSIONS: dict[Any, Callable[..., Any]] = {
+_EXPANSIONS: dict[Any, Callable[..., Any]] = {
     torch._native_multi_head_attention: _multi_head_attention,
-    aten._native_multi_head_attention.default: _multi_head_attention,
+    op_key(aten._native_multi_head_attention.default): _multi_head_attention,
     torch._transformer_encoder_layer_fwd: _encoder_layer,
-    aten._transformer_encoder_layer_fwd.default: _encoder_layer,
+    op_key(aten._transformer_encoder_layer_fwd.default): _encoder_layer,
     torch.ops.higher_order.flex_attention: flex_attention,
     torch._C._autograd._get_data_attr: Tensor.detach,  # type: ignore[attr-defined]
 }
 
-__all__ = ["EXPANSIONS"]
+
+def expand(target: Any, by: Callable[..., Any]) -> None:
+    """Have `by` captured in the place of an operator."""
+    _EXPANSIONS[op_key(target)] = by
+
+
+def expansion(target: Any) -> Callable[..., Any] | None:
+    return _EXPANSIONS.get(op_key(target))
+
+
+__all__ = ["expand", "expansion"]

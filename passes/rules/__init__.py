@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import fx
 
 from . import base, contraction, joins, pointwise, reduce, slices, views
-from .base import UNKNOWN, Call, Decision, Rule, Signature, op_name, registered, tensors_of
+from .base import UNKNOWN, Call, Decision, Rule, Signature, op_name, tensors_of
 
-__all__ = ["UNKNOWN", "Call", "Decision", "Rule", "Signature", "find", "op_name", "registered", "tensors_of"]
+__all__ = ["UNKNOWN", "Call", "Decision", "Rule", "Signature", "find", "op_name", "tensors_of"]
 
 _ = (contraction, joins, reduce, slices, views)
 

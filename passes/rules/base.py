@@ -230,6 +230,13 @@ class Rule:
         return 0.0
 
 
+def op_key(target: Any) -> Any:
+    """What tables of operators are keyed by: the name, as one that is defined anew may be another object in a graph."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return target._qualified_op_name
+    return target.name() if isinstance(target, torch._ops.OpOverload) else target
+
+
 _RULES: dict[Any, Rule] = {}
 UNKNOWN = Rule()
 
@@ -239,17 +246,13 @@ def register(rule: Rule, *targets: Any) -> None:
     for target in targets:
         if isinstance(target, torch._ops.OpOverloadPacket):
             for overload in target.overloads():
-                _RULES.setdefault(getattr(target, overload), rule)
+                _RULES.setdefault(op_key(getattr(target, overload)), rule)
         else:
-            _RULES[target] = rule
+            _RULES[op_key(target)] = rule
 
 
 def rule_for(target: Any) -> Rule | None:
-    return _RULES.get(target)
-
-
-def registered() -> Mapping[Any, Rule]:
-    return dict(_RULES)
+    return _RULES.get(op_key(target))
 
 
 class GetItem(Rule):
@@ -268,9 +271,9 @@ __all__ = [
     "Role",
     "Rule",
     "Signature",
+    "op_key",
     "op_name",
     "register",
-    "registered",
     "result_read",
     "rule_for",
     "sources",
