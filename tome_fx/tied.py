@@ -117,9 +117,9 @@ class Marked:
         captured = result.captured
         assert captured is not None
         # Decisions are of all merges; those that nobody reads fall out again.
-        merges = {node: list(found) for node, found in result.plan.merges.items()}
-        for node, found in result.plan.unread.items():
-            merges[node] = sorted([*merges.get(node, []), *found], key=lambda merge: merge.step.site)
+        merges: dict[fx.Node, list[Merge]] = {}
+        for merge in sorted([*result.plan.every, *result.plan.unread], key=lambda merge: merge.step.site):
+            merges.setdefault(merge.block.merge, []).append(merge)
         plan = replace(result.plan, merges=merges)
         emitter = _Noting(captured, result.facts, plan)
         graph = emitter.run_graph()
@@ -428,12 +428,11 @@ def _mean(x: Tensor, index: Tensor, weight: Tensor | None, count: int) -> Tensor
 
 
 def _log_mean_exp(x: Tensor, index: Tensor, count: int) -> Tensor:
-    """A group that is masked out whole gets the lowest float32 value, as `tome::merge_bias` gives it."""
-    lowest = torch.finfo(torch.float32).min
+    """A group that is masked out whole stays so, -inf: a query without any key gets zero, not a mean of all values."""
     at = index.unsqueeze(-1).expand_as(x)
-    top = x.new_full((*x.shape[:-2], count, x.shape[-1]), lowest).scatter_reduce(-2, at, x, "amax")
-    mean = _mean((x - top.gather(-2, at)).exp(), index, None, count)
-    return (mean.clamp_min(torch.finfo(torch.float32).tiny).log() + top).clamp_min(lowest)
+    top = x.new_full((*x.shape[:-2], count, x.shape[-1]), -torch.inf).scatter_reduce(-2, at, x, "amax")
+    held = top.clamp_min(torch.finfo(x.dtype).min)  # -inf less -inf is no number
+    return _mean((x - held.gather(-2, at)).exp(), index, None, count).log() + held
 
 
 def _widened(x: Tensor, dims: Dims, have: Layout, want: Layout, frame: Dims) -> tuple[Tensor, Dims, Layout, Layout]:
