@@ -229,11 +229,9 @@ def _unread_merges(rewritten: fx.GraphModule, plan: Plan) -> list[Merge]:
     left = {node.meta.get("tome_step") for node in rewritten.graph.nodes}
     gone = [merge for merge in plan.every if (merge.groups or merge.step).site not in left]
     for merge in gone:
-        held = plan.merges[merge.block.merge]
-        held.remove(merge)
-        plan.unread.setdefault(merge.block.merge, []).append(merge)
-        if not held:
-            del plan.merges[merge.block.merge]
+        plan.merges[merge.block.merge].remove(merge)
+    plan.merges = {node: held for node, held in plan.merges.items() if held}
+    plan.unread += gone
     return gone
 
 

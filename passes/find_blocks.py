@@ -299,6 +299,10 @@ def _longest(site: AttentionSite, facts: Facts, streams: list[tuple[Spot, Dim]])
     return Block(site=site, tokens=tokens, sample=sample, spot=spot, special=kept, length=length)
 
 
+def _hint(length: Any) -> int:
+    return size_hint(length) if isinstance(length, (int, torch.SymInt)) else 0
+
+
 # -- packed streams ----------------------------------------------------------------------------------------------------
 
 
@@ -324,14 +328,9 @@ def _part(site: AttentionSite, facts: Facts, tokens: Dim) -> Block | None:
 
 def _sliced_from(axis: Dim, facts: Facts) -> Iterator[tuple[Dim, Any, Any]]:
     """What an axis is a slice of, from where to where, and what that is a slice of."""
-    for new, source, start, stop in facts.origins:
-        if leaves(new) == axis:
-            yield leaves(source), start, stop
-            yield from ((above, start + more, stop + more) for above, more, _ in _sliced_from(leaves(source), facts))
-
-
-def _hint(length: Any) -> int:
-    return size_hint(length) if isinstance(length, (int, torch.SymInt)) else 0
+    for source, start, stop in facts.cut_from(axis):
+        yield source, start, stop
+        yield from ((above, start + more, stop + more) for above, more, _ in _sliced_from(source, facts))
 
 
 __all__ = ["find_blocks"]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .algebra.axes import Atom, Dim, fresh_dims, leaves, same, size_of, unify
+from .algebra.axes import Dim, fresh_dims, leaves, same, size_of, unify
 from .algebra.axes import expr as size_expr
 from .analysis.pairs import Pairs, elementwise
 from .analysis.provenance import origins
@@ -107,7 +107,8 @@ def _given(call: Call, rule: Rule, facts: Facts) -> bool:
     """Whether a value still says of single positions what an input of the model said: no product came between, and no
     sum over features (what a norm divides by)."""
     read = sources(call.node, call.nodes)
-    if isinstance(rule, SignatureRule) and not elementwise(rule) and _sums_features(call, rule, facts):
+    summing = rule if isinstance(rule, SignatureRule) and not elementwise(rule) else None
+    if summing is not None and summing.summed(call, facts, (Role.SUM, Role.NORM2)) & facts.features:
         return False
     given = [n for n in read if n in facts.given]
     if isinstance(rule, Contraction) and Role.SUM not in rule.signature(call, facts).roles.values():
@@ -117,15 +118,6 @@ def _given(call: Call, rule: Rule, facts: Facts) -> bool:
     if not elementwise(rule) or all(n in facts.given or n in facts.constant for n in read):
         return True
     return any(n.meta["val"].dim() > 1 and facts.varies(n, -1) and facts.varies(n, -2) for n in given)
-
-
-def _sums_features(call: Call, rule: SignatureRule, facts: Facts) -> bool:
-    sig, summed = rule.signature(call, facts), set[Atom]()
-    for n, letters in zip(call.nodes, sig.ins, strict=True):
-        for dim, letter in zip(facts.dims(n), letters, strict=True):
-            if letter is not None and sig.role(letter) in (Role.SUM, Role.NORM2):
-                summed |= set(leaves(dim))
-    return bool(summed & facts.features)
 
 
 class _Angles:

@@ -66,7 +66,7 @@ class Plan:
     decisions: dict[fx.Node, Decision] = field(default_factory=dict)
     layouts: dict[fx.Node, tuple[Layout, ...]] = field(default_factory=dict)
     merges: dict[fx.Node, list[Merge]] = field(default_factory=dict)
-    unread: dict[fx.Node, list[Merge]] = field(default_factory=dict)
+    unread: list[Merge] = field(default_factory=list)
     unmerges: list[Unmerge] = field(default_factory=list)
     skipped: list[SkipReason] = field(default_factory=list)
     bill: Bill = field(default_factory=lambda: Bill(Facts(), ()))

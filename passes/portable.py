@@ -27,7 +27,6 @@ from .normal.regions import retrace
 
 aten = torch.ops.aten
 NAMESPACES = "tome", "tome_cpu"
-aten = torch.ops.aten
 
 
 class PortableError(ValueError):
@@ -54,11 +53,9 @@ def _as_column(graph: fx.Graph, node: fx.Node, mode: FakeTensorMode) -> None:
     """Log sizes as one more feature of queries and keys: what spells attention out adds a mask to the score of every
     pair."""
     found = LogSizes.of(node)
-    if found is None:
+    if found is None or found.query.meta["val"].dtype is not torch.float32:  # log(size) / scale would be rounded
         return
     emit = Emit(graph, mode)
-    if found.query.meta["val"].dtype is not torch.float32:  # log(size) / scale would be rounded to half precision
-        return
     with emit.before(node):
         term = emit(aten.transpose.int, emit(aten.div.Tensor, found.bias, found.scale), -1, -2)
         none, one = (emit(aten.full_like.default, emit(aten.slice.Tensor, x, -1, 0, 1), fill)
@@ -122,33 +119,22 @@ def _four_dims(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> None:
     fixed = all(isinstance(size, int) for size in lead) and all([*shape[:-2]] == lead for shape in shapes)
     if len(lead) in (0, 2) or not fixed or node.kwargs.get("enable_gqa"):
         return
-    meta = {k: v for k, v in node.meta.items() if k != "val"}
-
-    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        made = gm.graph.call_function(target, args, kwargs)
-        with mode:
-            value = target(*fx.map_arg(args, _value), **fx.map_arg(kwargs, _value))
-        made.meta = {**meta, "val": value}
-        return made
+    emit = Emit(gm.graph, mode)
 
     def folded(x: Any) -> fx.Node:
-        return call(aten.unsqueeze.default, call(aten.flatten.using_ints, x, 0, -3), 0)
+        return emit(aten.unsqueeze.default, emit(aten.flatten.using_ints, x, 0, -3), 0)
 
-    with gm.graph.inserting_before(node):
+    with emit.before(node):
         if mask is not None and len(mask.meta["val"].shape) > 2:
             before = [*mask.meta["val"].shape[:-2]]
             if any(size != 1 for size in before):
-                mask = call(aten.expand.default, mask, [*lead, -1, -1])
+                mask = emit(aten.expand.default, mask, [*lead, -1, -1])
             mask = folded(mask)
         options = {k: v for k, v in node.kwargs.items() if k != "attn_mask"}
-        found = call(node.target, *(folded(x) for x in operands), mask, *given[4:], **options)
-        found = call(aten.unflatten.int, call(aten.squeeze.dim, found, 0), 0, lead)
+        found = emit(node.target, *(folded(x) for x in operands), mask, *given[4:], **options)
+        found = emit(aten.unflatten.int, emit(aten.squeeze.dim, found, 0), 0, lead)
     node.replace_all_uses_with(found)
     gm.graph.erase_node(node)
-
-
-def _value(node: fx.Node) -> Any:
-    return node.meta["val"]
 
 
 # -- matching ----------------------------------------------------------------------------------------------------------

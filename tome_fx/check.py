@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map
 
 from tome_fx.backend import ToMeError
 from tome_fx.config import ToMeConfig, config_from
-from tome_fx.explain import APART, check_call
+from tome_fx.explain import APART, check_call, unlimited
 from tome_fx.passes import Result, run_pipeline
 from tome_fx.passes.algebra.layout import Layout
 from tome_fx.passes.analysis.sites import place
@@ -231,8 +231,7 @@ def check(
         graphs.append(_Graph(gm, inputs, settings, effects))
         return graphs[-1]
 
-    names = ("recompile_limit", "accumulated_recompile_limit")
-    with torch._dynamo.config.patch({name: 10_000 for name in names}), _same_random_state(), _same_buffers(model):
+    with unlimited(), _same_random_state(), _same_buffers(model):
         try:
             torch.compile(model, backend=backend, dynamic=False, **APART)(*_copied(args), **_copied(dict(kwargs or {})))
         except BackendCompilerFailed as error:

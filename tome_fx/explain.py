@@ -48,7 +48,7 @@ def explain(
         return gm.forward
 
     told = Counter(torch._dynamo.utils.counters["graph_break"])
-    with _isolated(), _undone(model, (args, kwargs)):
+    with unlimited(), _undone(model, (args, kwargs)):
         try:
             torch.compile(model, backend=backend, **APART)(*args, **(kwargs or {}))
         except BackendCompilerFailed as error:
@@ -75,8 +75,8 @@ def check_call(model: Any, args: Any) -> None:
         raise TypeError(f"args must be a tuple or list of the model's inputs, as (x,), got {type(args).__name__}")
 
 
-def _isolated() -> Any:
-    """Allow many compilations of one function: each explain is one more."""
+def unlimited() -> Any:
+    """Allow many compilations of one function: each that is looked at is one more."""
     names = ("recompile_limit", "accumulated_recompile_limit")
     return torch._dynamo.config.patch({name: 10_000 for name in names})
 
@@ -139,8 +139,6 @@ def rewrite(
     target = Target("mask" if plain else "", keep == "merged")
     gm, report = rewritten_module(model, args, kwargs, {"r": r, **config}, dynamic_shapes, target)
     gm.meta["tome_report"] = report
-    for module in gm.modules():
-        module.training = model.training
     return gm
 
 
@@ -172,6 +170,8 @@ def rewritten_module(
     source = _module(exported)
     flat = [_flat_value(node) for node in source.graph.find_nodes(op="placeholder")]
     rewritten, report = transform(source, flat, settings, target)
+    for module in (rewritten if rewritten is not None else source).modules():
+        module.training = model.training
     if any(s.kind == "internal error" for s in report.skipped):
         raise ToMeError(str(report.skipped[0]))
     kept = target is not None and target.kept

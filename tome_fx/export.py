@@ -57,8 +57,6 @@ def export(
     """
     _check_target(format, path)
     gm, report = rewritten_module(model, args, kwargs, {"r": r, **config}, dynamic_shapes, Target(LOG_SIZES[format]))
-    for module in gm.modules():
-        module.training = model.training
     if not report.merged_sites:
         raise RuntimeError(f"nothing to export: {report.summary()}")
     named = in_order(model, kwargs or {})

@@ -78,8 +78,8 @@ def _comes_in(facts: Facts, axis: Dim, above: tuple[Dim, ...]) -> tuple[bool, Be
     if axis in above or not facts.before:  # what a first graph joins to its inputs it shows
         return False, None
     above = (*above, axis)
-    for new, source, start, stop in facts.origins:
-        enters, known = _comes_in(facts, leaves(source), above) if leaves(new) == axis else (False, None)
+    for source, start, stop in facts.cut_from(axis):
+        enters, known = _comes_in(facts, source, above)
         if enters:
             if known is None or not (isinstance(start, int) and isinstance(stop, int)):
                 return True, None
@@ -179,9 +179,9 @@ def _in_pieces(facts: Facts, axis: Dim, above: tuple[Dim, ...]) -> Iterator[int]
             size = size_of(part)
             if not isinstance(size, int):
                 break
-            for new, source, start, stop in facts.origins:
-                if leaves(new) == leaves(part) and isinstance(start, int) and isinstance(stop, int):
-                    flags = _flags(facts, leaves(source), _length(source, stop), above)[start:stop]
+            for source, start, stop in facts.cut_from(leaves(part)):
+                if isinstance(start, int) and isinstance(stop, int):
+                    flags = _flags(facts, source, _length(source, stop), above)[start:stop]
                     yield from (at + i for i, flag in enumerate(flags) if flag)
             at += size
 
@@ -275,9 +275,9 @@ def _reads(facts: Facts, axis: Dim, above: tuple[Dim, ...] = ()) -> Iterator[tup
         if held and (node is None or _has_features(facts, node, axis)):
             yield start, stop
     above = (*above, axis)
-    for new, source, lo, hi in facts.origins:
-        if leaves(new) == axis and leaves(source) not in above:
-            inside = (read for read in _reads(facts, leaves(source), above) if not same(hi - lo, read[1] - read[0]))
+    for source, lo, hi in facts.cut_from(axis):
+        if source not in above:
+            inside = (read for read in _reads(facts, source, above) if not same(hi - lo, read[1] - read[0]))
             yield from ((a - lo, b - lo) for a, b in inside if at_most(lo, a) and at_most(b, hi))
 
 

@@ -21,7 +21,7 @@ from tome_fx.report import SkipReason
 
 from ..algebra.axes import Atom, Dim, count_of, leaves, locate, size_of
 from ..rules import Call, find
-from ..rules.base import Role, sources
+from ..rules.base import sources
 from ..rules.contraction import Attention, Contraction, Convolution
 from ..rules.facts import Facts
 from ..rules.pointwise import POINTWISE
@@ -151,7 +151,7 @@ def _multiplies(call: Call) -> bool:
 def pooled(site: AttentionSite, facts: Facts, tokens: Dim) -> bool:
     """Whether the queries are fewer than the tokens of the stream that they were made from: landmarks, agents."""
     stream = stream_beside(site, facts)
-    if stream is None or holds(facts, stream, tokens) or any(leaves(new) == tokens for new, *_ in facts.origins):
+    if stream is None or holds(facts, stream, tokens) or facts.cut_from(tokens):
         return False
     return tokens_in(site.q.node, facts) < tokens_in(stream, facts)
 
@@ -209,13 +209,8 @@ def _combined(site: AttentionSite, facts: Facts) -> set[Atom]:
     found: set[Atom] = set()
     for node in facts.reach.nodes[: facts.reach.index[site.k.node] + 1]:
         call = facts.calls.get(node)
-        if call is None or not isinstance(rule := find(call), Contraction) or not facts.leads(node, site.k.node):
-            continue
-        sig = rule.signature(call, facts)
-        for n, letters in zip(call.nodes, sig.ins, strict=True):
-            dims = facts.dims(n)
-            summed = [d for d, x in enumerate(letters) if x is not None and sig.role(x) is Role.SUM]
-            found |= {leaf for d in summed for leaf in leaves(dims[d])}
+        if call is not None and isinstance(rule := find(call), Contraction) and facts.leads(node, site.k.node):
+            found |= rule.summed(call, facts)
     return found
 
 

@@ -56,7 +56,7 @@ class Builder:
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         """A node of ours: shape and dtype come from running it on meta tensors."""
-        tensors = [a for a in _flat((args, kwargs)) if isinstance(a, Traced)]
+        tensors = [a for a in flat((args, kwargs)) if isinstance(a, Traced)]
         device = tensors[0].device if tensors else kwargs["device"]
         on_meta = {k: torch.device("meta") if k == "device" else v for k, v in kwargs.items()}
         with enable_python_dispatcher(), torch.no_grad():
@@ -156,7 +156,8 @@ def fake_like(val: FakeTensor, shape: Sequence[Any]) -> FakeTensor:
     return FakeTensor(val.fake_mode, torch.empty(tuple(shape), dtype=val.dtype, device="meta"), val.device)
 
 
-def _flat(value: Any) -> list[Any]:
+def flat(value: Any) -> list[Any]:
+    """What the arguments of a node hold, out of lists and dicts."""
     found: list[Any] = []
     map_aggregate(value, found.append)
     return found

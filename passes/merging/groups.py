@@ -36,10 +36,10 @@ class Groups:
     def find(self, merge: Merge, value: Laid | None) -> None:
         """Find the groups of a merge, and their sizes. value: what merges, before it does, if that is one value."""
         step, call, block, config = merge.step, self.call, merge.block, self.config
-        own = self._own(merge)
         if merge.groups is not None:
             self.steps.held[step] = self.steps.of(merge.groups)
             return
+        own = self._own(merge)
         before = self.steps.of(step.prev).size if step.prev else None
         metric, heads = self._metric(merge, value)
         metric = metric.detach()

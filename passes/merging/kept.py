@@ -35,6 +35,7 @@ class Kept:
         self.env, self.call = env, env.builder.call
         self.step: Step | None = None
         self._rank: Traced | None = None
+        self._order: Traced | None = None
 
     def value(self, n: fx.Node) -> Any:
         """An output as it is given back: merged tokens in order, other values as they were."""
@@ -50,7 +51,7 @@ class Kept:
         self.step = run.step
         laid = Laid(env.fetch(n, layout), env.facts.dims(n), layout)
         x, back = laid.canonical(d, run.key, leaves(run.step.sample))
-        return back(self.call(tome.unmerge.default, x, self._order()), layout).x
+        return back(self.call(tome.unmerge.default, x, self._ordered()), layout).x
 
     def told(self) -> tuple[Traced, Traced]:
         """What the rows stand for: float32 [*sample, N'], how many tokens each, and int64 [*sample, N], the row that
@@ -58,7 +59,7 @@ class Kept:
         if self.step is None:
             raise KeptError("none of its outputs holds merged tokens: they are pooled, or given back before it ends")
         held = self.env.steps.through(self.step.chain())
-        dim, order = held.keep.dim() - 1, self._order()
+        dim, order = held.keep.dim() - 1, self._ordered()
         size = held.size if held.size is not None else self.call(aten.ones_like.default, order, dtype=torch.float32)
         return size.gather(dim, order), self._ranked().gather(dim, held.assign)
 
@@ -75,12 +76,15 @@ class Kept:
             self._rank = before.gather(dim, held.keep) - 1
         return self._rank
 
-    def _order(self) -> Traced:
+    def _ordered(self) -> Traced:
         """int64 [*sample, N']: the group at each place."""
-        rank = self._ranked()
-        dim, count = rank.dim() - 1, rank.shape[-1]
-        place = self.call(aten.arange.default, count, device=rank.device).expand([*rank.shape[:-1], count])
-        return self.call(aten.scatter_add.default, self.call(aten.zeros_like.default, rank), dim, rank, place)
+        if self._order is None:
+            rank = self._ranked()
+            dim, count = rank.dim() - 1, rank.shape[-1]
+            place = self.call(aten.arange.default, count, device=rank.device).expand([*rank.shape[:-1], count])
+            none = self.call(aten.zeros_like.default, rank)
+            self._order = self.call(aten.scatter_add.default, none, dim, rank, place)
+        return self._order
 
 
 __all__ = ["Kept", "KeptError"]

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..building.trace import flat
 from .regions import retrace
 
 Path = tuple[str, ...]
@@ -63,9 +63,7 @@ def through(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str,
 
 
 def holds_wrapper(args: Any, kwargs: Any) -> bool:
-    found: list[Any] = []
-    map_aggregate((args, kwargs), found.append)
-    return any(map(is_wrapper, found))
+    return any(map(is_wrapper, flat((args, kwargs))))
 
 
 def why_not(value: Any, varies: bool) -> str:

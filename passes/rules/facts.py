@@ -85,13 +85,17 @@ class Facts:
     def parts(self) -> set[tuple[Dim, Any, Any]]:
         """Of axes that are packs: the slices that attend each to itself, (axis, from, to), once sites are known."""
         own = {site.k.axis(self) for site in self.sites if site.q.axis(self) == site.k.axis(self)}
-        found = {(leaves(source), start, stop) for new, source, start, stop in self.origins if leaves(new) in own}
+        found = {part for axis in own for part in self.cut_from(axis)}
         held = Counter(axis for axis, *_ in found)
         return {part for part in found if held[part[0]] > 1}
 
     def leads(self, a: fx.Node, b: fx.Node) -> bool:
         """Whether b is computed from a (or is a)."""
         return self.reach.leads(a, b)
+
+    def cut_from(self, axis: Dim) -> list[tuple[Dim, Any, Any]]:
+        """What an axis is a slice of, from where to where."""
+        return [(leaves(source), start, stop) for new, source, start, stop in self.origins if leaves(new) == axis]
 
     def joined(self, axis: Dim) -> list[list[Dim]]:
         """The axes, in order, that were concatenated to this one, for each place where they were."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from typing import Any
 
-from ..algebra.axes import Dim, Dims, fresh, leaves, unify
+from ..algebra.axes import Atom, Dim, Dims, fresh, leaves, unify
 from ..algebra.axes import expr as size_expr
 from ..algebra.layout import DimLayout, Layout, Run, Step, meet
 from ..building.trace import Traced
@@ -23,6 +23,15 @@ class SignatureRule(Rule):
     def __init__(self, signature: Callable[[Call, Facts], Signature], *, contraction: bool = False) -> None:
         self.signature = signature
         self.contraction = contraction
+
+    def summed(self, call: Call, facts: Facts, roles: Collection[Role] = (Role.SUM,)) -> set[Atom]:
+        """The leaves that an op sums over."""
+        sig, found = self.signature(call, facts), set[Atom]()
+        for node, letters in zip(call.nodes, sig.ins, strict=True):
+            for dim, letter in zip(facts.dims(node), letters, strict=True):
+                if letter is not None and sig.role(letter) in roles:
+                    found |= set(leaves(dim))
+        return found
 
     # -- axes ------------------------------------------------------------------------------------------------------
 
