@@ -38,7 +38,7 @@ from .rules.views import ExpandRule, PermuteRule
 
 aten = torch.ops.aten
 tome = torch.ops.tome
-MATCHES = (tome.match.default, tome.match_by.default, tome.match_parts.default)
+MATCHES = tuple(getattr(tome, name).default for name in ("match", "match_by", "match_parts", "match_pieces"))
 
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _REGROUPS = (*_RESHAPES, aten.flatten.using_ints, aten.unsqueeze.default)

@@ -39,7 +39,7 @@ from torch import fx
 from tome_fx.report import SkipReason
 
 from .algebra.axes import Dim, leaves, size_of, sized
-from .analysis.blocks import PAPERS, Block, unfit
+from .analysis.blocks import Block, unfit
 from .analysis.masks import KeyMask, key_masks, masked_by_place, score_terms, token_dims
 from .analysis.mlps import mlp_blocks, told_before
 from .analysis.partition import Room, parted, same_mask
@@ -102,15 +102,26 @@ def _in_turn(blocks: list[Block], facts: Facts) -> list[Block]:
 
 
 def _unplaced(block: Block, facts: Facts) -> SkipReason | None:
-    """Why special tokens between the others would not stay alone."""
-    matcher, partition, _ = facts.config.pairing
+    """Why special tokens between the others would not stay alone, or pieces would lack what they read."""
+    config = facts.config
     if block.special.lost:
         why = "tokens that never merge stand between others, and their number is dynamic: compile for one size"
-    elif block.special.inner and (matcher, partition) != PAPERS[:2]:
-        why = f"matcher={matcher!r} with partition={partition!r} may pair special tokens that stand between others"
+    elif block.special.inner and not config.sided:
+        why = f"{config.choices} may pair special tokens that stand between others"
+    elif config.needs & {"attention", "received"} and not _attends(block, facts):
+        why = f"importance={config.importance!r} reads the attention of tokens before they merge, "
+        why += "and these merge before it" if block.branch else "and this one is no plain softmax of one sequence"
+        return SkipReason("no attention to read", block.name, why)
     else:
         return None
     return SkipReason("special tokens", block.name, why)
+
+
+def _attends(block: Block, facts: Facts) -> bool:
+    """Whether a block merges after a fused attention of all its tokens."""
+    site = block.site
+    whole = site.q.axis(facts) == site.k.axis(facts) == leaves(block.tokens) and block.alone
+    return site.fused and whole and not (block.branch or block.mlp) and facts.leads(site.out, block.merge)
 
 
 def _block(site: AttentionSite, facts: Facts) -> Block:
@@ -230,12 +241,11 @@ def _pair_mask(block: Block, facts: Facts) -> tuple[fx.Node, Room] | None:
         if mask is None or (found is not None and not same_mask(mask[0], found[0], facts)):
             raise _Left("causal or windowed mask", tells_pairs(term, facts))
         found = mask
-    matcher, partition, _ = facts.config.pairing
     if found is not None and not block.branch:
         why = 'its mask parts the stream, which merges for good (placement="branch" merges within the parts)'
         raise _Left("causal or windowed mask", why)
-    if found is not None and (matcher, partition) != PAPERS[:2]:  # partners are counted for the paper's sides
-        why = f"matcher={matcher!r} with partition={partition!r} may pair tokens that its mask parts"
+    if found is not None and not facts.config.sided:  # partners are counted for the paper's sides
+        why = f"{facts.config.choices} may pair tokens that its mask parts"
         raise _Left("causal or windowed mask", why)
     return found
 

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from tome_fx.config import ToMeConfig
+from tome_fx.methods import How
 from tome_fx.report import SiteReport, SkipReason, Unmerge
 from tome_fx.schedule import gathered, merged_away, to_multiple, tokens_per_block
 
@@ -27,6 +29,7 @@ from .algebra.axes import Dim, Size, leaves, locate
 from .algebra.layout import SHORT_AXIS, Layout, Part, Run, Step, plain
 from .analysis.blocks import Block
 from .analysis.costs import NO_PRODUCT, Bill, elements_of
+from .analysis.grid import grid_of
 from .analysis.partition import Room
 from .analysis.sites import place
 from .analysis.values import size_hint
@@ -42,7 +45,7 @@ class Merge:
     """A merge to carry out right after its node: the dim and run of leaves, the step, and how many tokens go.
 
     length: the tokens that it sees, r of which go. groups: the step whose groups it takes, where it has no matching of
-    its own. even: whether the parts of a window give the same number each, else the same share.
+    its own. even: whether the parts of a window give the same number each, else the same share. how: its pieces.
     """
 
     block: Block
@@ -53,6 +56,13 @@ class Merge:
     r: int
     groups: Step | None = None
     even: bool = True
+    how: How = field(default_factory=How)
+
+    @property
+    def pruned(self) -> Any:
+        """How many of the r are dropped, not merged."""
+        share = self.how.pruned
+        return int(self.r * share) if isinstance(self.r, int) else self.r * int(share * 1024) // 1024
 
 
 @dataclass
@@ -117,17 +127,28 @@ def make_plan(facts: Facts, blocks: list[Block]) -> Plan:
     return plan
 
 
-def _wanted(schedule: Any, blocks: list[Block], every: int) -> list[int | float]:
-    """What a schedule asks of each block, by its turn along its chain; an MLP has the share of its attention."""
-    lengths = {block.turn[1] for block in blocks}
-    most = max(lengths, default=0)
+def _wanted(schedule: Any, blocks: list[Block], config: ToMeConfig) -> list[int | float]:
+    """What a schedule asks of each block, by its turn along its chain, those that merge at all; an MLP has the share of
+    its attention."""
+    chosen = {n: config.chosen(n) for n in {block.turn[1] for block in blocks}}
     if blocks and isinstance(schedule, list):
-        tokens_per_block(schedule, most)  # raises where even the longest chain is too short
-    by_length = {
-        n: gathered(tokens_per_block(schedule[:n] if isinstance(schedule, list) else schedule, n), every)
-        for n in lengths
-    }
-    return [by_length[block.turn[1]][block.turn[0]] for block in blocks]
+        tokens_per_block(schedule, max(map(len, chosen.values())))  # raises where even the longest chain is too short
+    by_length = {}
+    for n, merging in chosen.items():
+        own = schedule[: len(merging)] if isinstance(schedule, list) else schedule
+        asked = gathered(tokens_per_block(own, len(merging)), config.every)
+        by_length[n] = dict(zip(merging, asked, strict=True))
+    return [by_length[block.turn[1]].get(block.turn[0], 0) for block in blocks]
+
+
+def _hows(blocks: list[Block], config: ToMeConfig) -> list[How]:
+    """The pieces of each block."""
+    found = []
+    for block in blocks:
+        at, n = block.turn
+        chosen = config.chosen(n)
+        found.append(config.how(chosen.index(at) if at in chosen else 0, len(chosen), (at, n)))
+    return found
 
 
 def _r_for(target: float, share: Callable[[int], float], blocks: list[Block]) -> int:
@@ -144,10 +165,10 @@ def _r_for(target: float, share: Callable[[int], float], blocks: list[Block]) ->
 def _profitable(facts: Facts, blocks: list[Block], schedule: Any) -> Plan:
     """Plan all blocks, drop those that do not pay, and plan again until all pay (placement "auto" only)."""
     active = list(range(len(blocks)))
-    wanted = _wanted(schedule, blocks, facts.config.every)
+    wanted, hows = _wanted(schedule, blocks, facts.config), _hows(blocks, facts.config)
     dropped: list[SkipReason] = []
     while True:
-        plan = _Walk(facts, blocks, active, wanted).run()
+        plan = _Walk(facts, blocks, active, wanted, hows).run()
         losing = plan.losing()
         if facts.config.placement != "auto" or not losing:
             plan.skipped = dropped + plan.skipped
@@ -175,10 +196,13 @@ def _unpaid(block: Block, site: int, plan: Plan) -> SkipReason:
 
 
 class _Walk:
-    """One walk over the graph. active: the indices of the blocks that merge. wanted: what is asked of each block."""
+    """One walk over the graph. active: the indices of the blocks that merge. wanted: what is asked of each block. hows:
+    its pieces."""
 
-    def __init__(self, facts: Facts, blocks: list[Block], active: list[int], wanted: list[int | float]) -> None:
-        self.facts, self.blocks, self.wanted = facts, blocks, wanted
+    def __init__(
+        self, facts: Facts, blocks: list[Block], active: list[int], wanted: list[int | float], hows: list[How]
+    ) -> None:
+        self.facts, self.blocks, self.wanted, self.hows = facts, blocks, wanted, hows
         self.at: dict[fx.Node, list[int]] = {}
         for i in active:
             if not blocks[i].operands:
@@ -322,30 +346,35 @@ class _Walk:
         ends = lo + special.prefix, hi + special.suffix
         step = Step(index, prev, block.sample, before, before - r, prefix, suffix, ends, block.branch)
         groups, even = self._groups(block, step, r) if block.alike else None, not isinstance(wanted, float)
-        return Merge(block=block, dim=dim, key=key, step=step, length=part.length, r=r, groups=groups, even=even)
+        return Merge(block=block, dim=dim, key=key, step=step, length=part.length, r=r, groups=groups, even=even,
+                     how=self.hows[index])  # fmt: skip
 
     def _count(self, index: int, before: Any, prev: Step | None) -> Any:
         """How many of `before` tokens a block merges away."""
         block, wanted = self.blocks[index], self.wanted[index]
         kept, ends = block.special.count, block.special.prefix + block.special.suffix
+        free = block.length - kept
+        limit = self.hows[index].most(before - kept, free, grid_of(self.facts, block.tokens).sizes)
         if block.room and not isinstance(wanted, float):
             r = _in_parts(block.room, wanted)
         else:
-            r = merged_away(wanted, before, kept)
-        free = block.length - kept
+            r = merged_away(wanted, before, kept, limit)
         most = [_least(block.room)] if block.room else []
         if isinstance(free, int) and free < SHORT_AXIS:
             most.append(max(before - kept - free // 2, 0))
         if block.special.inner:  # all of them may stand where sources do
             most.append(max((before - ends) // 2 - len(block.special.inner), 0))
         if self.multiple > 1 and isinstance(before, int):
-            most.append((before - ends) // 2)
+            most.append(limit if not block.special.inner else (before - ends) // 2)
             r = self._rounded(r, before, min(most), prev.chain()[0].site if prev else index)
         return min([r, *most])
 
     def _why_none(self, block: Block, before: Any) -> str:
         if block.room and _least(block.room) == 0:
             return "its mask leaves some token no partner"
+        free = block.length - block.special.count
+        if self.hows[self.blocks.index(block)].most(free, free, grid_of(self.facts, block.tokens).sizes) <= 0:
+            return f"{self.facts.config.choices} lets none of its {block.length} tokens go"
         why = f"{before} tokens left of {block.length}, {block.special.count} protected"
         return why + f", counts in multiples of {self.multiple}" * (self.multiple > 1)
 

@@ -244,6 +244,25 @@ def match_parts(metric: Tensor, parts: Tensor, r: Any, *how: Any) -> tuple[Tenso
     return _matched(metric, (parts, even), r, (prefix, suffix), heads, "alternating", *(similarity or ["cosine"]))
 
 
+def match_pieces(metric: Tensor, size: Any, attention: Any, place: Any, r: Any, *how: Any) -> tuple[Tensor, ...]:
+    """`tome::match_pieces`, of pieces that are the same in every process. how: pruned, prefix, suffix, heads, the
+    pieces."""
+    pruned, prefix, suffix, heads, key = how
+    sample, n = metric.shape[: -3 if heads else -2], metric.shape[-3 if heads else -2]
+    given, ends = (size, attention, place), (prefix, suffix)
+    source, destination, body, best = ops.picked(metric, given, (r, pruned), ends, heads, key)
+    batch, place = source.shape[0], _places(n, metric.device)
+    order = torch.cat([place.narrow(0, 0, prefix), body, place.narrow(0, n - suffix, suffix)]).expand(batch, n)
+    none = torch.zeros((batch, n), dtype=torch.int64, device=metric.device)
+    stays = 1 - none.scatter_add(1, source, torch.ones_like(source)).gather(1, order)
+    slot = stays.to(torch.float32).cumsum(1).to(torch.int64) - 1
+    keep = torch.zeros((batch, n - r + 1), dtype=torch.int64, device=metric.device)
+    keep = keep.scatter_add(1, torch.where(stays > 0, slot, n - r), order).narrow(1, 0, n - r)
+    assign = none.scatter_add(1, order, slot * stays)
+    assign = assign.scatter_add(1, source, assign.gather(1, destination))
+    return tuple(t.reshape(*sample, t.shape[-1]) for t in (assign, keep, source, best))
+
+
 def _matched(
     metric: Tensor, parts: tuple[Tensor, bool] | None, r: Any, ends: tuple[int, int], heads: bool, *how: str
 ) -> tuple[Tensor, ...]:
@@ -292,7 +311,9 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 FORMS: dict[str, Callable[..., Any]] = {
-    "match": match, "match_by": match_by, "match_parts": match_parts,
+    "match": match, "match_by": match_by, "match_parts": match_parts, "match_pieces": match_pieces,
+    "attention_paid": ops.attention_paid, "grid_places": ops.grid_places, "place_metric": ops.place_metric,
+    "place_code": ops.code_of,
     "merge": functools.partial(ops.merge_aten, rows=_rows), "merge_size": ops.merge_size_aten,
     "merge_bias": ops.merge_bias_aten, "log_size": torch.log, "unmerge": _rows, "seen_first": ops.seen_first,
     "key_weight": ops.key_weight, "key_kinds": ops.key_kinds, "places": _marked, "place_kinds": ops.place_kinds,

@@ -127,7 +127,7 @@ class Emitter:
         laid = Laid(value, self.facts.dims(node), have)
         for merge in merges:
             self.groups.find(merge, laid)
-        return self.steps.convert(laid, after)
+        return self.steps.convert(laid, after, Fill.TOKENS)
 
     def run(self, call: Call, operands: Sequence[Traced], **overrides: Any) -> Any:
         """The op of a call with new tensor operands, all other arguments as they were but for `overrides`."""

@@ -20,7 +20,8 @@ from tome_fx.report import ToMeReport
 LAW, UNMOVED = 5e-5, 1e-5
 PLACEMENTS = ("auto", "stream", "branch")
 tome = torch.ops.tome
-MATCHES = (tome.match.default, tome.match_by.default, tome.match_parts.default, tome.match_size.default)
+MATCHES = (tome.match.default, tome.match_by.default, tome.match_parts.default, tome.match_size.default,
+           tome.match_pieces.default)  # fmt: skip
 
 
 class Matches(TorchDispatchMode):

@@ -43,7 +43,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"r": 4, "similarity": "cosin"}, ValueError, 'did you mean "cosine"'),
     ({"r": 4, "partition": "alternate"}, ValueError, 'did you mean "alternating"'),
     ({"r": 4, "matcher": "bipartit"}, ValueError, 'matcher must be one of .* did you mean "bipartite"'),
-    ({"r": 4, "matcher": ["bipartite"]}, ValueError, "matcher must be one of"),
+    ({"r": 4, "matcher": ["bipartite", 3]}, ValueError, "matcher must be one of"),
     ({"r": 4, "merging": "pruned"}, ValueError, 'did you mean "prune"'),
     ({"r": 4, "matcher": "random", "padding_first": True}, ValueError, "padding_first goes by similarity"),
     ({"r": 4, "inner": "inducto"}, ValueError, 'did you mean "inductor"'),

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tome_fx import passes
-from tome_fx.config import ToMeConfig, from_environment, updated
+from tome_fx.config import ToMeConfig, config_from, from_environment, updated
 from tome_fx.kernels import cpu
 from tome_fx.passes import KeptError, PortableError, Result, Target, run_pipeline
 from tome_fx.passes.inner import lengths
@@ -98,20 +98,27 @@ def tome_backend(
     r: Any = None,
     *,
     flops: float | None = None,
+    method: str = "tome",
     every: int = 1,
     multiple: int = 1,
-    prop_attn: bool = True,
-    metric: str = "key",
-    similarity: str = "cosine",
-    partition: str = "alternating",
-    matcher: str = "bipartite",
-    merging: str = "mean",
+    prop_attn: bool | None = None,
+    metric: str | None = None,
+    importance: str | None = None,
+    candidates: str | None = None,
+    similarity: str | None = None,
+    alpha: float | str | None = None,
+    partition: str | Sequence[str] | None = None,
+    matcher: str | Sequence[str] | None = None,
+    merging: str | Sequence[str] | None = None,
+    prune: float | None = None,
+    blocks: str | Sequence[int] | Sequence[float] | None = None,
     protect: str | int | tuple[int, int] | list[int] = "auto",
-    placement: str = "auto",
+    placement: str | None = None,
     padding_first: bool = False,
     drop_unread: bool = True,
     inner: str = "inductor",
     strict: bool = False,
+    **numbers: float,
 ) -> ToMeBackend:
     """A backend for `torch.compile` that merges tokens (ToMe, arXiv 2210.09461) in every transformer it is given.
 
@@ -121,14 +128,28 @@ def tome_backend(
             each block in order (none for blocks beyond its end; a longer list raises ScheduleError). In packed
             sequences that a mask parts it is for each part.
         flops: instead of `r`, the share of the model's FLOPs to aim at.
+        method: a bundle of the choices below, "tome", "saint", "tosa", "mstm", "pitome", "tofu", "mctf", "diffrate",
+            "evit" and others (docs/methods.md), or a name given to `register_method`; what is given beside it replaces
+            its piece. What stands first below is ToMe's, which holds where no method says otherwise.
         every: merge at every k-th block only, what the schedule gives to the k blocks up to it.
         multiple: keep token counts at multiples of this number; what is left over is merged by a later block.
         prop_attn: proportional attention, equation 1 of the paper.
-        metric: what tokens are compared by, "key", "query", "value" or "input" (the residual stream).
-        similarity: how, "cosine" or "dot".
-        partition: the two sides of the matching, "alternating", "sequential" or "random".
-        matcher: who picks the pairs, "bipartite", "random" or a name given to `register_matcher`.
-        merging: what becomes of a pair, "mean", "plain", "keep" or "prune"; see `ToMeConfig`.
+        metric: what tokens are compared by, "key", "query", "value", "input" (the residual stream) or "token" (what
+            merges).
+        importance: how much a token matters, to pieces that go by it: "none", "attention", "received", "norm",
+            "energy", "rare" or "size".
+        candidates: who takes part, "all" or the 2r "least" important.
+        similarity: how tokens are compared, "cosine", "dot" or "joined".
+        alpha: the share of that beside how near their places on the grid are: None, a number, or "rising", "falling",
+            "constant" with depth.
+        partition: the two sides of the matching, "alternating", "sequential", "random", "importance", "band:8",
+            "window:2", "frame" or "grid:2".
+        matcher: who picks the pairs, "bipartite", "votes", "both", "fuse", "greedy", "previous", "random" or a name
+            given to `register_matcher`.
+        merging: what becomes of a pair, "mean", "plain", "keep", "prune", "mlerp" or "weighted"; see `ToMeConfig`. A
+            tuple of names (partition, matcher, merging) is one for each equal part of the merging blocks.
+        prune: the share of the r tokens that is dropped while the others merge.
+        blocks: which blocks merge: "all", "first half", "last", or a list of positions or of shares of the depth.
         protect: tokens that never merge: a number of leading ones, `(count, period)`, or a list of positions (from the
             end where negative); "auto" finds class, distillation, camera and register tokens.
         placement: "stream" merges for good, "branch" around each attention and MLP alone; "auto" takes the stream where
@@ -138,6 +159,7 @@ def tome_backend(
         drop_unread: compute only the rows of the last block that are read (the class token, mostly).
         inner: "inductor", "aot_eager" or "eager".
         strict: raise ToMeError where the default is a ToMeWarning.
+        numbers: those of the pieces, by name (`tome_fx.methods.NUMBERS`): tau=0.8, margin=0.75.
 
     Raises: TypeError or ValueError on values that are not allowed. The compiled call raises ScheduleError (a
     ValueError) for a list `r` that is too long and, with `strict=True`, ToMeError.
@@ -146,26 +168,14 @@ def tome_backend(
     """
     if r is None and flops is None:
         r, flops = map(from_environment().get, ("r", "flops"))
-    return ToMeBackend(
-        ToMeConfig(
-            r=r,
-            flops=flops,
-            every=every,
-            multiple=multiple,
-            prop_attn=prop_attn,
-            metric=metric,
-            similarity=similarity,
-            partition=partition,
-            matcher=matcher,
-            merging=merging,
-            protect=protect,
-            placement=placement,
-            padding_first=padding_first,
-            drop_unread=drop_unread,
-            inner=inner,
-            strict=strict,
-        )
-    )
+    options = {
+        "method": method, "every": every, "multiple": multiple, "prop_attn": prop_attn, "metric": metric,
+        "importance": importance, "candidates": candidates, "similarity": similarity, "alpha": alpha,
+        "partition": partition, "matcher": matcher, "merging": merging, "prune": prune, "blocks": blocks,
+        "protect": protect, "placement": placement, "padding_first": padding_first, "drop_unread": drop_unread,
+        "inner": inner, "strict": strict,
+    }  # fmt: skip
+    return ToMeBackend(config_from({"r": r, "flops": flops, **options, **numbers}))
 
 
 def tome(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:

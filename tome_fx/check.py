@@ -216,12 +216,14 @@ def check(
     args, kwargs: the inputs, as for `model(*args, **kwargs)`.
     config: the keywords of `tome_backend`; strict=True raises ToMeError where nothing merges.
 
-    Raises NoLawError (a ValueError) for `merging="prune"` and `prop_attn=False`, which keep no law, and what
-    torch.compile raises where it cannot trace.
+    Raises NoLawError (a ValueError) for `prop_attn=False`, `prune` and merging="prune", "mlerp" or "weighted", which
+    keep no law, and what torch.compile raises where it cannot trace.
     """
     settings = config_from({"r": r, "inner": "eager", **config})
-    if settings.merging == "prune":
-        raise NoLawError('merging="prune" computes the model on fewer tokens, not a tied one: there is no law to check')
+    if not settings.tied:
+        what = "prune" if settings.prune else "merging"
+        why = "computes the model on fewer tokens, or on others than their mean: there is no law to check"
+        raise NoLawError(f"{what}={getattr(settings, what)!r} {why}")
     if not settings.prop_attn:
         raise NoLawError("prop_attn=False lets a group count as one token, so no law holds: there is nothing to check")
     check_call(model, args)

@@ -36,8 +36,9 @@ from tome_fx.schedule import ScheduleError
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 INNERS = ("inductor", "aot_eager", "eager")
 OPTIONS = (
-    "placement", "metric", "similarity", "partition", "matcher", "merging", "protect", "every", "multiple", "prop_attn",
-    "padding_first", "drop_unread", "inner", "strict",
+    "method", "placement", "metric", "importance", "candidates", "similarity", "alpha", "partition", "matcher",
+    "merging", "prune", "blocks", "protect", "every", "multiple", "prop_attn", "padding_first", "drop_unread", "inner",
+    "strict",
 )  # fmt: skip
 """Options of `tome_backend` that are options of the command line by the same name."""
 DEFAULT_R = 16
@@ -107,6 +108,39 @@ def parse_protect(text: str) -> str | int | tuple[int, int] | list[int]:
         ) from error
 
 
+def _names(text: str) -> str | tuple[str, ...]:
+    """A name, or several with commas between: one for each part of the merging blocks."""
+    return tuple(text.split(",")) if "," in text else text
+
+
+def _name_or_number(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def parse_blocks(text: str) -> str | tuple[int, ...] | tuple[float, ...]:
+    """Blocks as typed: "all", "first half", "last"; "3,6,-1", positions; "0.25,0.5", shares of the depth.
+
+    Raises ArgumentTypeError for numbers that are neither.
+    """
+    if text[-1:].isalpha():
+        return text
+    try:
+        return tuple(float(part) if "." in part else int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be all, first half, last or numbers (3,6,9), not {text!r}") from error
+
+
+def _number(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, as tau=0.8, not {text!r}") from error
+
+
 def bench_step(argv: Sequence[str], candidate: str) -> timing.Step:
     """A candidate of `bench`, built anew from its command line: how the process of a cold compile gets it."""
     args = _parser().parse_args(argv)
@@ -172,16 +206,24 @@ def _add_model_options(parser: argparse.ArgumentParser, batch: int) -> None:
     parser.add_argument("--device", type=_device, default=torch.device("cpu"), help="default %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default %(default)s")
     parser.add_argument("--pretrained", action="store_true", help="load the weights of a timm model")
-    parser.add_argument("--placement", default="auto", help="where merging goes (default %(default)s)")
-    parser.add_argument("--metric", default="key", help="what tokens are compared by (default %(default)s)")
-    parser.add_argument("--similarity", default="cosine", help="how they are compared (default %(default)s)")
-    parser.add_argument("--partition", default="alternating", help="two sides of the matching (default %(default)s)")
-    parser.add_argument("--matcher", default="bipartite", help="who picks the pairs (default %(default)s)")
-    parser.add_argument("--merging", default="mean", help="what becomes of a pair (default %(default)s)")
+    parser.add_argument("--method", default="tome", help="a bundle of the pieces below (default %(default)s)")
+    parser.add_argument("--placement", help="where merging goes")
+    parser.add_argument("--metric", help="what tokens are compared by")
+    parser.add_argument("--importance", help="how much a token matters")
+    parser.add_argument("--candidates", help="who takes part")
+    parser.add_argument("--similarity", help="how they are compared")
+    parser.add_argument("--alpha", type=_name_or_number, help="weight of the metric beside places")
+    parser.add_argument("--partition", type=_names, help="two sides of the matching")
+    parser.add_argument("--matcher", type=_names, help="who picks the pairs")
+    parser.add_argument("--merging", type=_names, help="what becomes of a pair")
+    parser.add_argument("--prune", type=float, help="share of the r tokens that is dropped, not merged")
+    parser.add_argument("--blocks", type=parse_blocks, help="all, first half, last, 3,6,9 or 0.25,0.5 of the depth")
+    parser.add_argument("--number", type=_number, action="append", default=[], metavar="NAME=VALUE", help="as tau=0.8")
     parser.add_argument("--protect", type=parse_protect, default="auto", help="auto, 1, 2/10 (of every 10) or 0,5,-1")
     parser.add_argument("--every", type=_positive, default=1, help="merge at every k-th block (default %(default)s)")
     parser.add_argument("--multiple", type=_positive, default=1, help="token counts in multiples (default %(default)s)")
-    parser.add_argument("--no-prop-attn", dest="prop_attn", action="store_false", help="no proportional attention")
+    parser.add_argument("--no-prop-attn", dest="prop_attn", action="store_const", const=False,
+                        help="no proportional attention")  # fmt: skip
     parser.add_argument("--padding-first", action="store_true", help="merge what masks leave out before all else")
     parser.add_argument("--all-rows", dest="drop_unread", action="store_false", help="compute unread rows too")
     parser.add_argument("--inner", choices=INNERS, default="inductor", help="compiler behind (default %(default)s)")
@@ -299,12 +341,12 @@ def _check_runs(model: nn.Module, x: torch.Tensor) -> None:
 def _config(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `tome_backend`."""
     amount = {"flops": args.flops} if args.flops is not None else {"r": DEFAULT_R if args.r is None else args.r}
-    return {**amount, **{name: getattr(args, name) for name in OPTIONS}}
+    return {**amount, **{name: getattr(args, name) for name in OPTIONS}, **dict(args.number)}
 
 
 def _backend(args: argparse.Namespace) -> Any:
     """The backend, and with it the check of its options. Raises UserError."""
-    if ":" in args.model and args.matcher not in matching.BUILT_IN:
+    if ":" in args.model and args.matcher not in (None, *matching.BUILT_IN):
         _user_function(args.model)  # its module may be what registers the matcher
     try:
         return tome_fx.tome_backend(**_config(args))

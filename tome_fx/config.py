@@ -6,17 +6,27 @@ import difflib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
 from operator import index
 from typing import Any
 
 from tome_fx import matching
+from tome_fx.methods import DEFAULTS, MERGINGS, METHODS, NUMBERS, PIECES, How
+from tome_fx.methods.tokens import named
 
 INNER = ("inductor", "aot_eager", "eager")
-METRICS = ("key", "query", "value", "input")
-MERGINGS = ("mean", "plain", "keep", "prune")
+METRICS = ("key", "query", "value", "input", "token")
 PLACEMENTS = ("auto", "stream", "branch")
+PIECEWISE: dict[str, Any] = {
+    "prop_attn": True, "metric": "key", "importance": "none", "candidates": "all", "similarity": "cosine",
+    "partition": "alternating", "matcher": "bipartite", "merging": "mean", "placement": "auto", "blocks": "all",
+    "prune": 0.0, "alpha": None,
+}  # fmt: skip
+"""What a method may say, and ToMe's own values, which hold where neither it nor the caller says another."""
+ALPHAS = {"rising": lambda at, n: at / max(n - 1, 1), "falling": lambda at, n: 1 - at / max(n - 1, 1),
+          "constant": lambda at, n: 0.5}  # fmt: skip
+"""ToSA's weight of the metric at block `at` of n (arXiv 2506.20066, table 4)."""
 
 
 @dataclass(frozen=True)
@@ -38,32 +48,62 @@ class ToMeConfig:
     multiple: int = 1
     """Keep token counts at multiples of this number (8, 16, 32: what a device's matrix units like). What a block cannot
     merge for it, the next one does. Protected tokens count; symbolic lengths are not rounded."""
-    prop_attn: bool = True
-    """Proportional attention: add log(size) to the scores of each key (ToMe section 3, equation 1)."""
-    metric: str = "key"
-    """What tokens are compared by: "key", "query", "value" (mean over heads of the attention's) or "input" (the
-    residual stream). Where those do not hold the tokens in one dim (pooled, joined with others) it is the stream, in a
-    branch that begins before them the value that merges, in cross attention the queries (ToMe table 1)."""
-    similarity: str = "cosine"
-    """How two tokens are compared: "cosine" or "dot" (product)."""
-    partition: str = "alternating"
-    """The two sides of the matching: "alternating" positions, "sequential" halves, or "random" halves, the same for one
-    number of tokens. The new order: protected tokens at their ends, what is left of the first side, then the second,
-    each in position order."""
-    matcher: str = "bipartite"
-    """Who picks the pairs: "bipartite" (soft matching, ToMe section 3), "random" (pairs of all tokens, the same for one
-    number of tokens) or a name given to `tome_fx.register_matcher`."""
-    merging: str = "mean"
+    method: str = "tome"
+    """A named bundle of the options below that are None: "tome", "saint", "tosa", "mstm", "pitome", "tofu", ... (see
+    `tome_fx.METHODS` and docs/methods.md), or a name given to `register_method`. What is given beside it replaces its
+    piece. The five pieces that choose pairs are functions by name; a tuple of names is one for each equal part of the
+    merging blocks, in order."""
+    prop_attn: bool | None = None
+    """Proportional attention: add log(size) to the scores of each key (ToMe section 3, equation 1). ToMe: True."""
+    metric: str | None = None
+    """What tokens are compared by: "key", "query", "value" (mean over heads of the attention's), "input" (the residual
+    stream before the attention) or "token" (what merges itself, after it). Where those do not hold the
+    tokens in one dim (pooled, joined with others) it is the stream, in a branch that begins before them the value that
+    merges, in cross attention the queries (ToMe table 1). ToMe: "key"."""
+    importance: str | None = None
+    """How much a token matters, for pieces that go by it: "attention" (of the class token; without one, received),
+    "received", "norm", "energy" (PiToMe), "rare", "size". Attention is that of the tokens before they merge: there is
+    none in a branch that begins before it. ToMe: "none"."""
+    candidates: str | None = None
+    """Who takes part in the matching: "all", or "least", the 2r least important. ToMe: "all"."""
+    similarity: str | None = None
+    """How two tokens are compared: "cosine", "dot" (product) or "joined" with importance and size (MCTF). ToMe:
+    "cosine"."""
+    alpha: float | str | None = None
+    """The share of the metric's cosine beside that of the tokens' places on the grid (ToSA): a number in [0, 1], or
+    "rising", "falling", "constant" with depth. ToMe: None, no places."""
+    partition: str | tuple[str, ...] | None = None
+    """The two sides of the matching: "alternating" positions, "sequential" halves, "random" halves, the same for one
+    number of tokens, "importance" (the r least important go), or alternating with near pairs first: "band:8",
+    "window:2", "frame"; or "grid:2", one destination in each cell. The new order: protected tokens at their ends, what
+    is left of the first side, then the second, each in position order; sides that differ from sample to sample leave
+    tokens in position order. ToMe: "alternating"."""
+    matcher: str | tuple[str, ...] | None = None
+    """Who picks the pairs: "bipartite" (soft matching, ToMe section 3), "votes" (SAINT), "both" directions (MCTF),
+    "fuse" all into one (EViT), "greedy", "previous" frame (EVS), "random" (pairs of all tokens, the same for one number
+    of tokens) or a name given to `tome_fx.register_matcher`. ToMe: "bipartite"."""
+    merging: str | tuple[str, ...] | None = None
     """What becomes of a pair: "mean" (weighted by size), "plain" (mean of the rows that meet), "keep" (the
-    destination's row) or "prune" (the source is dropped and counts no more: no sizes, no proportional attention, pools
-    over what is left; where a full-length result is asked for, dropped tokens have their destination's row)."""
+    destination's row), "prune" (the source is dropped and counts no more: no sizes, no proportional attention, pools
+    over what is left; where a full-length result is asked for, dropped tokens have their destination's row), "mlerp"
+    (the mean, as long as the longest of its group: ToFu, arXiv 2312.01026) or "weighted" by importance. ToMe: "mean".
+    """
+    prune: float | None = None
+    """The share of the r tokens, the least important of them, that is dropped, while the others merge (DiffRate).
+    ToMe: 0."""
+    blocks: str | tuple[int, ...] | tuple[float, ...] | None = None
+    """Which blocks merge: "all", "first half", "last", a list of positions (negative ones from the end), or of shares
+    of the depth (0.25: block 3 of 12). A schedule `r` is spread over these. ToMe: "all"."""
+    numbers: Any = ()
+    """Numbers of the pieces by name, as {"tau": 0.8}; `tome_backend` takes them as options of their own."""
     protect: str | int | tuple[int, int] | list[int] | frozenset[int] = "auto"
     """Tokens that never merge: "auto" finds class, distillation, camera and register tokens; a number of leading ones;
     `(count, period)`, the first `count` of every `period` tokens (of every frame); or a list of positions, negative
     ones from the end."""
-    placement: str = "auto"
+    placement: str | None = None
     """"stream" merges on the residual stream for good, "branch" around each attention and MLP alone (the stream keeps
-    its length); "auto" takes the stream where there is one and a branch elsewhere, and either only where it pays."""
+    its length); "auto" takes the stream where there is one and a branch elsewhere, and either only where it pays. ToMe:
+    "auto"."""
     padding_first: bool = False
     """Merge the tokens that a mask of keys leaves out before all others, however alike they are. They never mix into
     the others in any case."""
@@ -77,9 +117,12 @@ class ToMeConfig:
     of a model that loses something, an internal error."""
     is_list: bool = False
     """Whether `r` was given as a list (kept as a tuple so that the config is hashable)."""
+    given: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
+    """The options that the caller gave beside the method."""
 
     def __post_init__(self) -> None:
         self._make_plain()
+        self._resolve()
         if self.flops is not None:
             if self.r is not None:
                 raise ValueError(f"give r or flops, not both; got r={self.r!r} and flops={self.flops!r}")
@@ -90,14 +133,15 @@ class ToMeConfig:
             self._check_r()
         for name, allowed in (
             ("metric", METRICS),
-            ("similarity", tuple(matching.SIMILARITIES)),
-            ("partition", tuple(matching.PARTITIONS)),
-            ("matcher", matching.matchers()),
-            ("merging", MERGINGS),
             ("placement", PLACEMENTS),
             ("inner", INNER),
+            *((name, _names(name)) for name in ("importance", "candidates", "similarity", "partition", "matcher")),
+            ("merging", MERGINGS),
         ):
-            _one_of(name, getattr(self, name), allowed)
+            given = getattr(self, name)
+            for one in given if isinstance(given, tuple) and given else (given,):
+                _one_of(name, one, allowed)
+        self._check_method()
         self._check_protect()
         for name in ("every", "multiple"):
             if not _whole(getattr(self, name)) or getattr(self, name) < 1:
@@ -108,9 +152,49 @@ class ToMeConfig:
         if self.padding_first and self.matcher == "random":
             raise ValueError('padding_first goes by similarity, and matcher="random" does not: leave one of them out')
 
+    def _resolve(self) -> None:
+        """Options that were not given, from the method, and where it says nothing, ToMe's."""
+        _one_of("method", self.method, tuple(METHODS))
+        said, numbers = dict(METHODS[self.method].options), dict(self.numbers)
+        given = tuple(name for name in PIECEWISE if getattr(self, name) is not None)
+        object.__setattr__(self, "given", given)
+        for name, own in PIECEWISE.items():
+            value = getattr(self, name) if name in given else said.get(name, own)
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
+        unknown = [name for name in numbers if name not in DEFAULTS]
+        if unknown:
+            raise ValueError(f"unknown number {unknown[0]!r}{_close(unknown[0], DEFAULTS)}; there are "
+                             f"{', '.join(DEFAULTS)}")  # fmt: skip
+        if bad := [name for name, value in numbers.items() if not _real(value)]:
+            raise TypeError(f"{bad[0]} must be a number, got {numbers[bad[0]]!r}")
+        said = {name: value for name, value in said.items() if name in DEFAULTS}
+        object.__setattr__(self, "numbers", tuple({**DEFAULTS, **said, **numbers}.items()))
+
+    def _check_method(self) -> None:
+        if not (self.alpha is None or self.alpha in ALPHAS or (_real(self.alpha) and 0 <= self.alpha <= 1)):  # type: ignore[operator]
+            raise ValueError(f"alpha must be a number in [0, 1], or one of {', '.join(ALPHAS)}, got {self.alpha!r}")
+        if not _real(self.prune) or not 0 <= self.prune <= 1:  # type: ignore[operator]
+            raise ValueError(f"prune must be a share between 0 and 1, got {self.prune!r}")
+        blocks = self.blocks
+        listed = isinstance(blocks, tuple) and (all(map(_whole, blocks)) or
+                                                all(_real(x) and 0 <= x < 1 for x in blocks))  # fmt: skip
+        if not (listed or blocks in ("all", "first half", "last")):
+            raise ValueError('blocks must be "all", "first half", "last", a list of positions or of shares of the '
+                             f"depth, got {blocks!r}")  # fmt: skip
+        own = [getattr(self, name) for name in ("partition", "matcher", "merging")]
+        parts = max((len(value) for value in own if isinstance(value, tuple)), default=1)
+        for i in range(parts):
+            how = self.how(i, parts, (0, 1))
+            if how.scored and how.importance == "none":
+                raise ValueError(f"{how.reader} goes by importance: say which, as importance=\"attention\"")
+
     def _make_plain(self) -> None:
         for f in fields(self):
-            object.__setattr__(self, f.name, _plain(getattr(self, f.name)))
+            if f.init:
+                object.__setattr__(self, f.name, _plain(getattr(self, f.name)))
+        for name in ("partition", "matcher", "merging", "blocks"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
         if isinstance(self.r, list):
             object.__setattr__(self, "r", tuple(self.r))
             object.__setattr__(self, "is_list", True)
@@ -158,19 +242,74 @@ class ToMeConfig:
         return list(self.r) if self.is_list else self.r  # type: ignore[arg-type]
 
     @property
-    def pairing(self) -> tuple[str, str, str]:
+    def pairing(self) -> tuple[Any, Any, Any]:
         """The names behind a match: matcher, partition, similarity."""
         return self.matcher, self.partition, self.similarity
 
     @property
+    def sided(self) -> bool:
+        """Whether at every merge a source at an alternating position joins the destination at another that is most like
+        it, and nothing else decides."""
+        alone = self.similarity != "joined" and not self.prune
+        return alone and (self.candidates, self.partition, self.matcher) == ("all", "alternating", "bipartite")
+
+    @property
+    def choices(self) -> str:
+        """The options that make it otherwise, as a message names them."""
+        if self.method != "tome":
+            return f"method={self.method!r}"
+        return f"matcher={self.matcher!r} with partition={self.partition!r}"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What pieces read of the graph, at any merge."""
+        parts = max((len(x) for x in (self.partition, self.matcher) if isinstance(x, tuple)), default=1)
+        return frozenset(need for i in range(parts) for need in self.how(i, parts, (0, 1)).needs)
+
+    def chosen(self, blocks: int) -> list[int]:
+        """Which of so many blocks merge, ascending."""
+        if self.blocks == "all":
+            return list(range(blocks))
+        if self.blocks == "first half":
+            return list(range((blocks + 1) // 2))
+        if self.blocks == "last":
+            return [blocks - 1] if blocks else []
+        own: Any = [int(at * blocks) if isinstance(at, float) else at for at in self.blocks]  # type: ignore[union-attr]
+        return sorted({at % blocks for at in own if -blocks <= at < blocks})
+
+    def how(self, turn: int, turns: int, depth: tuple[int, int]) -> How:
+        """The pieces of a merge: the `turn`-th of `turns` that merge, at block `depth[0]` of `depth[1]`."""
+
+        def own(value: Any) -> Any:
+            return value[turn * len(value) // max(turns, 1)] if isinstance(value, tuple) else value
+
+        at, blocks = depth
+        alpha: Any = ALPHAS[self.alpha](at, blocks) if isinstance(self.alpha, str) else self.alpha
+        numbers = {**dict(self.numbers), "depth": at / max(blocks, 1)}
+        numbers["margin"] *= 1 - numbers["depth"]
+        return How(self.importance, self.candidates, own(self.partition), self.similarity, own(self.matcher),  # type: ignore[arg-type]
+                   own(self.merging), self.prune, alpha, tuple(numbers.items()))  # type: ignore[arg-type]
+
+    @property
     def counts(self) -> bool:
-        """Whether a merged token counts for all that it stands for."""
-        return self.merging != "prune"
+        """Whether a merged token counts for all that it stands for, at any merge."""
+        return set(self.merging if isinstance(self.merging, tuple) else [self.merging]) != {"prune"}
 
     @property
     def proportional(self) -> bool:
         """Whether log(size) joins the scores."""
-        return self.prop_attn and self.counts
+        return bool(self.prop_attn) and self.counts
+
+    @property
+    def drops(self) -> bool:
+        """Whether some tokens are dropped while others merge, so that sizes do not add up to all tokens."""
+        return self.counts and (self.prune != 0 or (isinstance(self.merging, tuple) and "prune" in self.merging))
+
+    @property
+    def tied(self) -> bool:
+        """Whether merging computes the model whose tokens are replaced by their group's mean, or by one of them."""
+        merging = self.merging if isinstance(self.merging, tuple) else (self.merging,)
+        return set(merging) <= {"mean", "plain", "keep"} and not self.prune
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -197,8 +336,16 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _names(kind: str) -> tuple[str, ...]:
+    """The names of a kind of pieces; those that end in ":k" take a number."""
+    more = {"importance": ("none",), "matcher": matching.matchers()}.get(kind, ())
+    return tuple(dict.fromkeys([*more, *PIECES[kind]]))
+
+
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
+    if isinstance(value, str) and f"{value.partition(':')[0]}:k" in allowed:
+        named(name, value)  # raises where its number is none
+    elif value not in allowed:
         choices = ", ".join(f'"{a}"' for a in allowed)
         raise ValueError(f"{name} must be one of {choices}, got {value!r}{_close(value, allowed)}")
 
@@ -210,11 +357,16 @@ def _close(value: Any, allowed: Any) -> str:
 
 def config_from(values: Mapping[str, Any]) -> ToMeConfig:
     """A config from loose keys, as `options=` and the command line give them. Unknown keys raise ValueError."""
-    known = [f.name for f in fields(ToMeConfig) if f.name != "is_list"]
+    known = [f.name for f in fields(ToMeConfig) if f.init and f.name != "is_list"]
     for key in values:
-        if key not in known:
-            raise ValueError(f"unknown tome option {key!r}{_close(key, known)}; the options are {', '.join(known)}")
-    return ToMeConfig(**values)
+        if key not in known and key not in NUMBERS:
+            raise ValueError(f"unknown tome option {key!r}{_close(key, [*known, *NUMBERS])}; the options are "
+                             f"{', '.join(known)}, and the numbers {', '.join(DEFAULTS)}")  # fmt: skip
+    rest = {key: value for key, value in values.items() if key in known}
+    numbers = {key: value for key, value in values.items() if key not in known}
+    if numbers:
+        rest["numbers"] = {**dict(rest.get("numbers", ())), **numbers}
+    return ToMeConfig(**rest)
 
 
 VARIABLES = {"TOME_R": "r", "TOME_FLOPS": "flops"}
@@ -241,7 +393,8 @@ def from_environment() -> dict[str, Any]:
 
 def updated(config: ToMeConfig, values: Mapping[str, Any]) -> ToMeConfig:
     """The config with loose keys replaced; `r` and `flops` replace each other. Raises as `config_from`."""
-    base = {f.name: getattr(config, f.name) for f in fields(ToMeConfig) if f.name != "is_list"}
+    unsaid = {"is_list", "given", *(name for name in PIECEWISE if name not in config.given)}
+    base = {f.name: getattr(config, f.name) for f in fields(ToMeConfig) if f.name not in unsaid}
     base["r"] = None if config.flops is not None else config.schedule
     if "r" in values:
         base["flops"] = None

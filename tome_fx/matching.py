@@ -160,14 +160,20 @@ def pairs(
     """
     if matcher not in _MATCHERS:
         raise ValueError(f'no matcher "{matcher}" is registered here; there are {", ".join(_MATCHERS)}')
-    batch, n, _ = metric.shape
-    sources, destinations = PARTITIONS[partition](n, first, metric.device)
-    found = _MATCHERS[matcher](metric, r, sources, destinations, SIMILARITIES[similarity])
-    if matcher not in BUILT_IN:
-        _check(matcher, found, batch, n, r)
-    source, destination, alike = found
+    sources, destinations = PARTITIONS[partition](metric.shape[1], first, metric.device)
+    source, destination, alike = checked(matcher, metric, r, sources, destinations, SIMILARITIES[similarity])
     alike, order = alike.to(torch.float32).sort(stable=True, dim=-1, descending=True)
     return source.gather(1, order), destination.gather(1, order), alike, torch.cat([sources, destinations])
+
+
+def checked(
+    matcher: str, metric: Tensor, r: int, sources: Tensor, destinations: Tensor, similarity: Similarity
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a matcher finds. Raises ValueError unless one that was registered returns r pairs that can be merged."""
+    found = _MATCHERS[matcher](metric, r, sources, destinations, similarity)
+    if matcher not in BUILT_IN:
+        _check(matcher, found, metric.shape[0], metric.shape[1], r)
+    return found
 
 
 def _check(matcher: str, found: Any, batch: int, n: int, r: int) -> None:

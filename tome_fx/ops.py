@@ -19,7 +19,8 @@ their gradients. `*_aten` are the same functions spelled out, for where fusing p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ from torch import Tensor
 
 from tome_fx import matching
 from tome_fx.kernels import cpu
+from tome_fx.methods.how import from_key as how_from
+from tome_fx.methods.how import pick
+from tome_fx.methods.similarity import blend
+from tome_fx.methods.similarity import place_code as code_of
+from tome_fx.methods.tokens import Tokens
 
 _LIB = torch.library.Library("tome", "DEF")
 _CPU = cpu.define(cpu.NAMESPACE)
@@ -282,6 +288,123 @@ def _index_form(
     keep = order.new_empty((batch, n - r + 1)).scatter_(1, spot, order)[:, : n - r].contiguous()
     assign = order.new_empty((batch, n)).scatter_(1, order, slot)
     return assign.scatter_(1, source, assign.gather(1, destination)), keep, source
+
+
+# -- matchings made of pieces ------------------------------------------------------------------------------------------
+
+
+def _match_pieces_fake(
+    metric: Tensor, size: Tensor | None, attention: Tensor | None, place: Tensor | None, r: int, pruned: int,
+    prefix: int, suffix: int, heads: bool, how: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return _match_fake(metric, r, prefix, suffix, heads)
+
+
+@_opaque(
+    "match_pieces(Tensor metric, Tensor? size, Tensor? attention, Tensor? place, SymInt r, SymInt pruned, int prefix, "
+    "int suffix, bool heads, str how) -> (Tensor, Tensor, Tensor, Tensor)",
+    _match_pieces_fake,
+    (torch.Tag.cudagraph_unsafe,),  # as `match_by`
+)
+def match_pieces(
+    metric: Tensor, size: Tensor | None, attention: Tensor | None, place: Tensor | None, r: int, pruned: int,
+    prefix: int, suffix: int, heads: bool, how: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """`match` by the pieces of a method (`tome_fx.methods`).
+
+    Args: metric, prefix, suffix, heads as in `match`; size, attention float32 `[*sample, N]`, place float32
+        `[*sample, N, axes]`, where the pieces read them; r: tokens that go, `pruned` of them, the last of `moved`, the
+        least important; how: `How.key`.
+
+    Returns as `match`; the similarity is the matcher's score. New order: prefix, the partition's sources that stay, its
+    destinations, where these are the same in all samples, else what stays in position order; suffix.
+    """
+    with torch.autocast(metric.device.type, enabled=False), torch.no_grad():
+        sample = metric.shape[: -3 if heads else -2]
+        *found, best = picked(metric, (size, attention, place), (r, pruned), (prefix, suffix), heads, how)
+        form = _index_form(*found, prefix, suffix)
+        return tuple(t.reshape(*sample, t.shape[-1]) for t in (*form, best))
+
+
+def picked(
+    metric: Tensor, given: Sequence[Tensor | None], count: tuple[int, int], ends: tuple[int, int], heads: bool, how: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the pieces choose: source and destination int64 `[batch, r]`, the order int64 `[n]` of the tokens that may
+    merge, as positions in the whole sequence, and the score. Arguments as `match_pieces`."""
+    lead, (prefix, suffix) = metric.dim() - (3 if heads else 2), ends
+    x = metric.to(torch.float32)
+    x = x.mean(-2) if heads else x
+
+    def free(held: Tensor | None) -> Any:
+        held = None if held is None else held.reshape(-1, *held.shape[lead:])
+        return None if held is None else held.narrow(1, prefix, held.shape[1] - prefix - suffix)
+
+    body, (size, attention, place), own = free(x), map(free, given), how_from(how)
+    size = body.new_ones(body.shape[:2]) if size is None else size
+    tokens = Tokens(body, prefix, size, attention, place, numbers=dict(own.numbers))
+    source, destination, best, order = pick(own, tokens, *count)
+    return source + prefix, destination + prefix, order + prefix, best
+
+
+def _attention_fake(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None, at: int) -> Tensor:
+    return q.new_empty((*q.shape[:-2], k.shape[-2]), dtype=torch.float32)
+
+
+@_opaque("attention_paid(Tensor q, Tensor k, Tensor? mask, float? scale, int at) -> Tensor", _attention_fake)
+def attention_paid(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None, at: int) -> Tensor:
+    """What an attention gives to each key: of query `at`, or, at -1, on average over all queries.
+
+    q `[..., h, n, e]`, k `[..., h', m, e]`, h a multiple of h'; mask as SDPA takes it; scale: None is e^-1/2. Returns
+    float32 `[..., h, m]`. No gradient.
+    """
+    with torch.autocast(q.device.type, enabled=False), torch.no_grad():
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        if k.dim() > 2 and k.shape[-3] != q.shape[-3]:
+            k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
+        keys = k.to(torch.float32).transpose(-1, -2)
+        total = torch.zeros((), device=q.device)
+        rows = range(0, q.shape[-2], 512) if at < 0 else [at]
+        for start in rows:
+            stop = start + 512 if at < 0 else at + 1
+            scores = (q[..., start:stop, :].to(torch.float32) * scale) @ keys
+            if mask is not None:
+                own = mask[..., start:stop, :] if mask.dim() > 1 and mask.shape[-2] > 1 else mask
+                scores = scores.masked_fill(~own, -torch.inf) if own.dtype is torch.bool else scores + own
+            # A query without any key pays nothing.
+            total = total + scores.softmax(-1).nan_to_num(0.0).sum(-2)
+        return total / (q.shape[-2] if at < 0 else 1)
+
+
+def _grid_fake(grid: list[int], before: int, behind: int, device: torch.device | None = None) -> Tensor:
+    return torch.empty((prod(grid) + before + behind, len(grid)), dtype=torch.float32, device=device)
+
+
+@_opaque("grid_places(SymInt[] grid, SymInt before, SymInt behind, *, Device? device=None) -> Tensor", _grid_fake)
+def grid_places(grid: list[int], before: int, behind: int, device: torch.device | None = None) -> Tensor:
+    """Where tokens that were flattened from a grid stand on it: float32 `[before + prod(grid) + behind, axes]`; zeros
+    for the others."""
+    axes = torch.meshgrid(*(torch.arange(n, device=device, dtype=torch.float32) for n in grid), indexing="ij")
+    return torch.nn.functional.pad(torch.stack(axes, -1).flatten(0, -2), (0, 0, before, behind))
+
+
+@_opaque(
+    "place_metric(Tensor metric, Tensor code, float alpha, bool heads) -> Tensor",
+    lambda metric, code, alpha, heads: code.new_empty((*code.shape[:-1], metric.shape[-1] + code.shape[-1])),
+)
+def place_metric(metric: Tensor, code: Tensor, alpha: float, heads: bool) -> Tensor:
+    """What has the cosine alpha * cos(metric) + (1 - alpha) * cos(code), see `methods.similarity.blend`. metric: as in
+    `match`; code: float32 `[*sample, N, c]`. Returns float32 `[*sample, N, d + c]`."""
+    with torch.autocast(metric.device.type, enabled=False), torch.no_grad():
+        x = metric.to(torch.float32)
+        return blend(x.mean(-2) if heads else x, code, alpha)
+
+
+@_opaque(
+    "place_code(Tensor place) -> Tensor", lambda place: place.new_empty((*place.shape[:-1], place.shape[-1] * 32))
+)
+def place_code(place: Tensor) -> Tensor:
+    """`methods.similarity.place_code`: `[..., axes]` -> float32 `[..., axes * 32]`."""
+    return code_of(place)
 
 
 def seen_first(weight: Tensor, assign: Tensor, keep: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:

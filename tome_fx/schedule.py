@@ -60,8 +60,8 @@ def to_multiple(r: int, tokens: int, multiple: int) -> int:
     return max(tokens - left, 0)
 
 
-def merged_away(want: int | float, tokens: int, protected: int) -> int:
-    """Tokens that a block really merges: at most half of the `tokens - protected` that may take part."""
+def merged_away(want: int | float, tokens: int, protected: int, most: int | None = None) -> int:
+    """Tokens that a block really merges: at most `most` (None: half) of the `tokens - protected` that may take part."""
     free = max(tokens - protected, 0)
     count = int(free * want) if isinstance(want, float) else want
-    return max(min(count, free // 2), 0)
+    return max(min(count, free // 2 if most is None else most), 0)

@@ -354,7 +354,7 @@ class Groups:
 
     def tied(self, x: Tensor, dims: Dims, d: int, key: tuple[int, int], steps: Sequence[Step], fill: Fill) -> Tensor:
         """x with each token replaced by what its group makes of it."""
-        merging = self.config.merging
+        merging = self.merges[steps[0].base or steps[0]].how.merging
         one_by_one = fill is Fill.MEAN and merging == "plain"
         for stretch in [[s] for s in steps] if one_by_one else [steps]:
             step = stretch[-1]

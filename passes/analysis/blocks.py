@@ -8,7 +8,6 @@ from typing import Any
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from tome_fx.config import ToMeConfig
 from tome_fx.report import SkipReason
 
 from ..algebra.axes import Dim, Size
@@ -18,8 +17,6 @@ from .sites import AttentionSite
 from .special import Special
 from .streams import Spot
 
-PAPERS = ToMeConfig().pairing
-"""The matcher, partition and similarity of the paper."""
 # Shorter axes (a few frames) are not merged: pairing 8 tokens by halves is not what the similarity measure is for.
 SHORTEST_AXIS = 9
 
@@ -91,4 +88,4 @@ def unfit(site: AttentionSite, length: Any, kept: int) -> SkipReason | None:
     return None
 
 
-__all__ = ["PAPERS", "SHORTEST_AXIS", "Block", "unfit"]
+__all__ = ["SHORTEST_AXIS", "Block", "unfit"]

@@ -206,7 +206,8 @@ def _pad(walk: Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
 
 
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-_MATCHES = tuple(getattr(torch.ops.tome, name).default for name in ("match", "match_by", "match_parts", "match_size"))
+_FINDERS = ("match", "match_by", "match_parts", "match_pieces", "match_size")
+_MATCHES = tuple(getattr(torch.ops.tome, name).default for name in _FINDERS)
 _MERGES = tuple(getattr(torch.ops.tome, name).default for name in ("merge", "merge_add", "merge_size", "merge_bias"))
 _UNMERGES = (torch.ops.tome.unmerge.default, torch.ops.tome.merge_backward.default)
 _SUMS = torch.ops.tome.unmerge_backward.default

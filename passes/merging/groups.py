@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import fx
 from ..algebra.axes import Dim, Dims, Size, leaves, locate, size_of
 from ..algebra.axes import expr as size_expr
 from ..algebra.layout import Run, Step, plain
-from ..analysis.blocks import PAPERS, Block
+from ..analysis.blocks import Block
+from ..analysis.grid import grid_of
 from ..analysis.masks import KeyMask, token_dims
 from ..analysis.sites import Operand
 from ..building.trace import Traced
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 tome = torch.ops.tome
+PAID = frozenset(("attention", "received"))
+LEAST_ALPHA = 1e-3
+"""Places alone are equally far in many pairs, which rounding would choose between: then the metric does."""
+SMALLEST = 1e-30
+"""What a token weighs at least that no query looks at."""
 
 
 class Groups:
@@ -40,37 +47,68 @@ class Groups:
             self.steps.held[step] = self.steps.of(merge.groups)
             return
         own = self._own(merge)
-        before = self.steps.of(step.prev).size if step.prev else None
         metric, heads = self._metric(merge, value)
         metric = metric.detach()
         weight = self._weight(block, step.prev)
-        compared_by = () if config.similarity == "cosine" else (config.similarity,)
+        how, compared_by = merge.how, (config.similarity,) if config.similarity == "dot" else ()
+        if how.alpha is not None:
+            code = self._code(block, own.prev)
+            alpha = max(float(how.alpha), LEAST_ALPHA)
+            metric, heads = call(tome.place_metric.default, metric, code, alpha, heads), False
         if weight is not None:
             kind = call(tome.key_kinds.default, weight)
             metric, heads = call(tome.apart.default, metric, kind, heads, config.padding_first, *compared_by), False
         if block.special.inner:  # they are unlike all others, whatever they hold
             kind = call(tome.place_kinds.default, self._special(block, own.prev))
             metric, heads = call(tome.apart.default, metric, kind, heads, True, *compared_by), False
-        how = (merge.r, own.prefix, own.suffix, heads)
+        paid = self._paid(merge) if how.needs & PAID else None
+        ends = (own.prefix, own.suffix, heads)
         if block.parts is not None:
             parts = self._parts(block, block.parts)
-            found = call(tome.match_parts.default, metric, parts, *how, merge.even, *compared_by)
-        elif config.pairing == PAPERS:
-            found = call(tome.match.default, metric, *how)
+            found = call(tome.match_parts.default, metric, parts, merge.r, *ends, merge.even, *compared_by)
+        elif how.papers:
+            found = call(tome.match.default, metric, merge.r, *ends)
+        elif how.classic:
+            found = call(tome.match_by.default, metric, merge.r, *ends, how.matcher, how.partition, how.similarity)
         else:
-            found = call(tome.match_by.default, metric, *how, *config.pairing)
+            place = self._place(block, own.prev) if "place" in how.needs else None
+            counts = self.steps.of(own.prev).size if own.prev else None
+            given = (counts, paid, place)
+            found = call(tome.match_pieces.default, metric, *given, merge.r, merge.pruned, *ends, how.key)
         assign, keep, moved, similarity = found
         prev = own.prev.site if own.prev is not None else None
         similarity.node.args[0].meta.update(tome_merge=block.name, tome_step=step.site, tome_prev=prev)
         held = grown(StepTensors(assign, keep, moved, None), (-own.offset[0], -own.offset[1]))
-        assign, keep, moved = held.assign, held.keep, held.moved
-        size = call(tome.merge_size.default, before, assign, keep, moved) if config.counts else None
-        seen = None
-        if weight is not None and config.counts:
-            seen = call(tome.merge_size.default, weight, assign, keep, moved)
-        if weight is not None and config.merging in ("keep", "prune"):
-            keep, moved = call(tome.seen_first.default, weight, assign, keep, moved)
-        self.steps.held[step] = StepTensors(assign, keep, moved, size, weight, seen)
+        self.steps.held[step] = self._counted(merge, held, weight, paid)
+
+    def _counted(self, merge: Merge, held: StepTensors, weight: Traced | None, paid: Traced | None) -> StepTensors:
+        """The groups of a merge with their sizes, and what its tokens weigh in means. paid: their attention."""
+        call, config, how = self.call, self.config, merge.how
+        prev = merge.step.prev
+        before = self.steps.of(prev).size if prev else None
+        form = (held.assign, held.keep, held.moved)
+        drops = how.merging == "prune"
+        if not config.counts:
+            keep, moved = call(tome.seen_first.default, weight, *form) if weight is not None else form[1:]
+            return StepTensors(held.assign, keep, moved, None, weight, None, merging=how.merging)
+        if drops or how.pruned:
+            if before is None:
+                before = call(aten.new_ones.default, held.assign, held.assign.shape, dtype=torch.float32)
+            gone = held.moved if drops else held.moved.narrow(-1, merge.r - merge.pruned, merge.pruned)
+            none_of = functools.partial(call, aten.scatter.value)
+            weight = none_of(before if weight is None else weight, gone.dim() - 1, gone, 0.0)
+            before = none_of(before, gone.dim() - 1, gone, 0.0)
+        size = call(tome.merge_size.default, before, *form)
+        if how.merging == "weighted":
+            assert paid is not None
+            own_share = call(aten.clamp_min.default, paid, SMALLEST)
+            weight = own_share if weight is None else own_share * weight
+        seen = call(tome.merge_size.default, weight, *form) if weight is not None else None
+        keep, moved = form[1:]
+        if weight is not None and how.merging == "keep":
+            keep, moved = call(tome.seen_first.default, weight, *form)
+        own = before if drops or how.pruned else None
+        return StepTensors(held.assign, keep, moved, size, weight, seen, own, how.merging)
 
     @staticmethod
     def _own(merge: Merge) -> Step:
@@ -78,6 +116,57 @@ class Groups:
         part = merge.step.within(*merge.block.around)
         assert part is not None and part.step is not None
         return part.step
+
+    # -- what pieces of a method read ------------------------------------------------------------------------------
+
+    def _paid(self, merge: Merge) -> Traced:
+        """float32 [*sample, N]: what the attention of a block gives to each token, as its special token, or all of them
+        on average, pay it: from the operands that it has in the new graph, with sizes and masks in them."""
+        block, builder = merge.block, self.env.builder
+        call, decision = self.facts.calls[block.site.out], self.env.plan.decisions[block.site.out]
+        new = self.env.env[block.site.out].node
+        assert new.target is aten.scaled_dot_product_attention.default
+        held = {a.name: given for a, given in zip(new.target._schema.arguments, new.args, strict=False)} | new.kwargs
+        nodes = (held.get(name) for name in ("query", "key", "attn_mask"))
+        q, k, mask = (node and Traced(builder, node, node.meta["val"]) for node in nodes)
+        special = block.special
+        own = 0 if special.prefix else q.shape[-2] - special.suffix if special.suffix else -1
+        at = -1 if "received" in merge.how.needs else own
+        x = self.call(tome.attention_paid.default, q, k, mask, held.get("scale"), at)
+        queries, keys = map(self.facts.dims, call.nodes[:2])
+        dims, layout = (*queries[:-2], keys[-2]), (*decision.ins[0][:-2], decision.ins[1][-2])
+        x, factors = Laid(x, dims, layout).factored()
+        spots = [spot(factors, leaf) for leaf in leaves(merge.step.sample)]
+        token = [i for i, (d, _) in enumerate(factors) if d == len(dims) - 1]
+        heads = [i for i in range(len(factors)) if i not in (*spots, *token)]
+        x = x.permute([*heads, *spots, *token])
+        x = self.call(aten.mean.dim, x, [*range(len(heads))]) if heads else x
+        return x.flatten(len(spots)) if len(token) > 1 else x
+
+    def _place(self, block: Block, step: Step | None) -> Traced:
+        """float32 [*sample, N, axes]: where on the grid the token that stands for a group is, in the state `step`."""
+        key = ("place", block.tokens, leaves(block.sample), step)
+        if key not in self._weights:
+            if step is None:
+                grid = grid_of(self.facts, self._tokens(block, block.site.k))
+                sizes, ends = [*map(self.env.builder.size, grid.sizes)], (grid.before, grid.behind)
+                device = block.merge.meta["val"].device
+                found = self.call(tome.grid_places.default, sizes, *map(self.env.builder.size, ends), device=device)
+                found = found.expand([*self._sample_sizes(block), *found.shape])
+            else:
+                found = self.call(tome.unmerge.default, self._place(block, step.prev), self.steps.of(step).keep)
+            self._weights[key] = found
+        return self._weights[key]
+
+    def _code(self, block: Block, step: Step | None) -> Traced:
+        """float32 [*sample, N, c]: the codes of the places of each group, averaged like its tokens."""
+        key = ("code", block.tokens, leaves(block.sample), step)
+        if key not in self._weights:
+            if step is None:
+                self._weights[key] = self.call(tome.place_code.default, self._place(block, None))
+            else:
+                self._weights[key] = self.steps.merged(self._code(block, step.prev), [step])
+        return self._weights[key]
 
     # -- what keeps tokens apart -----------------------------------------------------------------------------------
 
@@ -93,6 +182,8 @@ class Groups:
                     weight = self.call(aten.minimum.default, weight, other)
             else:
                 at, before = self.steps.of(step), self._weight(block, step.prev)
+                if at.own is not None:  # what was dropped is seen no more
+                    before = before * self.call(aten.gt.Scalar, at.own, 0.0)
                 if self.config.counts:
                     weight = self.call(tome.merge_size.default, before, at.assign, at.keep, at.moved)
                 else:
@@ -163,7 +254,7 @@ class Groups:
         """
         block = merge.block
         operand = self._compared(block)
-        source = operand.node if operand is not None else block.stream
+        source = operand.node if operand is not None else block.merge if self._merged_ones(block) else block.stream
         dims = self.facts.dims(source)
         prev = merge.step.prev if operand is None else self._own(merge).prev
         place = self._standing(dims, operand.tokens if operand is not None else None, self._tokens(block, operand))
@@ -198,14 +289,18 @@ class Groups:
 
     def _compared(self, block: Block) -> Operand | None:
         """The operand of the attention that the metric is made of; None where it is the stream itself."""
-        site, metric = block.site, self.config.metric
+        site, metric = block.site, str(self.config.metric)
         if block.operands and not block.mlp:  # operands of an SDPA
             own = site.compared(metric) if metric in ("query", "value") else site.k
             return site.q if block.crossed else own
-        if block.branch or metric == "input":
+        if block.branch or metric in ("input", "token"):
             return None
         found = site.compared(metric)
         return found if found is not None and self._holds(found, block) else None
+
+    def _merged_ones(self, block: Block) -> bool:
+        """Whether what merges is compared itself."""
+        return self.config.metric == "token" and not block.operands and not block.mlp
 
     def _holds(self, operand: Operand, block: Block) -> bool:
         """Whether an operand of the attention has the tokens in its dim, and every sample axis."""

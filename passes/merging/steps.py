@@ -26,7 +26,8 @@ class StepTensors:
     """What a merge step is at run time: see `tome_fx.ops` for the index form.
 
     size: float32 [*sample, N'], None where tokens are pruned. before, after: where a mask gives some tokens no weight,
-    the weights to average by, float32 [*sample, N] and [*sample, N'].
+    or importance gives them another, the weights to average by, float32 [*sample, N] and [*sample, N']. own: where some
+    tokens are dropped, the sizes of the others, float32 [*sample, N]. merging: what becomes of a group.
     """
 
     assign: Traced
@@ -35,6 +36,8 @@ class StepTensors:
     size: Traced | None
     before: Traced | None = None
     after: Traced | None = None
+    own: Traced | None = None
+    merging: str = "mean"
 
 
 class Steps:
@@ -81,7 +84,11 @@ class Steps:
     def stretches(self, steps: Sequence[Step], fill: Fill) -> list[Sequence[Step]]:
         """The steps that a value goes through in one call each: all of them. Means of means are the same means, if
         sizes weigh them."""
-        if fill is Fill.MEAN and self.config.merging == "plain":
+        held = [self.of(step) for step in steps]
+        kinds = {one.merging for one in held}
+        alike = kinds <= {"mean", "mlerp"}
+        alike = alike or (len(kinds) == 1 and (bool(kinds & {"keep", "prune"}) or fill is not Fill.MEAN))
+        if not alike or any(one.own is not None for one in held if one.merging != "prune"):
             return [[step] for step in steps]
         return [steps] if steps else []
 
@@ -96,7 +103,8 @@ class Steps:
             moved = cat([before.moved, before.keep.gather(dim, last.moved)], -1)
             assign = self.index(steps[-1], steps[0].prev)
             keep = before.keep.gather(dim, last.keep)
-            self._composed[key] = StepTensors(assign, keep, moved, last.size, first.before, last.after)
+            self._composed[key] = StepTensors(assign, keep, moved, last.size, first.before, last.after,
+                                              merging=last.merging)  # fmt: skip
         return self._composed[key]
 
     def _rows_met(self, step: Step) -> tuple[Traced | None, Traced]:
@@ -152,23 +160,38 @@ class Steps:
             value = back(self.builder.call(tome.unmerge.default, x, index), after)
         for steps in self.stretches(goal[shared:], fill):
             x, back = value.canonical(d, key, leaves(steps[-1].sample))
-            value = back(self._merged(x, steps, fill), value.with_run(d, key, Run(*key, steps[-1])))
+            value = back(self.merged(x, steps, fill), value.with_run(d, key, Run(*key, steps[-1])))
         return Laid(value.x, value.dims, value.with_run(d, key, new))
 
-    def _merged(self, x: Traced, steps: Sequence[Step], fill: Fill) -> Traced:
+    def merged(self, x: Traced, steps: Sequence[Step], fill: Fill = Fill.MEAN) -> Traced:
         """[*sample, N, *rest] through some steps in one call."""
-        step, base, held, merging = steps[-1], steps[0].prev, self.through(steps), self.config.merging
-        size = self.of(base).size if base else None
-        form = (held.assign, held.keep, held.moved)
-        if fill is Fill.ROW or merging == "prune" or (fill is Fill.MEAN and merging == "keep"):
+        step, base, held = steps[-1], steps[0].prev, self.through(steps)
+        size = held.own if held.own is not None else self.of(base).size if base else None
+        form, merging = (held.assign, held.keep, held.moved), held.merging
+        if fill is Fill.ROW or merging == "prune" or (fill in (Fill.MEAN, Fill.TOKENS) and merging == "keep"):
             return self.builder.call(tome.unmerge.default, x, held.keep)
         if fill is Fill.BIAS:
             return self.builder.call(tome.merge_bias.default, x, size, held.size, *form)
         counted = held.after is None or fill is Fill.COUNT
         weighed = (size, held.size) if counted else (held.before, held.after)
-        if fill is Fill.MEAN and merging == "plain":
+        if fill in (Fill.MEAN, Fill.TOKENS) and merging == "plain":
             weighed = self._rows_met(step)
-        return self.builder.call(tome.merge.default, x, *weighed, *form)
+        found = self.builder.call(tome.merge.default, x, *weighed, *form)
+        return self._as_long(found, x, held) if fill is Fill.TOKENS and merging == "mlerp" else found
+
+    def _as_long(self, found: Traced, x: Traced, held: StepTensors) -> Traced:
+        """Each row as long as the longest of its group (MLERP: ToFu, arXiv 2312.01026, section 3.3)."""
+        call, dim = self.builder.call, held.assign.dim() - 1
+        rest = [*range(dim + 1, x.dim())]
+        if not rest:
+            return found
+        wide = torch.promote_types(x.dtype, torch.float32)
+        long, own = (call(aten.linalg_vector_norm.default, y, 2, rest, dtype=wide) for y in (x, found))
+        slot = held.assign.gather(dim, held.moved)
+        joining = long.gather(dim, held.moved)
+        most = call(aten.scatter_reduce.two, long.gather(dim, held.keep), dim, slot, joining, "amax")
+        scale = most / call(aten.clamp_min.default, own, torch.finfo(wide).tiny)
+        return (found * scale.reshape([*scale.shape, *[1] * len(rest)])).to(found.dtype)
 
 
 def _ends(offset: tuple[Size, Size], *, grow: bool) -> tuple[Size, Size]:
@@ -188,7 +211,7 @@ def _trimmed(held: StepTensors, ends: tuple[Size, Size]) -> StepTensors:
         return x if x is None else x.narrow(-1, front, x.shape[-1] - front - back)
 
     index = (cut(held.assign) - front, cut(held.keep) - front, held.moved - front)
-    return StepTensors(*index, cut(held.size), cut(held.before), cut(held.after))
+    return StepTensors(*index, cut(held.size), cut(held.before), cut(held.after), cut(held.own), merging=held.merging)
 
 
 def grown(held: StepTensors, ends: tuple[Size, Size]) -> StepTensors:
@@ -202,7 +225,9 @@ def grown(held: StepTensors, ends: tuple[Size, Size]) -> StepTensors:
 
     assign = _padded(held.assign, front, back, held.keep.shape[-1])
     keep = _padded(held.keep, front, back, held.assign.shape[-1])
-    return StepTensors(assign, keep, held.moved + front, more(held.size), more(held.before), more(held.after))
+    moved = held.moved + front
+    return StepTensors(assign, keep, moved, more(held.size), more(held.before), more(held.after), more(held.own),
+                       held.merging)  # fmt: skip
 
 
 def _padded(index: Traced, front: Size, back: Size, length: Size) -> Traced:

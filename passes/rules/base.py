@@ -42,6 +42,7 @@ class Fill(enum.Enum):
     """How a full-length operand is brought to the merged length of its counterpart."""
 
     MEAN = "mean"  # as tokens merge, by default the size-weighted mean: exact for sums of values
+    TOKENS = "tokens"  # that, at a merge itself, where directions may be averaged alone
     SHARE = "share"  # the size-weighted mean, however tokens merge: for masks, gates and weights
     COUNT = "count"  # that mean over all tokens, those a mask leaves out too: for factors of what is summed by size
     ROW = "row"  # the representative's row: for tables that depend on no input (RoPE)

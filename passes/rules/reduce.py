@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..algebra.layout import Layout
 from ..building.trace import Traced
 from .base import Call, Decision, Emitter, Fill, Letter, Role, Rule, Signature, register
 from .facts import Facts
@@ -60,8 +61,20 @@ class WeightedReduce(SignatureRule):
                     x = x * env.weight(call.nodes[0], layout, d, run)
         total = x.sum(dims, keepdim=bool(call.args.get("keepdim")))
         if call.target.overloadpacket is aten.mean:
-            total = total / prod(env.full_size(call.nodes[0], d) for d in dims)
+            total = total / self._count(call, env, layout, dims)
         return total.to(call.out.dtype)
+
+
+    def _count(self, call: Call, env: Emitter, layout: Layout, dims: Sequence[int]) -> Any:
+        """What a mean divides by: all tokens, or, where some were dropped, what sizes count of them."""
+        (node,), count = call.nodes, prod(env.full_size(call.nodes[0], d) for d in dims)
+        if not env.config.drops:
+            return count
+        for d in dims:
+            for run in layout[d]:
+                left = env.weight(node, layout, d, run).sum(dims, keepdim=bool(call.args.get("keepdim")))
+                count = left * (count // env.full_size(node, d)) if isinstance(count, int) else count * left
+        return count
 
 
 class Norm2(SignatureRule):

@@ -1,0 +1,38 @@
+"""grid: how the tokens of an axis stand in space and time, from the patch embedding that flattened them.
+
+    [B, D, 14, 14] -> flatten -> [B, 196, D]: the axis is the leaves (14, 14)     cat([cls, x]): one before them
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..algebra.axes import Dim, Size, leaves, size_of
+from ..rules.facts import Facts
+
+
+@dataclass(frozen=True)
+class Grid:
+    """sizes: of frames, rows and columns, as many as there are; one where no grid is known. before, behind: tokens in
+    front of and behind those that stand on it."""
+
+    sizes: tuple[Size, ...]
+    before: Size = 0
+    behind: Size = 0
+
+
+def grid_of(facts: Facts, tokens: Dim) -> Grid:
+    """The grid of an axis of tokens: its leaves, or those of the longest of the parts that it joins."""
+    own = leaves(tokens)
+    if len(own) > 1:
+        return Grid(tuple(leaf.size for leaf in own))
+    for parts in facts.joined(own):
+        sizes = [size_of(part) for part in parts]
+        on_grid = [i for i, part in enumerate(parts) if len(part) > 1]
+        if len(on_grid) == 1:
+            (at,) = on_grid
+            return Grid(tuple(leaf.size for leaf in parts[at]), sum(sizes[:at]), sum(sizes[at + 1 :]))
+    return Grid((size_of(own),))
+
+
+__all__ = ["Grid", "grid_of"]

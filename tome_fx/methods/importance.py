@@ -1,0 +1,53 @@
+"""importance: how much a token matters, float32 `[batch, N]`, the larger the more."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tome_fx.matching import cosine
+
+from .tokens import Tokens, piece
+
+
+@piece("importance", "attention", needs=("attention",))
+def attention(tokens: Tokens) -> Tensor:
+    """Attention that the class token pays to each, mean over heads (EViT, arXiv 2202.07800, section 3.2; DiffRate,
+    arXiv 2305.17997); without a special token, the attention received."""
+    assert tokens.attention is not None
+    return tokens.attention
+
+
+@piece("importance", "received", needs=("received",))
+def received(tokens: Tokens) -> Tensor:
+    """Attention that each receives, mean over heads and queries (MCTF, arXiv 2403.10030, equation 3)."""
+    assert tokens.attention is not None
+    return tokens.attention
+
+
+@piece("importance", "norm")
+def norm(tokens: Tokens) -> Tensor:
+    """Length of what the token is compared by: its key, or the residual stream."""
+    return tokens.metric.norm(dim=-1)
+
+
+@piece("importance", "energy")
+def energy(tokens: Tokens) -> Tensor:
+    """Minus PiToMe's energy (arXiv 2405.16148, equation 4): E_i is the mean over j of f(cos(k_i, k_j)), f(x) = x where
+    x >= margin and exp(x - margin) - 1 below it. The public code averages ELU(cos - margin) instead; here is the
+    paper's. margin falls linearly with depth."""
+    margin = tokens.numbers["margin"]
+    alike = cosine(tokens.metric, tokens.metric)
+    return -alike.where(alike >= margin, (alike - margin).expm1()).mean(-1)
+
+
+@piece("importance", "rare")
+def rare(tokens: Tokens) -> Tensor:
+    """Minus the mean similarity to all tokens: what is like nothing else is important (SAINT's rule at the end of a
+    tower, arXiv 2503.11549, without repeating)."""
+    return -cosine(tokens.metric, tokens.metric).mean(-1)
+
+
+@piece("importance", "size")
+def size(tokens: Tokens) -> Tensor:
+    """Original tokens behind each."""
+    return tokens.size

@@ -1,0 +1,120 @@
+"""matcher: which r tokens go, and which each of them joins."""
+
+from __future__ import annotations
+
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from tome_fx.matching import cosine, permutation
+
+from .partition import _all_but_one
+from .tokens import Compare, Found, Sides, Tokens, piece, ranked, take, taken
+
+
+@piece("matcher", "bipartite")
+def bipartite(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
+    """The r sources whose best destination is most like them (ToMe, arXiv 2210.09461, section 3)."""
+    best, partner = compare().max(-1)
+    best, chosen = best.topk(r)
+    return take(sides.sources, chosen), take(sides.destinations, partner.gather(1, chosen)), best
+
+
+@piece("matcher", "random")
+def random(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
+    """r random pairs of all tokens, for one number of tokens always the same: the baseline."""
+    order = permutation(tokens.count, tokens.metric.device)[None].expand(tokens.metric.shape[0], -1)
+    source, destination = order[:, :r], order[:, r : 2 * r]
+    alike = cosine(taken(tokens.metric, source)[:, :, None], taken(tokens.metric, destination)[:, :, None])
+    return source, destination, alike.flatten(1)
+
+
+def votes(alike: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """SAINT's M, bool `[batch, S, D]`, and n, how many destinations are at least `tau` like each source."""
+    close = alike >= tau
+    return close, close.sum(-1)
+
+
+@piece("matcher", "votes")
+def saint(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
+    """SAINT (arXiv 2503.11549, ViT mode): of sources with n > 0 partners of at least `tau`, n * exp(gamma * (their mean
+    similarity - tau)), of others the mean similarity to all; the r highest go, each to its best destination. Its r, the
+    mean over the batch of how many have n >= `votes`, makes a sample depend on its batch: `calibrate` gives a list."""
+    alike, (tau, gamma) = compare(), (tokens.numbers[name] for name in ("tau", "gamma"))
+    close, count = votes(alike, tau)
+    among = (alike * close).sum(-1) / count.clamp_min(1)
+    score = torch.where(count > 0, count * (gamma * (among - tau)).exp(), alike.mean(-1))
+    score, chosen = score.topk(r)
+    return take(sides.sources, chosen), take(sides.destinations, alike.argmax(-1).gather(1, chosen)), score
+
+
+@piece("matcher", "both")
+def both(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
+    """In both directions (MCTF, arXiv 2403.10030, section 3.3): half of the r from sources to destinations, the other
+    half from destinations that nothing joined to sources that stay."""
+    edges = compare()
+    batch, _, count = edges.shape
+    first = ceil(r / 2)
+    best, partner = edges.max(-1)
+    score, gone = best.topk(first)
+    joined = partner.gather(1, gone)
+    stays = torch.ones_like(best, dtype=torch.bool).scatter(1, gone, False)
+    idle = torch.ones((batch, count), dtype=torch.bool, device=edges.device).scatter(1, joined, False)
+    back, other = edges.masked_fill(~stays[:, :, None], -torch.inf).max(1)
+    more, chosen = back.masked_fill(~idle, -torch.inf).topk(r - first)
+    source = torch.cat([take(sides.sources, gone), take(sides.destinations, chosen)], 1)
+    destination = torch.cat([take(sides.destinations, joined), take(sides.sources, other.gather(1, chosen))], 1)
+    return source, destination, torch.cat([score, more], 1)
+
+
+@piece("matcher", "fuse", scored=True)
+def fuse(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
+    """All sources join the least important destination: one fused token (EViT, arXiv 2202.07800, section 3.2)."""
+    scores = tokens.scores()
+    batch = scores.shape[0]
+    held, ends = (side.expand(batch, -1) for side in sides[:2])
+    target = ends.gather(1, scores.gather(1, ends).argmin(-1, keepdim=True))
+    source = take(held, ranked(scores.gather(1, held), r, least=True))
+    return source, target.expand(-1, r), scores.gather(1, source)
+
+
+@piece("matcher", "greedy", most=_all_but_one)
+def greedy(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
+    """One after the other, the token that is most like all that are left (SAINT for language models, arXiv 2503.11549);
+    each joins, at the end, the one left that is most like it. Partitions do not matter."""
+    alike = cosine(tokens.metric, tokens.metric)
+    left = torch.ones(alike.shape[:2], dtype=torch.bool, device=alike.device)
+    total, gone, score = alike.sum(-1), [], []
+    for _ in range(r):
+        most, at = total.masked_fill(~left, -torch.inf).max(-1, keepdim=True)
+        left = left.scatter(1, at, False)
+        total = total - taken(alike, at)[:, 0]
+        gone.append(at)
+        score.append(most)
+    source = torch.cat(gone, 1) if gone else left.new_empty((left.shape[0], 0), dtype=torch.int64)
+    partner = taken(alike, source).masked_fill(~left[:, None], -torch.inf).argmax(-1)
+    return source, partner, torch.cat(score, 1) if score else alike.new_empty((left.shape[0], 0))
+
+
+def _after_first_frame(free: int, whole: int, grid: tuple[int, ...], k: int) -> int:
+    frames = grid[0] if len(grid) > 2 else 1
+    return max(free - whole // max(frames, 1), 0)
+
+
+@piece("matcher", "previous", needs=("place",), most=_after_first_frame)
+def previous(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
+    """The r tokens most like the one at the same place of the frame before (EVS, arXiv 2510.14624), through chains to
+    the last one that stays. Without frames, the row before. Reads the places before any merge: for one merge alone."""
+    place = tokens.places()
+    shift = torch.zeros(place.shape[-1], device=place.device)
+    shift[0] = 1
+    before = ((place[:, :, None] - shift) == place[:, None]).all(-1)
+    alike = cosine(tokens.metric, tokens.metric).masked_fill(~before, -torch.inf)
+    best, parent = alike.max(-1)
+    score, source = best.topk(r)
+    goes = torch.zeros_like(best, dtype=torch.bool).scatter(1, source, True)
+    root = torch.where(goes, parent, tokens.positions)
+    for _ in range(max(tokens.count.bit_length(), 1)):
+        root = root.gather(1, root)
+    return source, root.gather(1, source), score

@@ -1,0 +1,121 @@
+"""candidates and partition: which tokens take part in a matching, and which of them may join which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil, prod
+
+import torch
+from torch import Tensor
+
+from tome_fx.matching import permutation
+
+from .tokens import Order, Sides, Tokens, in_place, piece, ranked, take
+
+# -- candidates --------------------------------------------------------------------------------------------------------
+
+
+@piece("candidates", "all")
+def everyone(tokens: Tokens, r: int) -> Order:
+    """All, in position order."""
+    return Order(tokens.positions[None], tokens.first % 2)
+
+
+@piece("candidates", "least", scored=True)
+def least(tokens: Tokens, r: int) -> Order:
+    """The 2r least important, the least first; all others stay as they are (PiToMe, arXiv 2405.16148, section 3.2)."""
+    return Order(ranked(tokens.scores(), 2 * r, least=True))
+
+
+# -- partition ---------------------------------------------------------------------------------------------------------
+
+
+@piece("partition", "alternating")
+def alternating(tokens: Tokens, order: Order, r: int) -> Sides:
+    """In turn a source and a destination (ToMe, arXiv 2210.09461, table 1)."""
+    return Sides(order.positions[:, order.first :: 2], order.positions[:, 1 - order.first :: 2])
+
+
+@piece("partition", "sequential")
+def sequential(tokens: Tokens, order: Order, r: int) -> Sides:
+    """The first half are sources (table 1)."""
+    half = (order.positions.shape[1] + 1) // 2
+    return Sides(order.positions[:, :half], order.positions[:, half:])
+
+
+@piece("partition", "random")
+def random(tokens: Tokens, order: Order, r: int) -> Sides:
+    """A random half are sources, for one number of tokens always the same (table 1)."""
+    n = order.positions.shape[1]
+    half = (n + 1) // 2
+    ranks = permutation(n, tokens.metric.device)
+    return Sides(*(take(order.positions, part.sort().values) for part in (ranks[:half], ranks[half:])))
+
+
+def _all_but_one(free: int, *_: object) -> int:
+    return free - 1
+
+
+@piece("partition", "importance", scored=True, most=_all_but_one)
+def importance(tokens: Tokens, order: Order, r: int) -> Sides:
+    """The r least important of the candidates are sources, the others destinations, in position order (DiffRate, arXiv
+    2305.17997; MSTM, arXiv 2306.04897, of which the abstract was read: its crucial tokens are the destinations)."""
+    scores = tokens.scores()
+    held = order.positions.expand(scores.shape[0], -1)
+    goes = torch.zeros_like(held, dtype=torch.bool)
+    goes = goes.scatter(1, ranked(scores.gather(1, held), r, least=True), True)
+    return Sides(take(held, in_place(goes, r)), take(held, in_place(~goes, held.shape[1] - r)))
+
+
+@piece("partition", "band:k")
+def band(tokens: Tokens, order: Order, r: int, k: int) -> Sides:
+    """Alternating; tokens at most k apart first (local merging, arXiv 2405.17951, equation 1)."""
+    sides = alternating(tokens, order, r)
+    apart = sides.sources[..., :, None] - sides.destinations[..., None, :]
+    return sides._replace(wanted=apart.abs() <= k)
+
+
+@piece("partition", "window:k", needs=("place",))
+def window(tokens: Tokens, order: Order, r: int, k: int) -> Sides:
+    """Alternating; tokens of one k x k window of the grid, in one frame, first (ALGM, CVPR 2024: k = 2)."""
+    return _inside(alternating(tokens, order, r), _cells(tokens, k))
+
+
+@piece("partition", "frame", needs=("place",))
+def frame(tokens: Tokens, order: Order, r: int) -> Sides:
+    """Alternating; tokens of one frame first (of one row, where there are no frames)."""
+    return _inside(alternating(tokens, order, r), tokens.places()[..., :1])
+
+
+def _after_cells(free: int, whole: int, grid: Sequence[int], k: int) -> int:
+    """All but one token of each cell that the grid has."""
+    sides = [*grid[:-2], *(ceil(n / k) for n in grid[-2:])]
+    return max(free - prod(sides), 0)
+
+
+@piece("partition", "grid:k", needs=("place",), most=_after_cells)
+def grid(tokens: Tokens, order: Order, r: int, k: int) -> Sides:
+    """Destinations are the first token of each k x k cell of the grid, all others sources (Token Merging for Stable
+    Diffusion, arXiv 2303.17604, section 3.2, whose cells of 2 x 2 have a random one)."""
+    cells, place = _cells(tokens, k), tokens.positions
+    same = (cells[:, :, None] == cells[:, None]).all(-1)
+    first = ~(same & (place[None, :] < place[:, None])).any(-1)
+    everyone = tokens.positions[None]
+    return Sides(everyone, everyone, ~first[:, :, None] & first[:, None])
+
+
+def _cells(tokens: Tokens, k: int) -> Tensor:
+    """`[batch, N, axes]`: the k x k cell of the last two axes that each token stands in, of its frame."""
+    place = tokens.places()
+    short = torch.ones(place.shape[-1], device=place.device)
+    short[-2:] = k
+    return (place / short).floor()
+
+
+def _inside(sides: Sides, label: Tensor) -> Sides:
+    """Pairs of one label `[batch, N, axes]` first."""
+    own, other = (
+        label.gather(1, side.expand(label.shape[0], -1)[..., None].expand(-1, -1, label.shape[-1]))
+        for side in sides[:2]
+    )
+    return sides._replace(wanted=(own[:, :, None] == other[:, None]).all(-1))

@@ -1,0 +1,146 @@
+"""The contract of a method's pieces: what they may read of tokens (`Tokens`), what they return, where they are listed.
+
+A method names one piece of each kind. For the tokens that may merge at one place (protected ones are cut off before)
+they run in this order:
+
+    importance(tokens)                          -> float32 [batch, N], the larger the more important
+    candidates(tokens, r)                       -> Order, the tokens that may take part, in some order
+    partition(tokens, order, r)                 -> Sides, sources and destinations, and which pairs are wanted
+    similarity(tokens, i, j)                    -> float32 [batch, n, m], the more alike the larger
+    matcher(tokens, sides, r, compare)          -> source, destination int64 [batch, r], score floating [batch, r]
+
+compare() is the similarity of all sources with all destinations; pairs that the partition does not want come after all
+others. All pieces are plain functions of tensors, run outside autograd and autocast, and hold for any batch: a sample
+does not depend on the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The N tokens that may merge at one place, as a piece sees them.
+
+    metric: float32 `[batch, N, d]`, what they are compared by (the option `metric`). first: the position of the first
+    of them in the whole sequence. size: float32 `[batch, N]`, original tokens behind each. attention: float32
+    `[batch, N]`, the attention that a piece asked for by `needs`, else None. place: float32 `[batch, N, axes]`, where
+    on the grid of patches the token that stands for a group is (frame, row, column; one axis where no grid is known),
+    for pieces that ask for it. importance: what the importance piece found. numbers: the method's numbers by name,
+    those that change with depth as they are here.
+    """
+
+    metric: Tensor
+    first: int
+    size: Tensor
+    attention: Tensor | None = None
+    place: Tensor | None = None
+    importance: Tensor | None = None
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return self.metric.shape[1]
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 `[N]`"""
+        return torch.arange(self.count, device=self.metric.device)
+
+    def scores(self) -> Tensor:
+        """The importance, which a piece cannot do without."""
+        assert self.importance is not None
+        return self.importance
+
+    def places(self) -> Tensor:
+        assert self.place is not None
+        return self.place
+
+
+class Order(NamedTuple):
+    """positions: int64 `[1 or batch, C]`, the tokens that may take part. first: whether the first of them is in turn
+    to be a source (0) or a destination (1)."""
+
+    positions: Tensor
+    first: int = 0
+
+
+class Sides(NamedTuple):
+    """sources, destinations: int64 `[1 or batch, S]` and `[1 or batch, D]`, positions among the tokens. wanted: bool
+    `[1 or batch, S, D]`, the pairs that come before all others; None: all."""
+
+    sources: Tensor
+    destinations: Tensor
+    wanted: Tensor | None = None
+
+
+Found = tuple[Tensor, Tensor, Tensor]
+"""source, destination: int64 `[batch, r]`; score: floating `[batch, r]`, the best first or in any order."""
+Compare = Callable[[], Tensor]
+
+KINDS = ("importance", "candidates", "partition", "similarity", "matcher")
+PIECES: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A function with what it asks for: needs, of "attention" (of the class token), "received" (attention received) and
+    "place"; scored, whether it reads the importance; most, (free tokens now, at first, grid, numbers) -> how many may
+    go at most, None: half of them."""
+
+    run: Callable[..., Any]
+    needs: tuple[str, ...] = ()
+    scored: bool = False
+    most: Callable[..., int] | None = None
+
+
+def piece(kind: str, name: str, **asks: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Lists a function under a name."""
+
+    def listed(run: Callable[..., Any]) -> Callable[..., Any]:
+        PIECES[kind][name] = Piece(run, **asks)
+        return run
+
+    return listed
+
+
+def named(kind: str, name: str) -> tuple[Piece, int]:
+    """The piece of a name, which may end in a number: "window:8". Raises ValueError where there is none."""
+    base, colon, number = name.partition(":")
+    known = PIECES[kind]
+    whole = f"{base}:k" if colon else base
+    if whole not in known or (colon and not (number.isdigit() and int(number) > 0)):
+        raise ValueError(f"no {kind} {name!r}; there are {', '.join(sorted(known))}")
+    return known[whole], int(number) if colon else 0
+
+
+def ranked(scores: Tensor, count: int, *, least: bool = False) -> Tensor:
+    """int64 `[batch, count]`: the positions of the highest (or lowest) scores, in order. No sort: runtimes behind
+    torch.export know the best k."""
+    return scores.topk(count, dim=-1, largest=not least).indices
+
+
+def in_place(chosen: Tensor, count: int) -> Tensor:
+    """int64 `[batch, count]`: the positions of a mask with `count` of them in each sample, ascending."""
+    n = chosen.shape[-1]
+    place = torch.arange(n, device=chosen.device)
+    return ranked(torch.where(chosen, place, place + n), count, least=True)
+
+
+def taken(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of `[batch, N, ...]` by `[1 or batch, n]`."""
+    index = index.expand(x.shape[0], -1)
+    return x.gather(1, index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *x.shape[2:]))
+
+
+def take(order: Tensor, rank: Tensor) -> Tensor:
+    """`order` `[1 or batch, C]` at ranks `[n]` or `[1 or batch, n]`."""
+    rank = rank if rank.dim() == 2 else rank[None]
+    batch = max(order.shape[0], rank.shape[0])
+    return order.expand(batch, -1).gather(1, rank.expand(batch, -1))
