@@ -321,8 +321,10 @@ def match_pieces(
     """
     with torch.autocast(metric.device.type, enabled=False), torch.no_grad():
         sample = metric.shape[: -3 if heads else -2]
-        *found, best = picked(metric, (size, attention, place), (r, pruned), (prefix, suffix), heads, how)
-        form = _index_form(*found, prefix, suffix)
+        source, destination, body, best = picked(
+            metric, (size, attention, place), (r, pruned), (prefix, suffix), heads, how
+        )
+        form = _index_form(source, destination, body, prefix, suffix)
         return tuple(t.reshape(*sample, t.shape[-1]) for t in (*form, best))
 
 

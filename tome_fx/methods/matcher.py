@@ -107,9 +107,8 @@ def previous(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
     """The r tokens most like the one at the same place of the frame before (EVS, arXiv 2510.14624), through chains to
     the last one that stays. Without frames, the row before. Reads the places before any merge: for one merge alone."""
     place = tokens.places()
-    shift = torch.zeros(place.shape[-1], device=place.device)
-    shift[0] = 1
-    before = ((place[:, :, None] - shift) == place[:, None]).all(-1)
+    wanted = torch.cat([place[..., :1] - 1, place[..., 1:]], -1)
+    before = (wanted[:, :, None] == place[:, None]).all(-1)
     alike = cosine(tokens.metric, tokens.metric).masked_fill(~before, -torch.inf)
     best, parent = alike.max(-1)
     score, source = best.topk(r)

@@ -107,9 +107,7 @@ def grid(tokens: Tokens, order: Order, r: int, k: int) -> Sides:
 def _cells(tokens: Tokens, k: int) -> Tensor:
     """`[batch, N, axes]`: the k x k cell of the last two axes that each token stands in, of its frame."""
     place = tokens.places()
-    short = torch.ones(place.shape[-1], device=place.device)
-    short[-2:] = k
-    return (place / short).floor()
+    return torch.cat([place[..., :-2], (place[..., -2:] / k).floor()], -1)
 
 
 def _inside(sides: Sides, label: Tensor) -> Sides:
