@@ -100,13 +100,48 @@ class MergedTokens(NamedTuple):
 
     output: as the model gives it, but for its tokens: [*batch, N', *rest] in the place of [*batch, N, *rest], each row
     where the token stood that represents its group, in the order of these. sizes: float32 [*batch, N'], how many
-    tokens each row stands for. source: int64 [*batch, N], the row that each token went into. A batch of one has no axis
-    in the last two.
+    tokens each row stands for. source: int64 [*batch, N], the row that each token went into. place: int64 [*batch, N'],
+    the token that represents each row; it rises along the rows. N counts the tokens as the output has them: without a
+    class token that it leaves out. *batch: the dims before the tokens, if these are the samples; where tokens stand in
+    front of them ([N, B, D]), the samples alone, and nothing for a batch of one.
     """
 
     output: Any
     sizes: Tensor
     source: Tensor
+    place: Tensor
+
+    def take(self, x: Tensor) -> Tensor:
+        """Of what each token has, that of each row's representative: positions, timestamps, boxes.
+
+        x: [N, *rest], the same for all samples, or [*batch, N, *rest]; any dtype. Returns [*batch, N', *rest].
+        """
+        return _by_rows(x, self.source, self.place)[0]
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Of what each token has, the mean over the tokens of each row (all that joined it, a mask's too).
+
+        x: [N, *rest], the same for all samples, or [*batch, N, *rest], floating. Returns [*batch, N', *rest].
+        """
+        taken, x, source = _by_rows(x, self.source, self.place)
+        dim, none = source.dim() - 1, torch.zeros_like(taken)
+        rest = (1,) * (x.dim() - source.dim())
+        count = torch.zeros_like(self.place).scatter_add(dim, source, torch.ones_like(source)).to(x.dtype)
+        index = source.reshape(*source.shape, *rest).expand_as(x)
+        return none.scatter_add(dim, index, x) / count.reshape(*count.shape, *rest)
+
+
+def _by_rows(x: Tensor, source: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [*batch, N, *rest] at the places [*batch, N'], x itself with all its samples, and the source."""
+    *batch, n = source.shape
+    shared = x.shape[: len(batch) + 1] != source.shape
+    if shared and x.shape[:1] != (n,):
+        raise ValueError(f"x must begin with the tokens [{n}] or the samples and tokens {list(source.shape)}, and is "
+                         f"{list(x.shape)}")  # fmt: skip
+    x = x.expand(*batch, *x.shape) if shared else x
+    rest = x.shape[source.dim() :]
+    index = place.reshape(*place.shape, *(1 for _ in rest)).expand(*place.shape, *rest)
+    return x.gather(source.dim() - 1, index), x, source
 
 
 def rewrite(
@@ -148,8 +183,8 @@ def kept_tokens(gm: fx.GraphModule) -> int:
     output = gm.graph.output_node().args[0]
     if not isinstance(gm._out_spec, TreeSpec) or gm._out_spec.context is not MergedTokens:
         raise ValueError('not a module of rewrite(..., keep="merged")')
-    sizes, _ = tree_leaves(output)[-2:]
-    count: int = sizes.meta["val"].shape[-1]
+    place = tree_leaves(output)[-1]
+    count: int = place.meta["val"].shape[-1]
     return count
 
 
@@ -221,10 +256,10 @@ def _flat_value(node: fx.Node) -> Any:
 
 
 def _told_beside(gm: fx.GraphModule) -> None:
-    """Two more outputs: the module gives back `MergedTokens`."""
+    """Three more outputs: the module gives back `MergedTokens`."""
     own: Any = gm._out_spec
     output = tree_unflatten(range(own.num_leaves), own)
-    gm._out_spec = tree_flatten(MergedTokens(output, 0, 0))[1]  # type: ignore[arg-type]
+    gm._out_spec = tree_flatten(MergedTokens(output, 0, 0, 0))[1]  # type: ignore[arg-type]
     codegen: Any = gm.graph._codegen
     codegen.pytree_info = codegen.pytree_info._replace(out_spec=gm._out_spec)
 
