@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -20,6 +20,7 @@ from tome_fx.backend import ToMeError, transform
 from tome_fx.config import config_from
 from tome_fx.passes import KeptError, Target
 from tome_fx.report import SkipReason, ToMeReport
+from tome_fx.tokens import MergedTokens
 
 tome = torch.ops.tome
 
@@ -93,55 +94,6 @@ def _undone(model: Any, inputs: Any) -> Iterator[None]:
         for x, value in before:
             if not torch.equal(x, value):
                 x.copy_(value)
-
-
-class MergedTokens(NamedTuple):
-    """What a model gives back whose tokens stay merged.
-
-    output: as the model gives it, but for its tokens: [*batch, N', *rest] in the place of [*batch, N, *rest], each row
-    where the token stood that represents its group, in the order of these. sizes: float32 [*batch, N'], how many
-    tokens each row stands for. source: int64 [*batch, N], the row that each token went into. place: int64 [*batch, N'],
-    the token that represents each row; it rises along the rows. N counts the tokens as the output has them: without a
-    class token that it leaves out. *batch: the dims before the tokens, if these are the samples; where tokens stand in
-    front of them ([N, B, D]), the samples alone, and nothing for a batch of one.
-    """
-
-    output: Any
-    sizes: Tensor
-    source: Tensor
-    place: Tensor
-
-    def take(self, x: Tensor) -> Tensor:
-        """Of what each token has, that of each row's representative: positions, timestamps, boxes.
-
-        x: [N, *rest], the same for all samples, or [*batch, N, *rest]; any dtype. Returns [*batch, N', *rest].
-        """
-        return _by_rows(x, self.source, self.place)[0]
-
-    def mean(self, x: Tensor) -> Tensor:
-        """Of what each token has, the mean over the tokens of each row (all that joined it, a mask's too).
-
-        x: [N, *rest], the same for all samples, or [*batch, N, *rest], floating. Returns [*batch, N', *rest].
-        """
-        taken, x, source = _by_rows(x, self.source, self.place)
-        dim, none = source.dim() - 1, torch.zeros_like(taken)
-        rest = (1,) * (x.dim() - source.dim())
-        count = torch.zeros_like(self.place).scatter_add(dim, source, torch.ones_like(source)).to(x.dtype)
-        index = source.reshape(*source.shape, *rest).expand_as(x)
-        return none.scatter_add(dim, index, x) / count.reshape(*count.shape, *rest)
-
-
-def _by_rows(x: Tensor, source: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x [*batch, N, *rest] at the places [*batch, N'], x itself with all its samples, and the source."""
-    *batch, n = source.shape
-    shared = x.shape[: len(batch) + 1] != source.shape
-    if shared and x.shape[:1] != (n,):
-        raise ValueError(f"x must begin with the tokens [{n}] or the samples and tokens {list(source.shape)}, and is "
-                         f"{list(x.shape)}")  # fmt: skip
-    x = x.expand(*batch, *x.shape) if shared else x
-    rest = x.shape[source.dim() :]
-    index = place.reshape(*place.shape, *(1 for _ in rest)).expand(*place.shape, *rest)
-    return x.gather(source.dim() - 1, index), x, source
 
 
 def rewrite(

@@ -77,8 +77,8 @@ class Kept:
             return why + "they are pooled"
         op, detail = given[-1].op, given[-1].detail
         where = f" in {given[-1].where}" if given[-1].where else ""
-        return why + f"they are pooled, or given back before it ends (at full length for {op}{where}, which {detail}): " \
-                     "rewrite the part that ends before that"  # fmt: skip
+        where = f"at full length for {op}{where}, which {detail}"
+        return f"{why}they are pooled, or given back before it ends ({where}): rewrite the part that ends before that"
 
     def _ranked(self) -> Traced:
         """int64 [*sample, N']: the place of each group among all, by the tokens that represent them."""
