@@ -152,6 +152,16 @@ def test_how_many_is_known_before_a_call() -> None:
         tome_fx.kept_tokens(tome_fx.rewrite(Classed(), (x,), r=R, placement="stream"))
 
 
+class Wide(Hidden):
+    def forward(self, x: Tensor, *more: Any, **named: Any) -> Tensor:  # type: ignore[override]
+        return torch.cat(super().forward(x)[1:], -1)
+
+
+def test_hidden_states_beside_each_other_are_those_of_the_last_merge() -> None:
+    found, _ = merged(Wide(), torch.randn(2, N, D))
+    assert found.output.shape == (2, N - 3 * R, 2 * D)
+
+
 class Features(nn.Module):
     """What a LLaVA feeds its language model."""
 
@@ -235,6 +245,24 @@ def test_columns_of_a_prompt() -> None:
         found.columns(torch.ones(1, 9, dtype=torch.bool))
     with pytest.raises(ValueError, match="different numbers"):
         found.columns(torch.tensor([[True] * 8, [False] * 8]))
+
+
+def test_rows_keep_the_positions_of_their_representatives() -> None:
+    """The columns of the whole prompt that stay; a mask keeps gaps from being taken for the ends of sequences."""
+    model, pixels = llava(), torch.randn(1, 3, 48, 48)
+    with torch.no_grad():
+        found = tome_fx.rewrite(Features(model), (pixels,), r=R, placement="stream", keep="merged")(pixels)
+        ids = prompt(36)
+        stay = found.columns(ids == 63)
+        assert stay.tolist() == [[0, 1, *(found.place[0] + 2).tolist(), 38, 39]]
+        ids = ids.gather(1, stay)
+        embeds = model.get_input_embeddings()(ids)
+        embeds[ids == 63] = found.output.flatten(0, -2)
+        call = {"inputs_embeds": embeds, "position_ids": stay}
+        cached = model.model.language_model(**call, use_cache=True)
+        assert cached.past_key_values.get_seq_length() == stay.shape[1]
+        masked = model.model.language_model(**call, use_cache=False, attention_mask=torch.ones_like(ids))
+        assert distance(masked.last_hidden_state, cached.last_hidden_state) < 1e-5
 
 
 # -- towers with positions of more than one dim ------------------------------------------------------------------------
@@ -349,6 +377,15 @@ def test_features_merge_by_themselves(shape: tuple[int, ...]) -> None:
     assert torch.equal(found.take(torch.arange(N)), found.place)
     found.output.sum().backward()
     assert distance(x.grad, (1 / found.sizes).gather(-1, found.source)[..., None].expand_as(x)) < 1e-6
+
+
+def test_images_one_after_another_are_one() -> None:
+    x = torch.randn(2, N + 20, D)
+    parts = [tome_fx.merge_tokens(x[:, :N], 30), tome_fx.merge_tokens(x[:, N:], 5)]
+    found = tome_fx.MergedTokens.joined(parts)
+    assert found.output.shape == (2, N + 20 - 35, D) and (found.place.diff() > 0).all()
+    assert torch.equal(found.take(torch.arange(N + 20)), found.place)
+    assert distance(found.output, found.mean(x)) < 1e-6
 
 
 def test_equal_features_lose_nothing() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +64,21 @@ class MergedTokens(NamedTuple):
         if len(set(stays.sum(1).tolist())) > 1:
             raise ValueError("the prompts keep different numbers of columns: take them one by one")
         return stays.nonzero()[:, 1].reshape(len(image), -1)
+
+    @classmethod
+    def joined(cls, parts: Sequence[MergedTokens]) -> MergedTokens:
+        """Images one after another as one, for a prompt that holds them all: tokens and rows are counted on.
+
+        Each part's output is a tensor [*batch, N', D], of one *batch; their numbers of tokens and rows may differ.
+        """
+        tokens = [0, *accumulate(part.source.shape[-1] for part in parts)]
+        rows = [0, *accumulate(part.place.shape[-1] for part in parts)]
+        return cls(
+            torch.cat([part.output for part in parts], -2),
+            torch.cat([part.sizes for part in parts], -1),
+            torch.cat([part.source + at for part, at in zip(parts, rows, strict=False)], -1),
+            torch.cat([part.place + at for part, at in zip(parts, tokens, strict=False)], -1),
+        )
 
     def _each(self, x: Tensor) -> Tensor:
         """x for each sample: [*batch, N, *rest]."""
