@@ -39,7 +39,7 @@ def entry(name: str, what: Any) -> str:
     text.append(inspect.getdoc(what) or "")
     if inspect.isclass(what):
         for member, value in vars(what).items():
-            own = value.fget if isinstance(value, property) else value
+            own = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
             if not member.startswith("_") and inspect.isfunction(own) and own.__doc__:
                 call = "" if isinstance(value, property) else "()"
                 text.append(f"\n- `.{member}{call}`: {' '.join(inspect.getdoc(own).split())}")

@@ -194,7 +194,7 @@ def run_pipeline(
         plan = make_plan(facts, blocks)
     report.r = plan.r
     report.skipped = skipped + plan.skipped
-    report.unmerges = plan.unmerges
+    report.unmerges = [u for u in plan.unmerges if u.op != "output" or not target.kept]
     report.flops_before, report.flops_after = plan.bill.before, plan.bill.after
     report.sites = site_reports(facts, plan, skipped)
     if not plan.merges:

@@ -24,6 +24,7 @@ import attention_forms  # noqa: E402
 import cases  # noqa: E402
 import growth  # noqa: E402
 import harness  # noqa: E402
+import language  # noqa: E402
 import models  # noqa: E402
 import oracle  # noqa: E402
 import report  # noqa: E402
@@ -496,3 +497,26 @@ def test_shares_of_a_call() -> None:
     assert set(found) == set(shares.GROUPS)
     assert found["matrix products"] > 0 and found[shares.REST] > 0
     assert found["matching"] == found["merging"] == found["attention"] == 0
+
+
+def test_a_language_model_behind_a_merged_tower() -> None:
+    """Unmerged the pipeline says what the model says by itself; merged the cache holds what was counted."""
+    pytest.importorskip("transformers")
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2,
+              "image_size": 48, "patch_size": 8}  # fmt: skip
+    text = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "vocab_size": 64}  # fmt: skip
+    model, pixels = language.llava(vision, text), torch.randn(1, 3, 48, 48)
+    assert language.schedule(17, 3) == [6, 6, 5]
+    with torch.no_grad():
+        pipes = {name: language.Pipeline(model, pixels, r) for name, r in (("0%", [0]), ("47%", [6, 6, 5]))}
+        rows = language.measured(pipes, 1, 4, lambda line: None)
+        plain = pipes["0%"]
+        plain.prefill()
+        own = model.generate(plain.prompt, pixel_values=pixels, max_new_tokens=4, do_sample=False, eos_token_id=None)
+        assert torch.equal(own[:, -4:], plain.decode(4))
+    assert [row.image_tokens for row in rows.values()] == [36, 19]
+    assert [row.cache_entries for row in rows.values()] == [68, 51]
+    assert [row.cache_bytes for row in rows.values()] == [entries * 2 * 2 * 24 * 4 for entries in (68, 51)]
+    result = json.loads(json.dumps(language.record(rows, {}, {})))
+    assert language.table(language.loaded(result)) == language.table(rows)

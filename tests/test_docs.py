@@ -49,3 +49,11 @@ def test_the_table_of_exported_models_is_that_of_its_result() -> None:
     assert export.between(export.PAGE.read_text()) == export.table(result), "benchmarks/export.py --page writes it"
     # A number that misses the goal by merging is a defect; a refusal has its reason below the table.
     assert not [(name, f) for name, row in result["rows"].items() for f in export.FORMATS if export.ours(row[f])]
+
+
+def test_the_table_of_language_models_is_that_of_its_result() -> None:
+    sys.path.append(str(ROOT / "benchmarks"))
+    import language
+
+    result = json.loads((language.harness.RESULTS / "language-cpu.json").read_text())
+    assert "\n".join(language.table(language.loaded(result))) in (ROOT / "docs" / "language.md").read_text()

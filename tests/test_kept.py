@@ -6,6 +6,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,9 @@ def test_what_rows_stand_for(batch: int, merging: str, plain: bool) -> None:
     found, report = merged(model, x, merging=merging, plain=plain)
     left = N - 3 * R
     assert found.output.shape == (batch, left, D) and report.tokens[-1][1] == left
-    sizes, source = found.sizes.reshape(batch, left), found.source.reshape(batch, N)
+    sizes, source = found.sizes, found.source
+    assert sizes.shape == found.place.shape == (batch, left) and source.shape == (batch, N)
+    assert torch.equal(source.gather(1, found.place), torch.arange(left).expand(batch, -1))
     with torch.no_grad():
         full = tome_fx.rewrite(model, (x,), r=R, placement="stream", merging=merging)(x)
     assert distance(found.output.gather(1, source[..., None].expand(-1, -1, D)), full) < 1e-5
@@ -71,10 +74,15 @@ def test_rows_stand_in_the_order_of_the_tokens() -> None:
     found, _ = merged(model, x, merging="prune")
     places = found.output[..., -1].long()
     assert (places.diff() > 0).all()
-    assert torch.equal(found.source.gather(1, places), torch.arange(places.shape[1]).expand_as(places))
+    assert torch.equal(found.place, places)
     found, _ = merged(model, x)
-    mean = torch.zeros_like(found.sizes).scatter_add(1, found.source, torch.arange(float(N)).expand(2, -1))
-    assert torch.allclose(found.output[..., -1], mean / found.sizes, atol=1e-4)
+    assert torch.allclose(found.output[..., -1], found.mean(torch.arange(float(N))), atol=1e-4)
+    assert torch.equal(found.take(torch.arange(N)), found.place)
+    assert torch.equal(found.take(placed(x))[..., -1].long(), found.place)
+    pairs = torch.arange(2.0 * N).reshape(N, 2)
+    assert torch.allclose(found.mean(pairs)[..., 1], 2 * found.mean(torch.arange(float(N))) + 1)
+    with pytest.raises(ValueError, match="must begin with"):
+        found.take(torch.arange(N - 1))
 
 
 def test_other_outputs_stay_what_they_are() -> None:
@@ -100,13 +108,15 @@ def test_any_batch_and_a_process_without_us(tmp_path: Path) -> None:
             x = tokens(batch, N)
             got, want = program.module()(x), gm(x)
             assert distance(got[0]["last"], want.output["last"]) < 1e-6
-            assert torch.equal(got[1], want.sizes) and torch.equal(got[2], want.source)
+            assert all(torch.equal(*pair) for pair in zip(got[1:], want[1:], strict=True))
 
 
 @pytest.mark.parametrize(
     ("model", "options", "why"),
     [
         (Stack(read=lambda x: x.mean(1)), {}, "pooled"),
+        (Stack(read=lambda x: x.reshape(2, N // 4, 4 * D)), {}, r"aten\.reshape, which splits or regroups"),
+        (Stack(read=lambda x: [*x]), {}, "takes apart the samples"),
         (Stack(), {"placement": "branch"}, "given back"),
         (Stack(), {"r": 0}, "nothing merged"),
         (Stack(), {"keep": "half"}, "full or merged"),
@@ -115,6 +125,13 @@ def test_any_batch_and_a_process_without_us(tmp_path: Path) -> None:
 def test_what_cannot_be_kept_is_said(model: nn.Module, options: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         tome_fx.rewrite(model, (torch.randn(2, N, D),), **{"r": R, "placement": "stream", "keep": "merged", **options})
+
+
+def test_a_cast_that_is_exported_gives_no_tokens_back() -> None:
+    """torch.export asserts the dtype of what is cast, which reads no value."""
+    x = torch.randn(2, N, D)
+    gm = tome_fx.rewrite(Stack(read=lambda x: x.to(torch.float64)), (x,), r=R, placement="stream", keep="merged")
+    assert gm(x).output.dtype is torch.float64 and gm.meta["tome_report"].unmerges == []
 
 
 class Hidden(Stack):
@@ -133,6 +150,16 @@ def test_how_many_is_known_before_a_call() -> None:
     assert tome_fx.kept_tokens(gm) == N + 1 - 3 * R == gm(x).output["last"].shape[1]
     with pytest.raises(ValueError, match="keep="):
         tome_fx.kept_tokens(tome_fx.rewrite(Classed(), (x,), r=R, placement="stream"))
+
+
+class Wide(Hidden):
+    def forward(self, x: Tensor, *more: Any, **named: Any) -> Tensor:  # type: ignore[override]
+        return torch.cat(super().forward(x)[1:], -1)
+
+
+def test_hidden_states_beside_each_other_are_those_of_the_last_merge() -> None:
+    found, _ = merged(Wide(), torch.randn(2, N, D))
+    assert found.output.shape == (2, N - 3 * R, 2 * D)
 
 
 class Features(nn.Module):
@@ -158,23 +185,219 @@ def llava() -> Any:
     return transformers.LlavaForConditionalGeneration(config).eval()
 
 
+def prompt(count: int, image: int = 63) -> Tensor:
+    """int64 [1, count + 4]: an image between two tokens of text in front and two behind."""
+    return torch.tensor([[1, 2, *[image] * count, 3, 4]])
+
+
 def test_a_language_model_sees_fewer_image_tokens() -> None:
-    """An image of equal patches but for their places: the prompt is sized first, the cache shrinks by what merged."""
+    """The prompt is sized first, the cache shrinks by what merged; unmerged it is what the model does by itself."""
     model, pixels = llava(), torch.randn(1, 3, 48, 48)
-    lengths = []
     with torch.no_grad():
-        for r in (R, 0):
-            if r:
-                features = tome_fx.rewrite(Features(model), (pixels,), r=r, placement="stream", keep="merged")
-                count, rows = tome_fx.kept_tokens(features), features(pixels).output
-            else:
-                rows = Features(model)(pixels)
-                count = rows.shape[1]
+        features = tome_fx.rewrite(Features(model), (pixels,), r=R, placement="stream", keep="merged")
+        for count, rows in ((tome_fx.kept_tokens(features), features(pixels).output), (36, Features(model)(pixels))):
             assert rows.shape == (1, count, 48)
-            ids = torch.tensor([[1, 2, *[63] * count, 3, 4]])
+            ids = prompt(count)
             embeds = model.get_input_embeddings()(ids)
             embeds[ids == 63] = rows.flatten(0, 1)
             out = model.model.language_model(inputs_embeds=embeds, use_cache=True)
-            lengths.append(out.past_key_values.get_seq_length())
-            assert out.last_hidden_state.isfinite().all()
-    assert lengths == [36 - 3 * R + 4, 36 + 4]
+            assert out.past_key_values.get_seq_length() == count + 4
+            told = model.generate(inputs_embeds=embeds, max_new_tokens=3, do_sample=False, eos_token_id=None)
+            assert told.shape == (1, 3)
+        assert count == 36 and tome_fx.kept_tokens(features) == 36 - 3 * R
+        own = model.generate(prompt(36), pixel_values=pixels, max_new_tokens=3, do_sample=False, eos_token_id=None)
+        assert torch.equal(own[:, -3:], told)
+
+
+class Own(nn.Module):
+    """A model's own way to its image features; read: what is taken of them."""
+
+    def __init__(self, model: Any, read: Any = lambda rows: rows, **named: Any) -> None:
+        super().__init__()
+        self.model, self.read, self.named = model.model, read, named
+
+    def forward(self, pixels: Tensor) -> Any:
+        return self.read(self.model.get_image_features(pixels, **self.named).pooler_output)
+
+
+def test_features_by_the_model_itself() -> None:
+    """A list of images is one of samples that are taken apart, unless there is one."""
+    model, pixels = llava(), torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        gm = tome_fx.rewrite(Own(model), (pixels[:1],), r=R, placement="stream", keep="merged")
+        found = gm(pixels[:1])
+        (rows,) = found.output
+        assert rows.shape == (36 - 3 * R, 48) and found.place.shape == (36 - 3 * R,)
+        with pytest.raises(ValueError, match="takes apart the samples"):
+            tome_fx.rewrite(Own(model), (pixels,), r=R, placement="stream", keep="merged")
+
+
+def test_columns_of_a_prompt() -> None:
+    """Text stays, of the image tokens those of the representatives; samples may be tiles of one prompt."""
+    place = torch.tensor([[0, 3], [1, 2]])
+    found = tome_fx.MergedTokens(None, torch.full((2, 2), 2.0), torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1]]), place)
+    image = torch.zeros(2, 7, dtype=torch.bool)
+    image[0, 1:5] = image[1, 3:] = True
+    assert found.columns(image).tolist() == [[0, 1, 4, 5, 6], [0, 1, 2, 4, 5]]
+    tiles = torch.tensor([[False, *[True] * 8, False]])
+    assert found.columns(tiles).tolist() == [[0, 1, 4, 6, 7, 9]]
+    with pytest.raises(ValueError, match="9 image tokens, the images 8"):
+        found.columns(torch.ones(1, 9, dtype=torch.bool))
+    with pytest.raises(ValueError, match="different numbers"):
+        found.columns(torch.tensor([[True] * 8, [False] * 8]))
+
+
+def test_rows_keep_the_positions_of_their_representatives() -> None:
+    """The columns of the whole prompt that stay; a mask keeps gaps from being taken for the ends of sequences."""
+    model, pixels = llava(), torch.randn(1, 3, 48, 48)
+    with torch.no_grad():
+        found = tome_fx.rewrite(Features(model), (pixels,), r=R, placement="stream", keep="merged")(pixels)
+        ids = prompt(36)
+        stay = found.columns(ids == 63)
+        assert stay.tolist() == [[0, 1, *(found.place[0] + 2).tolist(), 38, 39]]
+        ids = ids.gather(1, stay)
+        embeds = model.get_input_embeddings()(ids)
+        embeds[ids == 63] = found.output.flatten(0, -2)
+        call = {"inputs_embeds": embeds, "position_ids": stay}
+        cached = model.model.language_model(**call, use_cache=True)
+        assert cached.past_key_values.get_seq_length() == stay.shape[1]
+        masked = model.model.language_model(**call, use_cache=False, attention_mask=torch.ones_like(ids))
+        assert distance(masked.last_hidden_state, cached.last_hidden_state) < 1e-5
+
+
+# -- towers with positions of more than one dim ------------------------------------------------------------------------
+
+SIDE = 12
+
+
+def qwen() -> Any:
+    """A Qwen2-VL: patches of an image stand 2 x 2 beside each other, and become one token after the last block."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    vision = {"depth": 3, "embed_dim": 64, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
+    text = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "vocab_size": 64,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 1e4}}  # fmt: skip
+    config = transformers.Qwen2VLConfig(vision_config=vision, text_config=text, image_token_id=63, video_token_id=62)
+    return transformers.Qwen2VLForConditionalGeneration(config).eval()
+
+
+class Packed(nn.Module):
+    """A tower over patches of images in one sequence, [N, D]. numpy's lengths are numbers to torch.export."""
+
+    def __init__(self, tower: nn.Module, grid: Tensor, read: str) -> None:
+        super().__init__()
+        vision = pytest.importorskip("transformers.vision_utils")
+        self.tower, self.read = tower, read
+        self.ends = np.array([0, *grid.prod(1).cumsum(0).tolist()])
+        self.register_buffer("grid", grid)
+        self.register_buffer("positions", vision.get_vision_position_ids(grid, 2))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        out = self.tower(patches, self.grid, cu_seqlens=self.ends, position_ids=self.positions)
+        return getattr(out, self.read)
+
+
+def test_positions_of_three_dims_after_a_layer_that_joins_patches() -> None:
+    """M-RoPE: a row has the position (t, h, w) of its representative, text and tokens to come have their own."""
+    model, grid = qwen(), torch.tensor([[1, SIDE, SIDE]])
+    tower, patches = Packed(model.model.visual, grid, "pooler_output").eval(), torch.randn(SIDE * SIDE, 96)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"aten\.view in tower\.merger"):
+            tome_fx.rewrite(tower, (patches,), r=R, placement="stream", keep="merged")
+        found = tome_fx.merge_tokens(tower(patches), 16)
+        assert found.output.shape == (20, 48)
+        ids = prompt(36)
+        image = ids == 63
+        whole, _ = model.model.get_rope_index(ids, image.int(), grid)  # [3, 1, 40]
+        stay = found.columns(image)
+        ids, positions = ids.gather(1, stay), whole.gather(2, stay.expand(3, -1, -1))
+        t, h, w = positions[:, 0, 2:-2] - 2
+        assert (t == 0).all() and torch.equal(h * (SIDE // 2) + w, found.place)
+        assert positions[:, 0, -1].unique() == 2 + SIDE // 2 + 1  # behind the image: its longer side later
+        embeds = model.get_input_embeddings()(ids)
+        embeds[ids == 63] = found.output
+        out = model.model.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=True)
+        assert out.past_key_values.get_seq_length() == 24
+        out = model.model.language_model(ids[:, :1], position_ids=positions[..., -1:] + 1, cache=out.past_key_values)
+        assert out.last_hidden_state.isfinite().all()
+
+
+def test_images_of_a_pack_merge_apart() -> None:
+    """Before the patches are joined their tower's tokens are kept as any other's: r in each image and block."""
+    model, grid = qwen(), torch.tensor([[1, SIDE, SIDE], [1, 8, 8]])
+    tower, patches = Packed(model.model.visual, grid, "last_hidden_state").eval(), torch.randn(SIDE * SIDE + 64, 96)
+    with torch.no_grad():
+        gm = tome_fx.rewrite(tower, (patches,), r=R, placement="stream", keep="merged")
+        found = gm(patches)
+    first = int((found.place < SIDE * SIDE).sum())
+    assert (first, len(found.place)) == (SIDE * SIDE - 3 * R, SIDE * SIDE + 64 - 6 * R)
+    assert (found.source[: SIDE * SIDE] < first).all() and (found.source[SIDE * SIDE :] >= first).all()
+    assert gm.meta["tome_report"].unmerges == []
+
+
+class Clip(nn.Module):
+    """All tokens of a video at once: [B, frames / 2 * 4 * 4, D]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        transformers = pytest.importorskip("transformers")
+        torch.manual_seed(0)
+        config = transformers.VideoMAEConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+            num_attention_heads=2, image_size=32, patch_size=8, num_frames=8, tubelet_size=2)  # fmt: skip
+        self.model = transformers.VideoMAEModel(config).eval()
+
+    def forward(self, clip: Tensor) -> Tensor:
+        return self.model(clip).last_hidden_state
+
+
+def test_a_video_keeps_time_and_place() -> None:
+    """Tokens merge across frames; each row has the frame, row and column of its representative, or means of them."""
+    clip = torch.randn(1, 8, 3, 32, 32)
+    with torch.no_grad():
+        found = tome_fx.rewrite(Clip(), (clip,), r=R, placement="stream", keep="merged")(clip)
+    assert found.output.shape == (1, 64 - 3 * R, 32)
+    thw = torch.cartesian_prod(torch.arange(4), torch.arange(4), torch.arange(4))  # [64, 3]
+    taken, mean = found.take(thw), found.mean(thw.float())
+    assert torch.equal(taken @ torch.tensor([16, 4, 1]), found.place)
+    alone = found.sizes == 1
+    assert torch.equal(taken[alone].float(), mean[alone]) and not torch.equal(taken.float(), mean)
+
+
+# -- merging where no attention follows --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(N, D), (2, N, D), (2, 3, N, D)], ids=str)
+def test_features_merge_by_themselves(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, requires_grad=True)
+    found = tome_fx.merge_tokens(x, 40)
+    assert found.output.shape == (*shape[:-2], N - 40, D) and found.sizes.sum(-1).eq(N).all()
+    assert distance(found.output, found.mean(x)) < 1e-6
+    assert (found.place.diff() > 0).all()
+    assert torch.equal(found.take(torch.arange(N)), found.place)
+    found.output.sum().backward()
+    assert distance(x.grad, (1 / found.sizes).gather(-1, found.source)[..., None].expand_as(x)) < 1e-6
+
+
+def test_images_one_after_another_are_one() -> None:
+    x = torch.randn(2, N + 20, D)
+    parts = [tome_fx.merge_tokens(x[:, :N], 30), tome_fx.merge_tokens(x[:, N:], 5)]
+    found = tome_fx.MergedTokens.joined(parts)
+    assert found.output.shape == (2, N + 20 - 35, D) and (found.place.diff() > 0).all()
+    assert torch.equal(found.take(torch.arange(N + 20)), found.place)
+    assert distance(found.output, found.mean(x)) < 1e-6
+
+
+def test_equal_features_lose_nothing() -> None:
+    x = tokens(3, N)
+    found = tome_fx.merge_tokens(x, N // 2)
+    assert distance(found.output.gather(1, found.source[..., None].expand(-1, -1, D)), x) < 1e-6
+    again = tome_fx.merge_tokens(found.output, 8, found.sizes)
+    assert again.sizes.sum(1).eq(N).all()
+    assert torch.equal(tome_fx.merge_tokens(x, 0).output, x)
+
+
+@pytest.mark.parametrize(("shape", "r"), [((N, D), N), ((N, D), -1), ((D,), 1)], ids=str)
+def test_no_more_than_all_tokens_merge(shape: tuple[int, ...], r: int) -> None:
+    with pytest.raises(ValueError, match="N - 1"):
+        tome_fx.merge_tokens(torch.randn(shape), r)

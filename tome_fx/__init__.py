@@ -6,11 +6,12 @@ model = torch.compile(model, backend=tome_backend(r=16))
 from tome_fx.backend import ToMeBackend, ToMeError, ToMeWarning, tome_backend
 from tome_fx.check import Approximation, Check, CheckedMerge, CheckedOutput, NoLawError, check
 from tome_fx.config import ToMeConfig
-from tome_fx.explain import MergedTokens, MergeStep, TokenTrace, explain, kept_tokens, rewrite, trace_tokens
+from tome_fx.explain import MergeStep, TokenTrace, explain, kept_tokens, rewrite, trace_tokens
 from tome_fx.export import export
 from tome_fx.matching import register_matcher
 from tome_fx.register import RuleError, register_attention, register_rule
 from tome_fx.report import SiteReport, SkipReason, ToMeReport, Unmerge, clear_reports, reports
+from tome_fx.tokens import MergedTokens, merge_tokens
 
 # The function takes the name of its module: once imported, a module is not bound to its package again.
 from tome_fx.visualize import visualize
@@ -40,6 +41,7 @@ __all__ = [
     "explain",
     "export",
     "kept_tokens",
+    "merge_tokens",
     "register_attention",
     "register_matcher",
     "register_rule",

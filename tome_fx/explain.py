@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -20,6 +20,7 @@ from tome_fx.backend import ToMeError, transform
 from tome_fx.config import config_from
 from tome_fx.passes import KeptError, Target
 from tome_fx.report import SkipReason, ToMeReport
+from tome_fx.tokens import MergedTokens
 
 tome = torch.ops.tome
 
@@ -95,20 +96,6 @@ def _undone(model: Any, inputs: Any) -> Iterator[None]:
                 x.copy_(value)
 
 
-class MergedTokens(NamedTuple):
-    """What a model gives back whose tokens stay merged.
-
-    output: as the model gives it, but for its tokens: [*batch, N', *rest] in the place of [*batch, N, *rest], each row
-    where the token stood that represents its group, in the order of these. sizes: float32 [*batch, N'], how many
-    tokens each row stands for. source: int64 [*batch, N], the row that each token went into. A batch of one has no axis
-    in the last two.
-    """
-
-    output: Any
-    sizes: Tensor
-    source: Tensor
-
-
 def rewrite(
     model: torch.nn.Module,
     args: Sequence[Any] = (),
@@ -148,8 +135,8 @@ def kept_tokens(gm: fx.GraphModule) -> int:
     output = gm.graph.output_node().args[0]
     if not isinstance(gm._out_spec, TreeSpec) or gm._out_spec.context is not MergedTokens:
         raise ValueError('not a module of rewrite(..., keep="merged")')
-    sizes, _ = tree_leaves(output)[-2:]
-    count: int = sizes.meta["val"].shape[-1]
+    place = tree_leaves(output)[-1]
+    count: int = place.meta["val"].shape[-1]
     return count
 
 
@@ -221,10 +208,10 @@ def _flat_value(node: fx.Node) -> Any:
 
 
 def _told_beside(gm: fx.GraphModule) -> None:
-    """Two more outputs: the module gives back `MergedTokens`."""
+    """Three more outputs: the module gives back `MergedTokens`."""
     own: Any = gm._out_spec
     output = tree_unflatten(range(own.num_leaves), own)
-    gm._out_spec = tree_flatten(MergedTokens(output, 0, 0))[1]  # type: ignore[arg-type]
+    gm._out_spec = tree_flatten(MergedTokens(output, 0, 0, 0))[1]  # type: ignore[arg-type]
     codegen: Any = gm.graph._codegen
     codegen.pytree_info = codegen.pytree_info._replace(out_spec=gm._out_spec)
 

@@ -29,11 +29,12 @@ class KeptError(ValueError):
 
 class Kept:
     """The outputs of a graph, merged. env: the emitter whose graph they are added to. step: the last merge of their
-    tokens."""
+    tokens. lead: the sizes of the dims before the tokens, where these are the samples; None where they are not."""
 
     def __init__(self, env: Emitter) -> None:
         self.env, self.call = env, env.builder.call
         self.step: Step | None = None
+        self.lead: list[Any] | None = None
         self._rank: Traced | None = None
         self._order: Traced | None = None
 
@@ -48,20 +49,36 @@ class Kept:
         if others or self.step not in (None, run.step):
             why = "along two axes" if others else "by different merges (hidden states of several blocks)"
             raise KeptError(f"its outputs hold tokens that are merged {why}: give back the last tokens alone")
+        dims = env.facts.dims(n)
+        laid = Laid(env.fetch(n, layout), dims, layout)
+        if self.step is None and [a for dim in dims[:d] for a in leaves(dim)] == [*leaves(run.step.sample)]:
+            self.lead = [*laid.x.shape[:d]]  # a batch of one too
         self.step = run.step
-        laid = Laid(env.fetch(n, layout), env.facts.dims(n), layout)
         x, back = laid.canonical(d, run.key, leaves(run.step.sample))
         return back(self.call(tome.unmerge.default, x, self._ordered()), layout).x
 
-    def told(self) -> tuple[Traced, Traced]:
-        """What the rows stand for: float32 [*sample, N'], how many tokens each, and int64 [*sample, N], the row that
-        each token went into. Raises KeptError where no output is merged."""
+    def told(self) -> tuple[Traced, Traced, Traced]:
+        """What the rows stand for: float32 [*lead, N'], how many tokens each; int64 [*lead, N], the row that each token
+        went into; int64 [*lead, N'], the token that represents each row. Raises KeptError where no output is merged."""
         if self.step is None:
-            raise KeptError("none of its outputs holds merged tokens: they are pooled, or given back before it ends")
+            raise KeptError(self._why_none())
         held = self.env.steps.through(self.step.chain())
         dim, order = held.keep.dim() - 1, self._ordered()
         size = held.size if held.size is not None else self.call(aten.ones_like.default, order, dtype=torch.float32)
-        return size.gather(dim, order), self._ranked().gather(dim, held.assign)
+        told = size.gather(dim, order), self._ranked().gather(dim, held.assign), held.keep.gather(dim, order)
+        size, source, place = (x if self.lead is None else x.reshape([*self.lead, x.shape[-1]]) for x in told)
+        return size, source, place
+
+    def _why_none(self) -> str:
+        """Where the last tokens were given back, as far as it was before the end."""
+        why = "none of its outputs holds merged tokens: "
+        given = [u for u in self.env.plan.unmerges if u.op != "output"]
+        if not given:
+            return why + "they are pooled"
+        op, detail = given[-1].op, given[-1].detail
+        where = f" in {given[-1].where}" if given[-1].where else ""
+        where = f"at full length for {op}{where}, which {detail}"
+        return f"{why}they are pooled, or given back before it ends ({where}): rewrite the part that ends before that"
 
     def _ranked(self) -> Traced:
         """int64 [*sample, N']: the place of each group among all, by the tokens that represent them."""

@@ -49,7 +49,9 @@ def drop_idle(graph: fx.Graph, known: Mapping[fx.Node, Tensor]) -> None:
     for node in _calls(graph):
         if node in values:
             continue
-        if node.target is aten.scaled_dot_product_attention.default:
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)  # torch.export's, of each cast: what was traced for one dtype has it
+        elif node.target is aten.scaled_dot_product_attention.default:
             _drop_mask(node, values)
         elif (kept := _kept(node, values)) is not None:
             node.replace_all_uses_with(kept)
