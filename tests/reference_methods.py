@@ -415,8 +415,8 @@ def by_size(view: View, at: list[int]) -> Tensor:
 
 
 def by_attention(view: View, at: list[int]) -> Tensor:
-    """Mean weighted by class attention."""
-    return weighted(view.x[at], view.importance[at])
+    """Mean weighted by class attention; no gradient goes through the weights."""
+    return weighted(view.x[at], view.importance[at].detach())
 
 
 def plain_mean(view: View, at: list[int]) -> Tensor:

@@ -9,6 +9,7 @@ from tome_fx.config import ToMeConfig
 from tome_fx.explain import MergeStep, TokenTrace, explain, kept_tokens, rewrite, trace_tokens
 from tome_fx.export import export
 from tome_fx.matching import register_matcher
+from tome_fx.methods import METHODS, Method, Order, Sides, Tokens, register_method, register_piece
 from tome_fx.register import RuleError, register_attention, register_rule
 from tome_fx.report import SiteReport, SkipReason, ToMeReport, Unmerge, clear_reports, reports
 from tome_fx.tokens import MergedTokens, merge_tokens
@@ -19,14 +20,18 @@ from tome_fx.visualize import visualize
 __version__ = "0.1.0"
 
 __all__ = [
+    "METHODS",
     "Approximation",
     "Check",
     "CheckedMerge",
     "CheckedOutput",
     "MergeStep",
     "MergedTokens",
+    "Method",
     "NoLawError",
+    "Order",
     "RuleError",
+    "Sides",
     "SiteReport",
     "SkipReason",
     "ToMeBackend",
@@ -35,6 +40,7 @@ __all__ = [
     "ToMeReport",
     "ToMeWarning",
     "TokenTrace",
+    "Tokens",
     "Unmerge",
     "check",
     "clear_reports",
@@ -44,6 +50,8 @@ __all__ = [
     "merge_tokens",
     "register_attention",
     "register_matcher",
+    "register_method",
+    "register_piece",
     "register_rule",
     "reports",
     "rewrite",

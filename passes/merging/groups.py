@@ -61,7 +61,7 @@ class Groups:
         if block.special.inner:  # they are unlike all others, whatever they hold
             kind = call(tome.place_kinds.default, self._special(block, own.prev))
             metric, heads = call(tome.apart.default, metric, kind, heads, True, *compared_by), False
-        paid = self._paid(merge) if how.needs & PAID else None
+        paid = self._paid(merge).detach() if how.needs & PAID else None
         ends = (own.prefix, own.suffix, heads)
         if block.parts is not None:
             parts = self._parts(block, block.parts)

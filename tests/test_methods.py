@@ -1,0 +1,219 @@
+"""Methods: each equals an independent plain implementation, keeps the laws, and its pieces go together."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import tome_fx
+from tests import reference_methods as reference
+from tests import strategies
+from tests.models import Spec, build, inputs
+from tests.palette import run, samples_apart
+from tests.test_check import ROUNDING, law
+from tome_fx.methods import METHODS, PIECES
+
+METHOD = ("tome", "saint", "tosa", "mstm", "evit", "diffrate", "pitome", "tofu", "mctf", "grid", "saint_vlm", "local")
+TIED = ("tosa", "mstm", "pitome", "mctf", "algm", "local")
+OPTIONS: dict[str, dict[str, Any]] = {"tosa": {"alpha": 0.5}, "grid": {}, "local": {}}
+"""At alpha = 0 many pairs are equally near, and rounding chooses."""
+PARAMS: dict[str, dict[str, Any]] = {"tosa": {"alpha": 0.5}, "local": {"k": 8}}
+
+
+def merged(model: nn.Module, x: Tensor, method: str, r: Any, **options: Any) -> Any:
+    """`MergedTokens` of the model by a method, on the stream."""
+    options = {"placement": "stream", **OPTIONS.get(method, {}), **options}
+    return tome_fx.rewrite(model, (x,), r=r, method=method, keep="merged", **options)(x)
+
+
+def spread(found: Any) -> Tensor:
+    return reference.spread(found.output, found.source)
+
+
+def expected(model: nn.Module, x: Tensor, method: str, r: Any) -> tuple[Tensor, Tensor, Tensor]:
+    name = "band" if method == "local" else method
+    return reference.reduced(model, x, name, r, **PARAMS.get(method, {}))  # type: ignore[arg-type]
+
+
+EACH = [(method, prefix, r) for method in METHOD for prefix in (1, 3, 0) for r in (2, 3, 5)]
+
+
+@pytest.mark.parametrize(("method", "prefix", "r"), strategies.thinned(EACH, 4))
+def test_is_the_plain_implementation(method: str, prefix: int, r: int) -> None:
+    """The same groups and features, with our operators and as plain ATen; a class token, registers too, none."""
+    model, x = reference.plain(seed=r, prefix=prefix), torch.randn(2, 3, 24, 32, dtype=torch.float64)
+    want, source, _ = expected(model, x, method, r)
+    with torch.no_grad():
+        for plain in (False, True):
+            found = merged(model, x, method, r, plain=plain)
+            assert found.output.shape == want.shape
+            assert reference.groups(found.source) == reference.groups(source)
+            torch.testing.assert_close(spread(found), reference.spread(want, source), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHOD)
+def test_gradients_are_those_of_the_plain_implementation(method: str) -> None:
+    x = torch.randn(2, 3, 24, 32, dtype=torch.float64)
+    grads = []
+    for ours in (False, True):
+        model = reference.plain(seed=4, prefix=1)
+        if ours:
+            out = spread(merged(model, x, method, 4, plain=False))
+        else:
+            want, source, _ = expected(model, x, method, 4)
+            out = reference.spread(want, source)
+        out.square().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for got, want_grad in zip(grads[1], grads[0], strict=True):
+        torch.testing.assert_close(got, want_grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["mstm", "pitome", "diffrate"])
+def test_through_inductor(method: str) -> None:
+    model, x = reference.plain(seed=2, prefix=1, dtype=torch.float32), torch.randn(2, 3, 24, 32)
+    want, source, _ = expected(model, x, method, 3)
+    with torch.no_grad():
+        got, report = run(model, (x,), None, 3, inner="inductor", method=method, placement="stream")
+    assert report.merged_sites == 4
+    torch.testing.assert_close(got, reference.spread(want, source), rtol=1e-4, atol=1e-4)
+
+
+def test_frames() -> None:
+    """EVS reads the frame before; the reference stacks frames along the height of a picture."""
+
+    class Clip(nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, clip: Tensor) -> Tensor:
+            x = self.inner.patch_embed(clip.flatten(0, 1)).unflatten(0, clip.shape[:2])
+            x = x.permute(0, 2, 1, 3, 4).flatten(2).transpose(1, 2)
+            for block in self.inner.blocks:
+                x = block(x)
+            return self.inner.norm(x)
+
+    inner = reference.plain(seed=1, prefix=0)
+    clip = torch.randn(2, 3, 3, 12, 16, dtype=torch.float64)
+    picture = clip.permute(0, 2, 1, 3, 4).flatten(2, 3)
+    for r in (3, 9):
+        want, source, _ = reference.reduced(inner, picture, "evs", r, frames=3)
+        with torch.no_grad():
+            found = merged(Clip(inner), clip, "evs", r)
+        assert reference.groups(found.source) == reference.groups(source)
+        torch.testing.assert_close(spread(found), reference.spread(want, source), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", TIED)
+@pytest.mark.parametrize(
+    "spec", [Spec(readout="mean"), Spec(readout="tokens", mask="bool", prefix="none"), Spec(prefix="cls_reg")], ids=str
+)
+def test_the_tied_law(method: str, spec: Spec) -> None:
+    found = law(*build(spec), 4, method=method, placement="stream")
+    assert found.merges and max(found.explained, found.spelling) < ROUNDING, found
+
+
+ALONE = [(method, mask) for method in sorted({*METHOD, "algm"} - {"grid"}) for mask in ("none", "bool")]
+
+
+@pytest.mark.parametrize(("method", "mask"), strategies.thinned(ALONE, 3))
+def test_a_sample_does_not_depend_on_its_batch(method: str, mask: str) -> None:
+    spec = Spec(batch=2, mask=mask, readout="tokens")
+    options = {"placement": "stream", "method": method, **OPTIONS.get(method, {})}
+    difference, report = samples_apart(build(spec)[0], inputs(spec, 1), None, 4, 2, **options)
+    assert report.merged_sites and difference is not None and difference < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore::tome_fx.ToMeWarning")
+@settings(max_examples=8)
+@given(strategies.specs(), st.sampled_from(sorted(METHODS)), st.sampled_from([0, 1, 5, 0.3]),
+       st.sampled_from(["auto", "stream", "branch"]))  # fmt: skip
+def test_any_transformer(spec: Spec, method: str, r: Any, placement: str) -> None:
+    """A result of the same kind, or a reason; with r = 0 the same result."""
+    model, args = build(spec)
+    with torch.no_grad():
+        want = model(*copy.deepcopy(args))
+        got, report = run(model, args, None, r, method=method, placement=placement, strict=False)
+    for a, b in zip(*(torch.utils._pytree.tree_leaves(x) for x in (got, want)), strict=True):
+        assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and a.isfinite().all() == b.isfinite().all()
+        if r == 0:
+            assert torch.equal(a, b)
+    assert not any("internal" in reason.kind for reason in report.skipped), report
+    assert report.merged_sites or report.skipped or r == 0, report
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_given_replaces_a_piece() -> None:
+    config = tome_fx.ToMeConfig(r=8, method="mstm", merging="keep", numbers={"tau": 0.5})
+    assert (config.importance, config.partition, config.merging) == ("attention", "importance", "keep")
+    assert config.given == ("merging",) and dict(config.numbers)["tau"] == 0.5
+    assert tome_fx.ToMeConfig(r=8) == tome_fx.ToMeConfig(r=8, method="tome", metric="key")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "saind"}, 'did you mean "saint"'),
+        ({"method": "saint", "tua": 0.5}, 'did you mean "tau"'),
+        ({"partition": "importance"}, "goes by importance: say which"),
+        ({"partition": "window:x"}, "no partition 'window:x'"),
+        ({"alpha": "up"}, "alpha must be"),
+        ({"prune": 2.0}, "prune must be"),
+        ({"blocks": "half"}, "blocks must be"),
+        ({"merging": ("mean", "men")}, 'did you mean "mean"'),
+    ],
+)
+def test_what_is_wrong_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tome_fx.tome_backend(r=8, **options)
+
+
+def test_which_blocks_merge() -> None:
+    chosen = {
+        str(blocks): tome_fx.ToMeConfig(r=8, blocks=blocks).chosen(12)
+        for blocks in ("all", "first half", "last", [0, 3, -1], [0.25, 0.5, 0.75])
+    }
+    assert list(chosen.values()) == [[*range(12)], [*range(6)], [11], [0, 3, 11], [3, 6, 9]]
+    model, args = build(Spec(depth=4, readout="tokens"))
+    with torch.no_grad():
+        _, report = run(model, args, None, [5, 3], blocks=[1, 3], placement="stream")
+    assert [tuple(t) for t in report.tokens] == [(37, 32), (32, 29)]
+    _, report = run(model, args, None, (4, 1), blocks=[0, 2], placement="stream")
+    assert [tuple(t) for t in report.tokens] == [(37, 29)]  # 0 at the first, 8 at the last
+
+
+def test_a_reason_where_no_attention_can_be_read() -> None:
+    model, args = build(Spec(readout="tokens"))
+    with torch.no_grad(), pytest.warns(tome_fx.ToMeWarning, match="reads the attention of tokens before they merge"):
+        run(model, args, None, 4, method="mstm", placement="branch")
+
+
+def test_pieces_and_methods_of_ones_own() -> None:
+    """The example of docs/methods.md."""
+
+    def first(tokens: tome_fx.Tokens) -> Tensor:
+        return -tokens.positions.expand(tokens.metric.shape[0], -1).to(torch.float32)
+
+    tome_fx.register_piece("importance", "test_first", first)
+    tome_fx.register_method("test_mine", importance="test_first", partition="importance", source="nowhere")
+    try:
+        with pytest.raises(ValueError, match="already"):
+            tome_fx.register_piece("importance", "test_first", first)
+        with pytest.raises(ValueError, match="already"):
+            tome_fx.register_method("saint")
+        model, x = reference.plain(seed=1, prefix=0), torch.randn(1, 3, 24, 32, dtype=torch.float64)
+        with torch.no_grad():
+            found = merged(model, x, "test_mine", [4], blocks=[0], plain=False)
+        assert set(found.source[0, -4:].tolist()) <= {*range(44)}
+        kept = found.source[0, :44]
+        assert kept.unique().numel() == 44, "the first 44 stay apart"
+    finally:
+        del PIECES["importance"]["test_first"], METHODS["test_mine"]
