@@ -29,6 +29,7 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .building.emit import drop_dead
 from .normal.composites import composites, is_composite
 from .normal.functional import functionalise, is_impure
 from .normal.fused import expansion
@@ -85,7 +86,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
         traced = make_fx(run, composites(), tracing_mode="real", pre_dispatch=True)(*fakes)
     # Left in place it makes AOTAutograd bypass its cache.
     traced.__dict__.pop("shape_env", None)
-    traced.graph.eliminate_dead_code(is_impure_node=is_impure)
+    drop_dead(traced.graph, is_impure)
     constants = _lift_constants(traced, mode)
     inside = traced.graph.find_nodes(op="placeholder")[len(constants) :]
     learned = [n for n, fake in zip(inside, fakes, strict=True) if isinstance(fake, Tensor) and fake.requires_grad]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import operator
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, cast
@@ -225,8 +225,8 @@ class Rule:
         operands = [env.fetch(n, layout) for n, layout in zip(call.nodes, decision.ins, strict=True)]
         return env.run(call, operands)
 
-    def flops(self, call: Call, sizes: Callable[[int, int], int]) -> float:
-        """Floating-point operations (2 per multiply-add); `sizes(operand, dim)`: size now; operand -1: the result."""
+    def flops(self, call: Call, shapes: Sequence[list[int]]) -> float:
+        """Floating-point operations (2 per multiply-add) on operands of these shapes; the last is the result's."""
         return 0.0
 
 

@@ -124,4 +124,7 @@ class Facts:
         return self.pairs.tell(node, leaves(dims[query]), leaves(dims[key]))
 
 
-__all__ = ["Facts"]
+NO_FACTS = Facts()
+"""For signatures that are read before anything is known of their graph."""
+
+__all__ = ["NO_FACTS", "Facts"]
