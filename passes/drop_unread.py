@@ -30,7 +30,7 @@ from .building.emit import drop_dead
 from .building.trace import fake_like
 from .normal.functional import is_impure
 from .rules import Call, find
-from .rules.base import Role, tensors_of
+from .rules.base import Role, rule_for, tensors_of
 from .rules.facts import NO_FACTS
 from .rules.joins import CatRule
 from .rules.signature import SignatureRule
@@ -113,12 +113,12 @@ def _reads(node: fx.Node, wanted: Cut | None) -> Reads | None:
     """What a node reads of its operands when `wanted` (None: all) is read of it; None where it cannot give a part."""
     if node.op != "call_function" or not tensors_of(node.meta.get("val")):
         return None
-    call = Call(node)
-    rule = find(call)
-    if isinstance(rule, (SliceRule, SelectRule)):
-        return _read_by_cut(call, wanted)
+    if isinstance(rule_for(node.target), (SliceRule, SelectRule)):
+        return _read_by_cut(Call(node), wanted)
     if wanted is None:
         return Reads()
+    call = Call(node)
+    rule = find(call)
     if node.target is tome.merge.default:
         return _read_by_merge(node, wanted)
     if node.target is operator.getitem:

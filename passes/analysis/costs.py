@@ -96,15 +96,15 @@ class Bill:
 
     def op(self, call: Call, rule: Rule, decision: Decision) -> None:
         """The FLOPs of an op before and after, and what each merge saves of its cost."""
-        whole = [list(map(size_hint, val.shape)) for val in (*call.vals, *call.results[:1])]
-        full = rule.flops(call, whole)
-        if not full and (isinstance(rule, FREE) or not decision.outs):
+        if isinstance(rule, FREE):
             return
         sites = _sites((*decision.ins, *decision.outs[:1]))
         # The states of the op: unmerged, and with all merges up to each site.
-        shapes = _shapes(whole, decision, sites)
-        flops = [full, *(rule.flops(call, held) for held in shapes[1:])]
-        now = flops[-1]
+        shapes = _shapes(call, decision, sites)
+        flops = rule.flops(call, shapes)
+        full, now = flops[0], flops[-1]
+        if not full and not decision.outs:
+            return
         elements = [float(prod(held[-1])) for held in shapes]
         for i, site in enumerate(sites):
             touch = self.costs[site].touch
@@ -192,8 +192,9 @@ def _sites(layouts: Sequence[Layout]) -> list[int]:
     return sorted({step.site for end in last for step in end.chain()})
 
 
-def _shapes(whole: list[list[int]], decision: Decision, sites: list[int]) -> list[list[list[int]]]:
+def _shapes(call: Call, decision: Decision, sites: list[int]) -> list[list[list[int]]]:
     """The shapes of all operands and, last, of the first result: unmerged, and with all merges up to each site."""
+    whole = [list(map(size_hint, val.shape)) for val in (*call.vals, *call.results[:1])]
     found = [[list(shape) for shape in whole] for _ in (-1, *sites)]
     for i, layout in enumerate((*decision.ins, *decision.outs[:1])):
         for d, runs in enumerate(layout):

@@ -225,9 +225,9 @@ class Rule:
         operands = [env.fetch(n, layout) for n, layout in zip(call.nodes, decision.ins, strict=True)]
         return env.run(call, operands)
 
-    def flops(self, call: Call, shapes: Sequence[list[int]]) -> float:
-        """Floating-point operations (2 per multiply-add) on operands of these shapes; the last is the result's."""
-        return 0.0
+    def flops(self, call: Call, states: Sequence[Sequence[list[int]]]) -> list[float]:
+        """Floating-point operations (2 per multiply-add) in each state: the shapes of operands and result."""
+        return [0.0] * len(states)
 
 
 def op_key(target: Any) -> Any:

@@ -192,8 +192,8 @@ class Convolution(SignatureRule):
     def __init__(self, spatial: int) -> None:
         super().__init__(_convolution(spatial), contraction=True)
 
-    def flops(self, call: Call, shapes: Sequence[list[int]]) -> float:
-        return 2.0 * prod(shapes[1][1:]) * prod(shapes[-1])
+    def flops(self, call: Call, states: Sequence[Sequence[list[int]]]) -> list[float]:
+        return [2.0 * prod(weight[1:]) * prod(out) for _, weight, *_, out in states]
 
 
 def _attention(call: Call, facts: Facts) -> Signature:
@@ -221,9 +221,8 @@ class Attention(SignatureRule):
     def __init__(self) -> None:
         super().__init__(_attention, contraction=True)
 
-    def flops(self, call: Call, shapes: Sequence[list[int]]) -> float:
-        (*batch, queries, width), (*_, keys, _), (*_, read) = shapes[:3]
-        return 2.0 * prod(batch) * queries * keys * (width + read)
+    def flops(self, call: Call, states: Sequence[Sequence[list[int]]]) -> list[float]:
+        return [2.0 * prod(q[:-1]) * k[-2] * (q[-1] + v[-1]) for q, k, v, *_ in states]
 
     def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
         sig = self.signature(call, env.facts)

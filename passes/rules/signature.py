@@ -80,15 +80,18 @@ class SignatureRule(Rule):
         frame = frame_dims(sig, call, env.facts) if sig.frame is not None else None
         return env.fetch(call.nodes[i], decision.ins[i], fill_of(sig, call, env.facts, i), frame)
 
-    def flops(self, call: Call, shapes: Sequence[list[int]]) -> float:
+    def flops(self, call: Call, states: Sequence[Sequence[list[int]]]) -> list[float]:
         if not self.contraction:
-            return 0.0
-        seen: dict[Letter, int] = {}
-        for letters, shape in zip(self.signature(call, NO_FACTS).ins, shapes, strict=False):
-            for letter, size in zip(letters, shape, strict=False):
-                if letter is not None:
-                    seen[letter] = max(seen.get(letter, 1), size)
-        return 2.0 * prod(seen.values())
+            return super().flops(call, states)
+        ins = self.signature(call, NO_FACTS).ins
+        places = [(x, i, d) for i, letters in enumerate(ins) for d, x in enumerate(letters) if x is not None]
+        found = []
+        for shapes in states:
+            seen: dict[Letter, int] = {}
+            for letter, i, d in places:
+                seen[letter] = max(seen.get(letter, 1), shapes[i][d])
+            found.append(2.0 * prod(seen.values()))
+        return found
 
 
 def fill_of(sig: Signature, call: Call, facts: Facts, i: int) -> Fill:
