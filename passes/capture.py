@@ -29,6 +29,7 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .building.emit import drop_dead
 from .normal.composites import composites, is_composite
 from .normal.functional import functionalise, is_impure
 from .normal.fused import expansion
@@ -79,13 +80,15 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
         plain = iter(args)
         again = [closed(fake, plain) for fake in closed_fakes]
         held = dict(zip(whole, again[: len(whole)], strict=True))
-        return _Tracer(gm, held).run(*again[len(whole) :], enable_io_processing=False)
+        with torch._C._EnableTorchFunction():
+            return _Tracer(gm, held).run(*again[len(whole) :], enable_io_processing=False)
 
-    with _as_found(), mode, fx_traceback.preserve_node_meta():
+    # make_fx asks each input twenty things, and its modes would see each of them.
+    with _as_found(), mode, fx_traceback.preserve_node_meta(), torch._C.DisableTorchFunction():
         traced = make_fx(run, composites(), tracing_mode="real", pre_dispatch=True)(*fakes)
     # Left in place it makes AOTAutograd bypass its cache.
     traced.__dict__.pop("shape_env", None)
-    traced.graph.eliminate_dead_code(is_impure_node=is_impure)
+    drop_dead(traced.graph, is_impure)
     constants = _lift_constants(traced, mode)
     inside = traced.graph.find_nodes(op="placeholder")[len(constants) :]
     learned = [n for n, fake in zip(inside, fakes, strict=True) if isinstance(fake, Tensor) and fake.requires_grad]
@@ -221,6 +224,8 @@ class _Tracer(fx.Interpreter):
         self.attributes = attributes
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.op == "placeholder":  # no node is made, so none needs a place in the model
+            return self.placeholder(n.target, *self.fetch_args_kwargs_from_env(n))
         return self._vmapped(n) if enters_vmap(n) else super().run_node(n)
 
     def _vmapped(self, first: fx.Node) -> Any:

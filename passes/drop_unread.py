@@ -26,11 +26,12 @@ from torch.fx.node import map_aggregate
 
 from .algebra.axes import expr, same
 from .analysis.values import size_hint
+from .building.emit import drop_dead
 from .building.trace import fake_like
 from .normal.functional import is_impure
 from .rules import Call, find
-from .rules.base import Role, tensors_of
-from .rules.facts import Facts
+from .rules.base import Role, rule_for, tensors_of
+from .rules.facts import NO_FACTS
 from .rules.joins import CatRule
 from .rules.signature import SignatureRule
 from .rules.slices import SelectRule, SliceRule, SplitRule
@@ -42,7 +43,6 @@ MATCHES = tuple(getattr(tome, name).default for name in ("match", "match_by", "m
 
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _REGROUPS = (*_RESHAPES, aten.flatten.using_ints, aten.unsqueeze.default)
-_NO_FACTS = Facts()
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def drop_unread(gm: fx.GraphModule) -> int:
     if not any(_is_product(node) for node in cuts):
         return 0
     _narrow(gm.graph, cuts, reads)
-    gm.graph.eliminate_dead_code(is_impure_node=is_impure)
+    drop_dead(gm.graph, is_impure)
     gm.recompile()
     return len(cuts)
 
@@ -113,12 +113,12 @@ def _reads(node: fx.Node, wanted: Cut | None) -> Reads | None:
     """What a node reads of its operands when `wanted` (None: all) is read of it; None where it cannot give a part."""
     if node.op != "call_function" or not tensors_of(node.meta.get("val")):
         return None
-    call = Call(node)
-    rule = find(call)
-    if isinstance(rule, (SliceRule, SelectRule)):
-        return _read_by_cut(call, wanted)
+    if isinstance(rule_for(node.target), (SliceRule, SelectRule)):
+        return _read_by_cut(Call(node), wanted)
     if wanted is None:
         return Reads()
+    call = Call(node)
+    rule = find(call)
     if node.target is tome.merge.default:
         return _read_by_merge(node, wanted)
     if node.target is operator.getitem:
@@ -194,7 +194,7 @@ def _same_dim(call: Call, rule: Any, d: int) -> list[int | None] | None:
         return [d if v.dim() == call.out.dim() else None for v in call.vals]
     if not isinstance(rule, SignatureRule) or not isinstance(call.node.meta["val"], Tensor):
         return None
-    sig = rule.signature(call, _NO_FACTS)
+    sig = rule.signature(call, NO_FACTS)
     letter = sig.outs[0][d]
     if letter is None or sig.role(letter) is not Role.MAP:
         return None

@@ -25,13 +25,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from .algebra.axes import expr as size_expr
-from .building.emit import Emit
+from .building.emit import Emit, drop_dead
 from .building.trace import single
 from .normal.functional import is_impure
 from .rules import Call, find
 from .rules.base import Role, Signature
 from .rules.contraction import Contraction
-from .rules.facts import Facts
+from .rules.facts import NO_FACTS
 from .rules.pointwise import MaskRule, scalar
 from .rules.reduce import SOFTMAX
 from .rules.views import PermuteRule
@@ -76,7 +76,7 @@ def fuse_attention(gm: fx.GraphModule, mode: FakeTensorMode) -> int:
                 continue
             count += 1
     if count:
-        gm.graph.eliminate_dead_code(is_impure_node=is_impure)
+        drop_dead(gm.graph, is_impure)
         gm.graph.lint()
     return count
 
@@ -250,7 +250,7 @@ class _Fuser:
         call = Call(node)
         rule = find(call)
         assert isinstance(rule, Contraction)
-        return call, rule.signature(call, Facts())
+        return call, rule.signature(call, NO_FACTS)
 
     def _queries_and_keys(self, node: fx.Node) -> tuple[tuple[fx.Node, Order], tuple[fx.Node, Order]]:
         """Nodes of queries and keys with the order of dims that makes them [*batch, l, e] and [*batch, s, e]."""

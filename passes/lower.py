@@ -46,6 +46,7 @@ from tome_fx.kernels import cpu
 
 from .algebra.axes import expr, same
 from .analysis.values import size_hint
+from .building.emit import drop_dead
 from .capture import is_impure
 from .rules import Call
 
@@ -111,7 +112,7 @@ def lower(gm: fx.GraphModule) -> int:
             form = FORMS.get(device, FORMS[""])
             count += form is not None and form(gm.graph, node)
     if count:
-        gm.graph.eliminate_dead_code(is_impure_node=is_impure)
+        drop_dead(gm.graph, is_impure)
         gm.recompile()
     return count
 

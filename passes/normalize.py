@@ -37,7 +37,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .algebra.axes import expr
-from .building.emit import Emit
+from .building.emit import Emit, drop_dead
 from .normal.idle import drop_idle, numbers
 from .normal.join_writes import join_writes
 from .normal.memory import Outputs
@@ -55,14 +55,14 @@ def normalize(graph: fx.Graph, mode: FakeTensorMode, impure: Callable[[fx.Node],
     """Rewrite in place. impure: the nodes that stay though nobody reads them."""
     outputs = Outputs(graph)
     _by_table(graph, mode)
-    graph.eliminate_dead_code(is_impure_node=impure)
+    drop_dead(graph, impure)
     join_writes(graph)
     known = numbers(graph, {})
     narrow_spread(graph, mode, known.get)
-    graph.eliminate_dead_code(is_impure_node=impure)
+    drop_dead(graph, impure)
     drop_idle(graph, known)
     outputs.keep_apart(Emit(graph, mode))
-    graph.eliminate_dead_code(is_impure_node=impure)
+    drop_dead(graph, impure)
 
 
 def _by_table(graph: fx.Graph, mode: FakeTensorMode) -> None:

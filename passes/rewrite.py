@@ -27,6 +27,7 @@ from torch.fx._lazy_graph_module import _make_graph_module  # inside torch.compi
 from .algebra.axes import Dims, leaves
 from .algebra.layout import Layout, Run, is_plain, plain
 from .analysis.reach import only_summed
+from .building.emit import drop_dead
 from .building.trace import Builder, Traced
 from .capture import Captured
 from .merging.groups import Groups
@@ -46,7 +47,7 @@ def rewrite(captured: Captured, facts: Facts, plan: Plan, kept: bool = False) ->
     """The rewritten graph, with the placeholders of `captured.gm`. kept: its outputs stay merged, and after them stands
     what their rows stand for (`Kept.told`)."""
     graph = Emitter(captured, facts, plan).run_graph(kept)
-    graph.eliminate_dead_code(is_impure_node=is_impure)
+    drop_dead(graph, is_impure)
     return _make_graph_module(torch.nn.Module(), graph)
 
 

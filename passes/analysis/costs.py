@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 from torch import Tensor, fx
 
@@ -97,12 +96,14 @@ class Bill:
 
     def op(self, call: Call, rule: Rule, decision: Decision) -> None:
         """The FLOPs of an op before and after, and what each merge saves of its cost."""
+        if isinstance(rule, FREE):
+            return
         sites = _sites((*decision.ins, *decision.outs[:1]))
         # The states of the op: unmerged, and with all merges up to each site.
         shapes = _shapes(call, decision, sites)
-        flops = [rule.flops(call, lambda i, d, held=held: held[i][d]) for held in shapes]  # type: ignore[misc]
+        flops = rule.flops(call, shapes)
         full, now = flops[0], flops[-1]
-        if not full and (isinstance(rule, FREE) or not decision.outs):
+        if not full and not decision.outs:
             return
         elements = [float(prod(held[-1])) for held in shapes]
         for i, site in enumerate(sites):
@@ -191,7 +192,7 @@ def _sites(layouts: Sequence[Layout]) -> list[int]:
     return sorted({step.site for end in last for step in end.chain()})
 
 
-def _shapes(call: Call, decision: Decision, sites: list[int]) -> list[list[list[Any]]]:
+def _shapes(call: Call, decision: Decision, sites: list[int]) -> list[list[list[int]]]:
     """The shapes of all operands and, last, of the first result: unmerged, and with all merges up to each site."""
     whole = [list(map(size_hint, val.shape)) for val in (*call.vals, *call.results[:1])]
     found = [[list(shape) for shape in whole] for _ in (-1, *sites)]

@@ -252,11 +252,10 @@ def told_before(value: fx.Node, facts: Facts, tokens: Dim) -> bool:
     """Whether a mask of single tokens went into a value, in whatever way."""
     return any(
         (node.meta["val"].dtype is torch.bool or node.meta["val"].is_floating_point())
-        and token_dims(node, facts, tokens)
         and not facts.leaves_of(node) & facts.features
         and facts.told(node)  # last: it may compute a constant
-        for node in facts.reach.nodes[: facts.reach.index[value]]
-        if isinstance(node.meta.get("val"), torch.Tensor) and node in facts.axes and facts.leads(node, value)
+        for node in facts.along.get(tokens, ())
+        if node is not value and facts.leads(node, value)
     )
 
 

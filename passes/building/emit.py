@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,4 +39,11 @@ class Emit:
         return node
 
 
-__all__ = ["Emit"]
+def drop_dead(graph: fx.Graph, impure: Callable[[fx.Node], bool]) -> None:
+    """Erase what nobody reads. (`eliminate_dead_code` lints first, and asks of nodes that are read what they do.)"""
+    for node in reversed(graph.nodes):
+        if not node.users and not impure(node):
+            graph.erase_node(node)
+
+
+__all__ = ["Emit", "drop_dead"]

@@ -31,18 +31,17 @@ def composites() -> dict[Any, Callable[..., Any]]:
         table[dropout.default] = _dropout
     table[aten.repeat.default] = _repeat
     table[aten.contiguous.default] = aten.contiguous.default.decompose
-    for name in torch._C._dispatch_get_all_op_names():
+    each = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"aten::{_EACH}")]
+    for name in [*torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd"), *each]:
         space, _, rest = name.partition("::")
         packet, _, overload = rest.partition(".")
         if space != "aten" or any(loop in packet for loop in _LOOPS):
             continue
+        op = getattr(getattr(aten, packet), overload or "default")
         if packet.startswith(_EACH):
-            op = getattr(getattr(aten, packet), overload or "default")
             table[op] = functools.partial(_each, packet.removeprefix(_EACH))
-        elif torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd"):
-            op = getattr(getattr(aten, packet), overload or "default")
-            if rule_for(op) is None and any("Tensor" in str(result.type) for result in op._schema.returns):
-                table[op] = op.decompose
+        elif rule_for(op) is None and any("Tensor" in str(result.type) for result in op._schema.returns):
+            table[op] = op.decompose
     return table
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
+from torch.nn.functional import dropout, layer_norm, linear, scaled_dot_product_attention
 
 from ..rules.base import op_key
 from .flex import flex_attention
@@ -112,12 +112,18 @@ def _encoder_layer(
     return norm2(x + feed_forward(x))
 
 
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """In eval nothing, as `composites` has it, but without a call of an op to be taken apart."""
+    return dropout(input, p, training, inplace) if training else input
+
+
 _EXPANSIONS: dict[Any, Callable[..., Any]] = {
     torch._native_multi_head_attention: _multi_head_attention,
     op_key(aten._native_multi_head_attention.default): _multi_head_attention,
     torch._transformer_encoder_layer_fwd: _encoder_layer,
     op_key(aten._transformer_encoder_layer_fwd.default): _encoder_layer,
     torch.ops.higher_order.flex_attention: flex_attention,
+    dropout: _dropout,
     torch._C._autograd._get_data_attr: Tensor.detach,  # type: ignore[attr-defined]
 }
 

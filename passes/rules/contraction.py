@@ -10,6 +10,7 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -191,14 +192,8 @@ class Convolution(SignatureRule):
     def __init__(self, spatial: int) -> None:
         super().__init__(_convolution(spatial), contraction=True)
 
-    def flops(self, call: Call, sizes: Callable[[int, int], int]) -> float:
-        weight = call.vals[1]
-        per_output = 2.0
-        for d in range(1, weight.dim()):
-            per_output *= sizes(1, d)
-        for d in range(call.out.dim()):
-            per_output *= sizes(-1, d)
-        return per_output
+    def flops(self, call: Call, states: Sequence[Sequence[list[int]]]) -> list[float]:
+        return [2.0 * prod(weight[1:]) * prod(out) for _, weight, *_, out in states]
 
 
 def _attention(call: Call, facts: Facts) -> Signature:
@@ -226,11 +221,8 @@ class Attention(SignatureRule):
     def __init__(self) -> None:
         super().__init__(_attention, contraction=True)
 
-    def flops(self, call: Call, sizes: Callable[[int, int], int]) -> float:
-        batch = 1.0
-        for d in range(call.vals[0].dim() - 2):
-            batch *= sizes(0, d)
-        return 2 * batch * sizes(0, -2) * sizes(1, -2) * (sizes(0, -1) + sizes(2, -1))
+    def flops(self, call: Call, states: Sequence[Sequence[list[int]]]) -> list[float]:
+        return [2.0 * prod(q[:-1]) * k[-2] * (q[-1] + v[-1]) for q, k, v, *_ in states]
 
     def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
         sig = self.signature(call, env.facts)

@@ -82,6 +82,16 @@ class Facts:
         return {leaf for dim in self.channels for leaf in leaves(dim)}
 
     @cached_property
+    def along(self) -> dict[Dim, list[fx.Node]]:
+        """The values that vary along each axis, in order, once all are known."""
+        found: dict[Dim, list[fx.Node]] = {}
+        for node in self.axes:
+            if isinstance(node.meta.get("val"), Tensor):
+                for axis in dict.fromkeys(leaves(dim) for d, dim in enumerate(self.dims(node)) if self.varies(node, d)):
+                    found.setdefault(axis, []).append(node)
+        return found
+
+    @cached_property
     def parts(self) -> set[tuple[Dim, Any, Any]]:
         """Of axes that are packs: the slices that attend each to itself, (axis, from, to), once sites are known."""
         own = {site.k.axis(self) for site in self.sites if site.q.axis(self) == site.k.axis(self)}
@@ -124,4 +134,7 @@ class Facts:
         return self.pairs.tell(node, leaves(dims[query]), leaves(dims[key]))
 
 
-__all__ = ["Facts"]
+NO_FACTS = Facts()
+"""For signatures that are read before anything is known of their graph."""
+
+__all__ = ["NO_FACTS", "Facts"]

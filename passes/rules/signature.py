@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
+from math import prod
 from typing import Any
 
 from ..algebra.axes import Atom, Dim, Dims, fresh, leaves, unify
@@ -11,7 +12,7 @@ from ..algebra.axes import expr as size_expr
 from ..algebra.layout import DimLayout, Layout, Run, Step, meet
 from ..building.trace import Traced
 from .base import Call, Decision, Emitter, Fill, Letter, Role, Rule, Signature
-from .facts import Facts
+from .facts import NO_FACTS, Facts
 
 Places = list[tuple[int, int]]
 """(operand, dim) of each occurrence of a letter."""
@@ -79,19 +80,18 @@ class SignatureRule(Rule):
         frame = frame_dims(sig, call, env.facts) if sig.frame is not None else None
         return env.fetch(call.nodes[i], decision.ins[i], fill_of(sig, call, env.facts, i), frame)
 
-    def flops(self, call: Call, sizes: Callable[[int, int], int]) -> float:
+    def flops(self, call: Call, states: Sequence[Sequence[list[int]]]) -> list[float]:
         if not self.contraction:
-            return 0.0
-        seen: dict[Letter, int] = {}
-        sig = self.signature(call, Facts())
-        for i, letters in enumerate(sig.ins):
-            for d, letter in enumerate(letters):
-                if letter is not None:
-                    seen[letter] = max(seen.get(letter, 1), sizes(i, d))
-        total = 2.0
-        for size in seen.values():
-            total *= size
-        return total
+            return super().flops(call, states)
+        ins = self.signature(call, NO_FACTS).ins
+        places = [(x, i, d) for i, letters in enumerate(ins) for d, x in enumerate(letters) if x is not None]
+        found = []
+        for shapes in states:
+            seen: dict[Letter, int] = {}
+            for letter, i, d in places:
+                seen[letter] = max(seen.get(letter, 1), shapes[i][d])
+            found.append(2.0 * prod(seen.values()))
+        return found
 
 
 def fill_of(sig: Signature, call: Call, facts: Facts, i: int) -> Fill:
