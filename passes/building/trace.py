@@ -39,7 +39,6 @@ class Builder:
         self._size_nodes: dict[Any, fx.Node] = {}
         self._size_sources: dict[Any, tuple[fx.Node, int]] = {}
         self._empties: dict[Any, Tensor] = {}
-        self._fakes: dict[Any, FakeTensor] = {}
 
     def begin(self, node: fx.Node) -> None:
         """Nodes made from now on come from `node`."""
@@ -72,11 +71,7 @@ class Builder:
         def changed(v: Any) -> Any:
             if not isinstance(v, Tensor):
                 return v
-            empty = self.empty(next(left), v.dtype)
-            key = (id(empty), v.device)  # an empty is one for its shape and dtype, and held
-            if key not in self._fakes:
-                self._fakes[key] = self._fake(empty, v.device)
-            return self._fakes[key]
+            return self._fake(self.empty(next(left), v.dtype), v.device)
 
         return tuple(map(changed, val)) if isinstance(val, (tuple, list)) else changed(val)
 
