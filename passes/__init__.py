@@ -170,7 +170,7 @@ def run_pipeline(
     A graph that cannot be captured, or in which nothing merges, gives `gm=None` and a report with the reasons.
     """
     target = target or Target()
-    report = ToMeReport(graphs=1, r=config.schedule if config.flops is None else None)
+    report = ToMeReport(graphs=1, r=config.schedule if config.flops is None else None, method=config.described)
     seconds = report.seconds
     try:
         with _timed(seconds, "capture"):

@@ -40,6 +40,7 @@ from tome_fx.report import SkipReason
 
 from .algebra.axes import Dim, leaves, size_of, sized
 from .analysis.blocks import Block, unfit
+from .analysis.grid import grid_of, side_fits
 from .analysis.masks import KeyMask, key_masks, masked_by_place, score_terms, token_dims
 from .analysis.mlps import mlp_blocks, told_before
 from .analysis.partition import Room, parted, same_mask
@@ -79,6 +80,8 @@ def find_blocks(facts: Facts) -> tuple[list[Block], list[SkipReason]]:
     facts.parted |= {term for block in blocks if block.parts is not None for term in score_terms(block.site, facts)}
     if facts.config.placement != "stream":
         blocks += mlp_blocks(facts, blocks, masked)
+    if facts.side is not None and facts.config.alpha is None:
+        skipped.append(SkipReason("side information", "", 'nothing reads it: give alpha, or method="tosa"'))
     skipped += [why for block in blocks if (why := _unplaced(block, facts))]
     return _in_turn([block for block in blocks if not _unplaced(block, facts)], facts), skipped
 
@@ -108,6 +111,10 @@ def _unplaced(block: Block, facts: Facts) -> SkipReason | None:
         why = "tokens that never merge stand between others, and their number is dynamic: compile for one size"
     elif block.special.inner and not config.sided:
         why = f"{config.choices} may pair special tokens that stand between others"
+    elif (side := facts.side) is not None and config.alpha is not None and not side_fits(facts, block):
+        grid, given = grid_of(facts, block.tokens), list(side.meta["val"].shape)
+        why = f"{given} numbers do not fit its tokens, {' x '.join(map(str, grid.sizes))} of each sample"
+        return SkipReason("side information", block.name, why)
     elif config.needs & {"attention", "received"} and not _attends(block, facts):
         why = f"importance={config.importance!r} reads the attention of tokens before they merge, "
         why += "and these merge before it" if block.branch else "and this one is no plain softmax of one sequence"

@@ -217,3 +217,83 @@ def test_pieces_and_methods_of_ones_own() -> None:
         assert kept.unique().numel() == 44, "the first 44 stay apart"
     finally:
         del PIECES["importance"]["test_first"], METHODS["test_mine"]
+
+
+# -- counts that depend on the data ------------------------------------------------------------------------------------
+
+
+def test_calibrate_is_the_count_of_the_paper() -> None:
+    """SAINT's r of each block, the mean over the batch of the tokens with K close partners, as the reference counts."""
+    model, x = reference.plain(seed=5, prefix=1), torch.randn(3, 3, 24, 32, dtype=torch.float64)
+    x[:, :, :, 16:] = x[:, :, :, :16] + 0.1 * x[:, :, :, 16:]
+    numbers: dict[str, Any] = {"tau": 0.3, "votes": 5}
+    counts = tome_fx.calibrate(model, [x], placement="stream", **numbers)
+    want, source, _ = reference.reduced(model, x, "saint", None, tau=0.3, least=5)
+    with torch.no_grad():
+        found = merged(model, x, "saint", counts, tau=0.3, plain=False)
+    assert len(counts) == 2 and all(counts) and reference.groups(found.source) == reference.groups(source)
+    torch.testing.assert_close(spread(found), reference.spread(want, source), rtol=1e-6, atol=1e-6)
+
+
+def test_calibrate_by_a_threshold() -> None:
+    model, x = reference.plain(seed=5, prefix=1), torch.randn(3, 3, 24, 32, dtype=torch.float64)
+    low, high = (tome_fx.calibrate(model, [x, x], method="tome", tau=tau, placement="stream") for tau in (0.2, 0.6))
+    assert len(low) == len(high) == 4 and low[0] > high[0] > 0
+    assert tome_fx.calibrate(model, [(x,)], method="tome", tau=2.0, placement="stream") == [0, 0, 0, 0]
+    with pytest.raises(ValueError, match="at least one batch"):
+        tome_fx.calibrate(model, [])
+    with pytest.raises(ValueError, match="rule must be"):
+        tome_fx.calibrate(model, [x], rule="vote")
+
+
+# -- what the caller says of each token --------------------------------------------------------------------------------
+
+
+class Image(nn.Module):
+    """The reference's model under another name for its input."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.inner(image)
+
+
+@pytest.mark.parametrize("prefix", [1, 0])
+@pytest.mark.parametrize("grid", [False, True])
+def test_depth(prefix: int, grid: bool) -> None:
+    """ToSA with depth, as the reference has it."""
+    model, x = reference.plain(seed=7, prefix=prefix), torch.randn(2, 3, 24, 32, dtype=torch.float64)
+    depth = torch.rand(2, 48, dtype=torch.float64)
+    want, source, _ = reference.reduced(model, x, "tosa", 4, alpha=0.3, depth=depth)
+    gm = tome_fx.rewrite(
+        tome_fx.WithSide(Image(model)), (x,), {"side": depth.view(2, 6, 8) if grid else depth}, r=4, method="tosa",
+        alpha=0.3, keep="merged", placement="stream",
+    )  # fmt: skip
+    with torch.no_grad():
+        found = gm(x, side=depth.view(2, 6, 8) if grid else depth)
+    assert reference.groups(found.source) == reference.groups(source)
+    torch.testing.assert_close(spread(found), reference.spread(want, source), rtol=1e-6, atol=1e-6)
+
+
+def test_depth_compiled_and_what_does_not_fit() -> None:
+    model = reference.plain(seed=7, prefix=1, dtype=torch.float32)
+    x, depth = torch.randn(2, 3, 24, 32), torch.rand(2, 48)
+    with torch.no_grad():
+        whole = tome_fx.WithSide(model)
+        got = [run(whole, (x,), {"side": d}, 4, method="tosa", placement="stream")[0] for d in (depth, depth.flip(1))]
+        assert not torch.allclose(*got), "the depth changes which tokens merge"
+        with pytest.warns(tome_fx.ToMeWarning, match=r"\[2, 40\] numbers do not fit its tokens, 6 x 8"):
+            run(whole, (x,), {"side": depth[:, :40]}, 4, method="tosa", placement="stream")
+        _, report = run(whole, (x,), {"side": depth}, 4, placement="stream")
+        assert report.merged_sites and "nothing reads it" in str(report)
+        torch.testing.assert_close(whole(x, side=depth), model(x))
+
+
+def test_explain_prints_what_a_method_stands_for() -> None:
+    model, args = build(Spec(readout="tokens"))
+    said = " ".join(str(tome_fx.explain(model, args, r=4, method="diffrate", prune=0.5, placement="stream")).split())
+    assert "method diffrate (arXiv 2305.17997): importance='attention', partition='importance'" in said
+    assert "prune=0.5" in said
+    assert not str(tome_fx.explain(model, args, r=4)).startswith("method")

@@ -4,6 +4,7 @@ model = torch.compile(model, backend=tome_backend(r=16))
 """
 
 from tome_fx.backend import ToMeBackend, ToMeError, ToMeWarning, tome_backend
+from tome_fx.calibrate import calibrate
 from tome_fx.check import Approximation, Check, CheckedMerge, CheckedOutput, NoLawError, check
 from tome_fx.config import ToMeConfig
 from tome_fx.explain import MergeStep, TokenTrace, explain, kept_tokens, rewrite, trace_tokens
@@ -12,6 +13,7 @@ from tome_fx.matching import register_matcher
 from tome_fx.methods import METHODS, Method, Order, Sides, Tokens, register_method, register_piece
 from tome_fx.register import RuleError, register_attention, register_rule
 from tome_fx.report import SiteReport, SkipReason, ToMeReport, Unmerge, clear_reports, reports
+from tome_fx.side import WithSide
 from tome_fx.tokens import MergedTokens, merge_tokens
 
 # The function takes the name of its module: once imported, a module is not bound to its package again.
@@ -42,6 +44,8 @@ __all__ = [
     "TokenTrace",
     "Tokens",
     "Unmerge",
+    "WithSide",
+    "calibrate",
     "check",
     "clear_reports",
     "explain",

@@ -254,6 +254,13 @@ class ToMeConfig:
         return alone and (self.candidates, self.partition, self.matcher) == ("all", "alternating", "bipartite")
 
     @property
+    def described(self) -> str:
+        """The method and all that is not ToMe's, as `explain` prints it; empty for ToMe itself."""
+        other = [f"{name}={getattr(self, name)!r}" for name, own in PIECEWISE.items() if getattr(self, name) != own]
+        source = METHODS[self.method].source
+        return f"method {self.method} ({source}): {', '.join(other)}" if other else ""
+
+    @property
     def choices(self) -> str:
         """The options that make it otherwise, as a message names them."""
         if self.method != "tome":

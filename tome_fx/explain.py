@@ -54,7 +54,7 @@ def explain(
             torch.compile(model, backend=backend, **APART)(*args, **(kwargs or {}))
         except BackendCompilerFailed as error:
             raise error.inner_exception from None  # the user asked us, not torch.compile
-    total = ToMeReport(r=settings.r)
+    total = ToMeReport(r=settings.r, method=settings.described)
     for report in found:
         total = total + report
     if not found:
@@ -291,7 +291,7 @@ def trace_tokens(
     gm, report = rewritten_module(model, args, kwargs, {"r": r, **config})
     recorder = _MatchRecorder(gm)
     with torch.no_grad():
-        recorder.run(*_flat_inputs(gm, args, kwargs), enable_io_processing=False)
+        recorder.run(*flat_inputs(gm, args, kwargs), enable_io_processing=False)
     merges: list[MergeStep] = []
     known: dict[int, Tensor] = {}
     for node, (assign, _, moved, similarity, *_) in recorder.found:
@@ -305,6 +305,6 @@ def trace_tokens(
     return TokenTrace(merges, report)
 
 
-def _flat_inputs(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> list[Any]:
+def flat_inputs(gm: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> list[Any]:
     """A call's arguments as the graph takes them, by name where they were named."""
     return list(tree_flatten_spec((tuple(args), dict(kwargs or {})), gm._in_spec))

@@ -333,6 +333,17 @@ def picked(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the pieces choose: source and destination int64 `[batch, r]`, the order int64 `[n]` of the tokens that may
     merge, as positions in the whole sequence, and the score. Arguments as `match_pieces`."""
+    own = how_from(how)
+    tokens = tokens_of(metric, given, ends, heads, dict(own.numbers))
+    source, destination, best, order = pick(own, tokens, *count)
+    prefix = ends[0]
+    return source + prefix, destination + prefix, order + prefix, best
+
+
+def tokens_of(
+    metric: Tensor, given: Sequence[Tensor | None], ends: tuple[int, int], heads: bool, numbers: dict[str, float]
+) -> Tokens:
+    """The tokens that may merge, as pieces read them. given: size, attention and place, where they are known."""
     lead, (prefix, suffix) = metric.dim() - (3 if heads else 2), ends
     x = metric.to(torch.float32)
     x = x.mean(-2) if heads else x
@@ -341,11 +352,9 @@ def picked(
         held = None if held is None else held.reshape(-1, *held.shape[lead:])
         return None if held is None else held.narrow(1, prefix, held.shape[1] - prefix - suffix)
 
-    body, (size, attention, place), own = free(x), map(free, given), how_from(how)
+    body, (size, attention, place) = free(x), map(free, given)
     size = body.new_ones(body.shape[:2]) if size is None else size
-    tokens = Tokens(body, prefix, size, attention, place, numbers=dict(own.numbers))
-    source, destination, best, order = pick(own, tokens, *count)
-    return source + prefix, destination + prefix, order + prefix, best
+    return Tokens(body, prefix, size, attention, place, numbers=numbers)
 
 
 def _attention_fake(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None, at: int) -> Tensor:
@@ -407,6 +416,30 @@ def place_metric(metric: Tensor, code: Tensor, alpha: float, heads: bool) -> Ten
 def place_code(place: Tensor) -> Tensor:
     """`methods.similarity.place_code`: `[..., axes]` -> float32 `[..., axes * 32]`."""
     return code_of(place)
+
+
+@_opaque(
+    "side_code(Tensor side, float levels) -> Tensor",
+    lambda side, levels: side.new_empty((*side.shape, 32), dtype=torch.float32),
+)
+def side_code(side: Tensor, levels: float) -> Tensor:
+    """The code of a number that the caller gives for each token, in whole levels as ToSA (arXiv 2506.20066) has depth:
+    `[batch, n]` between 0 and 1 -> float32 `[batch, n, 32]`."""
+    level = (side.to(torch.float32) * levels).floor().clamp(0, levels - 1)
+    return code_of(level.unsqueeze(-1))
+
+
+@_opaque("with_side(Tensor x, Tensor side) -> Tensor", lambda x, side: torch.empty_like(x))
+def with_side(x: Tensor, side: Tensor) -> Tensor:
+    """x itself, a copy; says that `side` belongs to the tokens that are made of it. See `tome_fx.WithSide`."""
+    return x.clone()
+
+
+def _with_side_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return grad, None
+
+
+torch.library.register_autograd("tome::with_side", _with_side_backward, lib=_LIB)
 
 
 def seen_first(weight: Tensor, assign: Tensor, keep: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:

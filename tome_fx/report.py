@@ -61,7 +61,8 @@ class ToMeReport:
     left as they were. flops_before, flops_after: estimated floating-point operations of one forward pass, all rows
     counted. unread_ops: ops that compute fewer rows since nobody reads the others (the last block of a model that is
     read at its class token; a merge that only they would go through is not made). seconds: time spent in each pass.
-    model: the class or function that was called, where torch.compile was. compile_id: Dynamo's, of each graph.
+    model: the class or function that was called, where torch.compile was. compile_id: Dynamo's, of each graph. method:
+    what the options stand for that are not ToMe's.
     """
 
     graphs: int = 0
@@ -76,6 +77,7 @@ class ToMeReport:
     r: Any = None
     compile_id: str = ""
     model: str = ""
+    method: str = ""
 
     @property
     def attention_sites(self) -> int:
@@ -114,6 +116,7 @@ class ToMeReport:
             "r": self.r,
             "compile_id": self.compile_id,
             "model": self.model,
+            "method": self.method,
         }
 
     def __add__(self, other: ToMeReport) -> ToMeReport:
@@ -136,6 +139,7 @@ class ToMeReport:
             self.r if self.r is not None else other.r,
             ", ".join(dict.fromkeys(filter(None, [self.compile_id, other.compile_id]))),
             self.model or other.model,
+            self.method or other.method,
         )
 
     def summary(self) -> str:
@@ -175,6 +179,8 @@ class ToMeReport:
     def __str__(self) -> str:
         buffer = io.StringIO()
         console = Console(file=buffer, width=110, color_system=None)
+        if self.method:
+            console.print(self.method, markup=False)
         if self.sites:
             console.print(self._site_table())
         if self.unmerges:

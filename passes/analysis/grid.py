@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
-from ..algebra.axes import Dim, Size, leaves, size_of
+from ..algebra.axes import Dim, Expr, expr, leaves, same, size_of
 from ..rules.facts import Facts
+from .blocks import Block
 
 
 @dataclass(frozen=True)
@@ -16,9 +18,9 @@ class Grid:
     """sizes: of frames, rows and columns, as many as there are; one where no grid is known. before, behind: tokens in
     front of and behind those that stand on it."""
 
-    sizes: tuple[Size, ...]
-    before: Size = 0
-    behind: Size = 0
+    sizes: tuple[Expr, ...]
+    before: Expr = 0
+    behind: Expr = 0
 
 
 def grid_of(facts: Facts, tokens: Dim) -> Grid:
@@ -35,4 +37,13 @@ def grid_of(facts: Facts, tokens: Dim) -> Grid:
     return Grid((size_of(own),))
 
 
-__all__ = ["Grid", "grid_of"]
+def side_fits(facts: Facts, block: Block) -> bool:
+    """Whether the caller's side information has a number for each token of the grid of each sample."""
+    assert facts.side is not None
+    batch, *rest = facts.side.meta["val"].shape
+    grid = grid_of(facts, block.tokens)
+    samples = size_of(leaves(block.sample))
+    return block.alone and same(expr(batch), samples) and same(prod(map(expr, rest)), prod(grid.sizes))
+
+
+__all__ = ["Grid", "grid_of", "side_fits"]

@@ -15,7 +15,7 @@ from ..analysis.blocks import Block
 from ..analysis.grid import grid_of
 from ..analysis.masks import KeyMask, token_dims
 from ..analysis.sites import Operand
-from ..building.trace import Traced
+from ..building.trace import Traced, cat
 from .laid import Laid, dim_size, spot, token_spots
 from .steps import StepTensors, grown
 
@@ -163,10 +163,22 @@ class Groups:
         key = ("code", block.tokens, leaves(block.sample), step)
         if key not in self._weights:
             if step is None:
-                self._weights[key] = self.call(tome.place_code.default, self._place(block, None))
+                code = self.call(tome.place_code.default, self._place(block, None))
+                self._weights[key] = cat([code, self._side(block)], -1) if self.facts.side is not None else code
             else:
                 self._weights[key] = self.steps.merged(self._code(block, step.prev), [step])
         return self._weights[key]
+
+    def _side(self, block: Block) -> Traced:
+        """float32 [*sample, N, c]: the code of what the caller says of each token; of others nothing."""
+        assert self.facts.side is not None
+        self.env.visit(self.facts.side)
+        x = self.env.whole(self.facts.side)
+        x = self.call(tome.side_code.default, x.flatten(1) if x.dim() > 2 else x, dict(self.config.numbers)["levels"])
+        grid = grid_of(self.facts, block.tokens)
+        ends = [0, 0, *map(self.env.builder.size, (grid.before, grid.behind))]
+        x = self.call(aten.constant_pad_nd.default, x, ends, 0.0)
+        return x.reshape([*self._sample_sizes(block), *x.shape[1:]])
 
     # -- what keeps tokens apart -----------------------------------------------------------------------------------
 

@@ -99,6 +99,12 @@ class Facts:
         held = Counter(axis for axis, *_ in found)
         return {part for part in found if held[part[0]] > 1}
 
+    @cached_property
+    def side(self) -> fx.Node | None:
+        """What the caller says of each token beside the model's inputs."""
+        found = self.graph.find_nodes(op="call_function", target=torch.ops.tome.with_side.default)
+        return found[0].args[1] if found else None
+
     def leads(self, a: fx.Node, b: fx.Node) -> bool:
         """Whether b is computed from a (or is a)."""
         return self.reach.leads(a, b)

@@ -269,6 +269,19 @@ def _present(names: Sequence[str]) -> list[Any]:
     return [getattr(aten, name) for name in names if hasattr(aten, name)]
 
 
+class Beside(SignatureRule):
+    """`tome::with_side` is its first operand; the other is read where tokens merge."""
+
+    def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
+        return env.fetch(call.nodes[0], decision.ins[0])
+
+
+def _beside(call: Call, facts: Facts) -> Signature:
+    own = tuple(range(call.vals[0].dim()))
+    return Signature((own, (None,) * call.vals[1].dim()), (own,), {})
+
+
+register(Beside(_beside), torch.ops.tome.with_side.default)
 register(
     MaskRule(), aten.masked_fill, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar
 )
