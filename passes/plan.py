@@ -306,7 +306,8 @@ class _Walk:
 
     def _take(self, node: fx.Node, merge: Merge) -> None:
         self.plan.merges.setdefault(node, []).append(merge)
-        self.plan.bill.merge(merge.block, merge.step, merge.length, matched=merge.groups is not None)
+        compared = merge.how.compares if merge.groups is None else 0
+        self.plan.bill.merge(merge.block, merge.step, merge.length, compared=compared)
 
     def _merged(self, node: fx.Node, layout: Layout) -> list[tuple[Dim, Step]]:
         """The leaves of a value that are merged, by which step."""

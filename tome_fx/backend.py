@@ -491,5 +491,6 @@ def source_digest() -> str:
     """sha256 over the sources that decide what our operators compute."""
     here, inner = Path(__file__).parent, Path(lengths.__file__).parent
     sources = [here / name for name in ("ops.py", "matching.py", "attention.py", "kernels/gpu.py")]
+    sources += sorted((here / "methods").glob("*.py"))
     sources += [*inner.glob("*.py"), inner.parent / "lower.py"]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()

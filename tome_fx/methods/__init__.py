@@ -112,8 +112,8 @@ def register_piece(kind: str, name: str, fn: Callable[..., Any] | None = None, *
     kind: "importance", "candidates", "partition", "similarity" or "matcher"; what each gets and returns is in
     `tome_fx.methods.tokens`. A name that ends in ":k" gets a number behind its other arguments ("window:8": 8).
     asks: needs, a tuple of "attention" (the class token's), "received" (attention received), "place" (on the grid);
-    scored, whether it reads the importance; most(free, whole, grid, k), how many of `free` tokens may go at most (else
-    half of them).
+    scored, whether it reads the importance; all_pairs, whether it compares all tokens with all; most(free, whole, grid,
+    k), how many of `free` tokens may go at most (else half of them).
 
     Raises ValueError for another kind, or a name that is taken.
     """

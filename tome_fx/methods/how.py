@@ -83,6 +83,11 @@ class How:
         place = [] if self.alpha is None else ["place"]
         return frozenset([*(need for p in self.pieces.values() for need in p.needs), *place])
 
+    @property
+    def compares(self) -> int:
+        """How many pairs are compared, in those of one half of the tokens with the other."""
+        return 1 + 4 * sum(p.all_pairs for p in self.pieces.values())
+
     def most(self, free: int, whole: int, grid: Sequence[Any]) -> int:
         """How many of `free` tokens may go at most; there were `whole` before any merge, on this grid."""
         limits = []

@@ -30,7 +30,7 @@ def norm(tokens: Tokens) -> Tensor:
     return tokens.metric.norm(dim=-1)
 
 
-@piece("importance", "energy")
+@piece("importance", "energy", all_pairs=True)
 def energy(tokens: Tokens) -> Tensor:
     """Minus PiToMe's energy (arXiv 2405.16148, equation 4): E_i is the mean over j of f(cos(k_i, k_j)), f(x) = x where
     x >= margin and exp(x - margin) - 1 below it. The public code averages ELU(cos - margin) instead; here is the
@@ -40,7 +40,7 @@ def energy(tokens: Tokens) -> Tensor:
     return -alike.where(alike >= margin, (alike - margin).expm1()).mean(-1)
 
 
-@piece("importance", "rare")
+@piece("importance", "rare", all_pairs=True)
 def rare(tokens: Tokens) -> Tensor:
     """Minus the mean similarity to all tokens: what is like nothing else is important (SAINT's rule at the end of a
     tower, arXiv 2503.11549, without repeating)."""

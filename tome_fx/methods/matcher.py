@@ -79,7 +79,7 @@ def fuse(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
     return source, target.expand(-1, r), scores.gather(1, source)
 
 
-@piece("matcher", "greedy", most=_all_but_one)
+@piece("matcher", "greedy", all_pairs=True, most=_all_but_one)
 def greedy(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
     """One after the other, the token that is most like all that are left (SAINT for language models, arXiv 2503.11549);
     each joins, at the end, the one left that is most like it. Partitions do not matter."""
@@ -102,7 +102,7 @@ def _after_first_frame(free: int, whole: int, grid: tuple[int, ...], k: int) -> 
     return max(free - whole // max(frames, 1), 0)
 
 
-@piece("matcher", "previous", needs=("place",), most=_after_first_frame)
+@piece("matcher", "previous", needs=("place",), all_pairs=True, most=_after_first_frame)
 def previous(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
     """The r tokens most like the one at the same place of the frame before (EVS, arXiv 2510.14624), through chains to
     the last one that stays. Without frames, the row before. Reads the places before any merge: for one merge alone."""

@@ -93,7 +93,7 @@ def _after_cells(free: int, whole: int, grid: Sequence[int], k: int) -> int:
     return max(free - prod(sides), 0)
 
 
-@piece("partition", "grid:k", needs=("place",), most=_after_cells)
+@piece("partition", "grid:k", needs=("place",), all_pairs=True, most=_after_cells)
 def grid(tokens: Tokens, order: Order, r: int, k: int) -> Sides:
     """Destinations are the first token of each k x k cell of the grid, all others sources (Token Merging for Stable
     Diffusion, arXiv 2303.17604, section 3.2, whose cells of 2 x 2 have a random one)."""

@@ -91,12 +91,13 @@ PIECES: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
 @dataclass(frozen=True)
 class Piece:
     """A function with what it asks for: needs, of "attention" (of the class token), "received" (attention received) and
-    "place"; scored, whether it reads the importance; most, (free tokens now, at first, grid, numbers) -> how many may
-    go at most, None: half of them."""
+    "place"; scored, whether it reads the importance; all_pairs, whether it compares all tokens with all; most, (free
+    tokens now, at first, grid, number) -> how many may go at most, None: half of them."""
 
     run: Callable[..., Any]
     needs: tuple[str, ...] = ()
     scored: bool = False
+    all_pairs: bool = False
     most: Callable[..., int] | None = None
 
 
