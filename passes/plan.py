@@ -62,7 +62,9 @@ class Merge:
     def pruned(self) -> Any:
         """How many of the r are dropped, not merged."""
         share = self.how.pruned
-        return int(self.r * share) if isinstance(self.r, int) else self.r * int(share * 1024) // 1024
+        if isinstance(self.r, int):
+            return min(share, self.r) if isinstance(share, int) else int(self.r * share)
+        return self.r * int(share * 1024) // 1024
 
 
 @dataclass

@@ -190,6 +190,19 @@ def test_which_blocks_merge() -> None:
     assert [tuple(t) for t in report.tokens] == [(37, 29)]  # 0 at the first, 8 at the last
 
 
+def test_the_table_of_diffrate() -> None:
+    """DiffRate's counts for DeiT-S at 2.9 GFLOPs (arXiv 2305.17997): tokens after pruning, after merging, per block."""
+    pruned = [197, 196, 190, 168, 150, 139, 129, 117, 99, 78, 58, 3]
+    merged_to = [197, 194, 176, 156, 141, 133, 121, 107, 88, 64, 56, 3]
+    before = [197, *merged_to[:-1]]
+    r = [a - b for a, b in zip(before, merged_to, strict=True)]
+    prune = [a - b for a, b in zip(before, pruned, strict=True)]
+    model, x = reference.plain(seed=1, depth=12, dtype=torch.float32), torch.randn(1, 3, 56, 56)
+    with torch.no_grad():
+        _, report = run(model, (x,), None, r, method="diffrate", prune=prune, placement="stream")
+    assert [after for _, after in report.tokens] == merged_to[1:]
+
+
 def test_a_reason_where_no_attention_can_be_read() -> None:
     model, args = build(Spec(readout="tokens"))
     with torch.no_grad(), pytest.warns(tome_fx.ToMeWarning, match="reads the attention of tokens before they merge"):

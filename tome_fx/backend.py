@@ -110,7 +110,7 @@ def tome_backend(
     partition: str | Sequence[str] | None = None,
     matcher: str | Sequence[str] | None = None,
     merging: str | Sequence[str] | None = None,
-    prune: float | None = None,
+    prune: float | Sequence[int] | None = None,
     blocks: str | Sequence[int] | Sequence[float] | None = None,
     protect: str | int | tuple[int, int] | list[int] = "auto",
     placement: str | None = None,
@@ -148,7 +148,7 @@ def tome_backend(
             given to `register_matcher`.
         merging: what becomes of a pair, "mean", "plain", "keep", "prune", "mlerp" or "weighted"; see `ToMeConfig`. A
             tuple of names (partition, matcher, merging) is one for each equal part of the merging blocks.
-        prune: the share of the r tokens that is dropped while the others merge.
+        prune: how many of the r tokens are dropped while the others merge: a share, or a count for each merging block.
         blocks: which blocks merge: "all", "first half", "last", or a list of positions or of shares of the depth.
         protect: tokens that never merge: a number of leading ones, `(count, period)`, or a list of positions (from the
             end where negative); "auto" finds class, distillation, camera and register tokens.

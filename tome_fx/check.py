@@ -221,7 +221,7 @@ def check(
     """
     settings = config_from({"r": r, "inner": "eager", **config})
     if not settings.tied:
-        what = "prune" if settings.prune else "merging"
+        what = "prune" if settings.drops_some else "merging"
         why = "computes the model on fewer tokens, or on others than their mean: there is no law to check"
         raise NoLawError(f"{what}={getattr(settings, what)!r} {why}")
     if not settings.prop_attn:

@@ -88,9 +88,9 @@ class ToMeConfig:
     over what is left; where a full-length result is asked for, dropped tokens have their destination's row), "mlerp"
     (the mean, as long as the longest of its group: ToFu, arXiv 2312.01026) or "weighted" by importance. ToMe: "mean".
     """
-    prune: float | None = None
-    """The share of the r tokens, the least important of them, that is dropped, while the others merge (DiffRate).
-    ToMe: 0."""
+    prune: float | tuple[int, ...] | None = None
+    """How many of the r tokens, the least important of them, are dropped while the others merge (DiffRate): a share, or
+    a list with one count per merging block. ToMe: 0."""
     blocks: str | tuple[int, ...] | tuple[float, ...] | None = None
     """Which blocks merge: "all", "first half", "last", a list of positions (negative ones from the end), or of shares
     of the depth (0.25: block 3 of 12). A schedule `r` is spread over these. ToMe: "all"."""
@@ -173,8 +173,10 @@ class ToMeConfig:
     def _check_method(self) -> None:
         if not (self.alpha is None or self.alpha in ALPHAS or (_real(self.alpha) and 0 <= self.alpha <= 1)):  # type: ignore[operator]
             raise ValueError(f"alpha must be a number in [0, 1], or one of {', '.join(ALPHAS)}, got {self.alpha!r}")
-        if not _real(self.prune) or not 0 <= self.prune <= 1:  # type: ignore[operator]
-            raise ValueError(f"prune must be a share between 0 and 1, got {self.prune!r}")
+        prune: Any = self.prune
+        counts = isinstance(prune, tuple) and all(_whole(x) and x >= 0 for x in prune)
+        if not counts and not (_real(prune) and 0 <= prune <= 1):
+            raise ValueError(f"prune must be a share between 0 and 1, or a list of counts, got {prune!r}")
         blocks = self.blocks
         listed = isinstance(blocks, tuple) and (all(map(_whole, blocks)) or
                                                 all(_real(x) and 0 <= x < 1 for x in blocks))  # fmt: skip
@@ -192,7 +194,7 @@ class ToMeConfig:
         for f in fields(self):
             if f.init:
                 object.__setattr__(self, f.name, _plain(getattr(self, f.name)))
-        for name in ("partition", "matcher", "merging", "blocks"):
+        for name in ("partition", "matcher", "merging", "blocks", "prune"):
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
         if isinstance(self.r, list):
@@ -250,7 +252,7 @@ class ToMeConfig:
     def sided(self) -> bool:
         """Whether at every merge a source at an alternating position joins the destination at another that is most like
         it, and nothing else decides."""
-        alone = self.similarity != "joined" and not self.prune
+        alone = self.similarity != "joined" and not self.drops_some
         return alone and (self.candidates, self.partition, self.matcher) == ("all", "alternating", "bipartite")
 
     @property
@@ -294,8 +296,11 @@ class ToMeConfig:
         alpha: Any = ALPHAS[self.alpha](at, blocks) if isinstance(self.alpha, str) else self.alpha
         numbers = {**dict(self.numbers), "depth": at / max(blocks, 1)}
         numbers["margin"] *= 1 - numbers["depth"]
+        pruned: Any = self.prune
+        if isinstance(pruned, tuple):
+            pruned = pruned[turn] if turn < len(pruned) else 0
         return How(self.importance, self.candidates, own(self.partition), self.similarity, own(self.matcher),  # type: ignore[arg-type]
-                   own(self.merging), self.prune, alpha, tuple(numbers.items()))  # type: ignore[arg-type]
+                   own(self.merging), pruned, alpha, tuple(numbers.items()))
 
     @property
     def counts(self) -> bool:
@@ -308,15 +313,20 @@ class ToMeConfig:
         return bool(self.prop_attn) and self.counts
 
     @property
+    def drops_some(self) -> bool:
+        """Whether some of the r tokens are dropped while others merge."""
+        return any(self.prune) if isinstance(self.prune, tuple) else bool(self.prune)
+
+    @property
     def drops(self) -> bool:
         """Whether some tokens are dropped while others merge, so that sizes do not add up to all tokens."""
-        return self.counts and (self.prune != 0 or (isinstance(self.merging, tuple) and "prune" in self.merging))
+        return self.counts and (self.drops_some or (isinstance(self.merging, tuple) and "prune" in self.merging))
 
     @property
     def tied(self) -> bool:
         """Whether merging computes the model whose tokens are replaced by their group's mean, or by one of them."""
         merging = self.merging if isinstance(self.merging, tuple) else (self.merging,)
-        return set(merging) <= {"mean", "plain", "keep"} and not self.prune
+        return set(merging) <= {"mean", "plain", "keep"} and not self.drops_some
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

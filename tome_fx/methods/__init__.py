@@ -64,8 +64,8 @@ METHODS: dict[str, Method] = {
     ),
     "diffrate": Method(
         {"importance": "attention", "partition": "importance", "prune": 1 / 3}, "arXiv 2305.17997",
-        note="the learned tables are lists of r; which share of them is dropped is one number, about that of the "
-        "paper's table for DeiT-S",
+        note="the learned tables are lists of r and of prune; where none is given a third of r is dropped, about the "
+        "share of the paper's table for DeiT-S",
     ),
     "pitome": Method({"importance": "energy", "candidates": "least"}, "arXiv 2405.16148"),
     "tofu": Method(

@@ -26,8 +26,8 @@ PAPERS = ("none", "all", "alternating", "cosine", "bipartite")
 class How:
     """How one place merges: a piece of each kind, what becomes of a group, and numbers.
 
-    pruned: the share of the r tokens, the least important of them, that is dropped instead of merged. alpha: the weight
-    of the metric beside the place codes; None: no place codes. numbers: (name, value), as they are at this depth.
+    pruned: the share (or an int, the number) of the r tokens, the least important, that is dropped instead of merged.
+    alpha: the weight of the metric beside the place codes; None: no place codes. numbers: (name, value), as they are at this depth.
     """
 
     importance: str = "none"
@@ -36,7 +36,7 @@ class How:
     similarity: str = "cosine"
     matcher: str = "bipartite"
     merging: str = "mean"
-    pruned: float = 0.0
+    pruned: int | float = 0.0
     alpha: float | None = None
     numbers: tuple[tuple[str, float], ...] = ()
 
