@@ -27,7 +27,8 @@ class How:
     """How one place merges: a piece of each kind, what becomes of a group, and numbers.
 
     pruned: the share (or an int, the number) of the r tokens, the least important, that is dropped instead of merged.
-    alpha: the weight of the metric beside the place codes; None: no place codes. numbers: (name, value), as they are at this depth.
+    alpha: the weight of the metric beside the place codes; None: no place codes. numbers: (name, value), as they are at
+    this depth.
     """
 
     importance: str = "none"
