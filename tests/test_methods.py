@@ -232,6 +232,21 @@ def test_pieces_and_methods_of_ones_own() -> None:
         del PIECES["importance"]["test_first"], METHODS["test_mine"]
 
 
+def test_what_a_piece_of_ones_own_returns_is_checked() -> None:
+    def all_to_first(tokens: Any, sides: Any, r: int, compare: Any) -> Any:
+        source = tokens.positions[:r].expand(tokens.metric.shape[0], -1)
+        return source, torch.zeros_like(source), tokens.metric[:, :r, 0]
+
+    tome_fx.register_piece("matcher", "test_wrong", all_to_first)
+    try:
+        model, x = reference.plain(seed=1, prefix=0), torch.randn(1, 3, 24, 32, dtype=torch.float64)
+        gm = tome_fx.rewrite(model, (x,), r=4, matcher="test_wrong", plain=False)
+        with pytest.raises(ValueError, match="pieces test_wrong must return .* a destination is a source too"):
+            gm(x)
+    finally:
+        del PIECES["matcher"]["test_wrong"]
+
+
 # -- counts that depend on the data ------------------------------------------------------------------------------------
 
 

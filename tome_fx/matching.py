@@ -172,15 +172,15 @@ def checked(
     """What a matcher finds. Raises ValueError unless one that was registered returns r pairs that can be merged."""
     found = _MATCHERS[matcher](metric, r, sources, destinations, similarity)
     if matcher not in BUILT_IN:
-        _check(matcher, found, metric.shape[0], metric.shape[1], r)
+        check_pairs(f'matcher "{matcher}"', found, metric.shape[0], metric.shape[1], r)
     return found
 
 
-def _check(matcher: str, found: Any, batch: int, n: int, r: int) -> None:
+def check_pairs(what: str, found: Any, batch: int, n: int, r: int) -> None:
     """Raise ValueError unless a matcher returned r pairs that can be merged."""
 
     def refuse(why: str) -> None:
-        raise ValueError(f'the matcher "{matcher}" must return (source, destination, similarity): {why}')
+        raise ValueError(f"the {what} must return (source, destination, similarity): {why}")
 
     if not isinstance(found, (tuple, list)) or len(found) != 3 or not all(isinstance(x, Tensor) for x in found):
         refuse(f"three tensors, got {type(found).__name__}")

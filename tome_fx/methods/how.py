@@ -73,6 +73,12 @@ class How:
         return bool(self.pruned) or self.merging == "weighted" or any(p.scored for p in self.pieces.values())
 
     @property
+    def strange(self) -> str:
+        """The names of pieces that are not ours, whose pairs are checked; empty where there are none."""
+        own = {kind: getattr(p.run, "__module__", "") for kind, p in self.pieces.items()}
+        return ", ".join(getattr(self, kind) for kind, module in own.items() if module and not module.startswith("tome_fx."))
+
+    @property
     def reader(self) -> str:
         """The option that goes by importance."""
         kinds = [kind for kind, p in self.pieces.items() if p.scored]
@@ -146,6 +152,8 @@ def pick(how: How, tokens: Tokens, r: int, pruned: int) -> tuple[Tensor, Tensor,
 
     source, destination, score = _piece("matcher", how.matcher)[0].run(tokens, sides, r, compare)
     source, destination = source.expand(batch, -1), destination.expand(batch, -1)
+    if type(tokens.metric) is Tensor and (strange := how.strange):  # not while it is traced
+        matching.check_pairs(f"pieces {strange}", (source, destination, score), batch, tokens.count, r)
     score = score.to(torch.float32)
     turn = score
     if pruned:

@@ -98,14 +98,15 @@ def greedy(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
 
 
 def _after_first_frame(free: int, whole: int, grid: tuple[int, ...], k: int) -> int:
-    frames = grid[0] if len(grid) > 2 else 1
-    return max(free - whole // max(frames, 1), 0)
+    if len(grid) < 3 or not all(isinstance(n, int) for n in grid):
+        return 0
+    return max(free - whole // grid[0], 0)
 
 
 @piece("matcher", "previous", needs=("place",), all_pairs=True, most=_after_first_frame)
 def previous(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
     """The r tokens most like the one at the same place of the frame before (EVS, arXiv 2510.14624), through chains to
-    the last one that stays. Without frames, the row before. Reads the places before any merge: for one merge alone."""
+    the last one that stays. Needs a grid with frames, and tokens that did not merge before."""
     place = tokens.places()
     wanted = torch.cat([place[..., :1] - 1, place[..., 1:]], -1)
     before = (wanted[:, :, None] == place[:, None]).all(-1)

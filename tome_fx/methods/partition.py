@@ -88,7 +88,9 @@ def frame(tokens: Tokens, order: Order, r: int) -> Sides:
 
 
 def _after_cells(free: int, whole: int, grid: Sequence[int], k: int) -> int:
-    """All but one token of each cell that the grid has."""
+    """All but one token of each cell that the grid has; none on a grid of unknown size."""
+    if not all(isinstance(n, int) for n in grid):
+        return 0
     sides = [*grid[:-2], *(ceil(n / k) for n in grid[-2:])]
     return max(free - prod(sides), 0)
 
