@@ -241,7 +241,7 @@ def test_what_a_piece_of_ones_own_returns_is_checked() -> None:
     try:
         model, x = reference.plain(seed=1, prefix=0), torch.randn(1, 3, 24, 32, dtype=torch.float64)
         gm = tome_fx.rewrite(model, (x,), r=4, matcher="test_wrong", plain=False)
-        with pytest.raises(ValueError, match="pieces test_wrong must return .* a destination is a source too"):
+        with pytest.raises(ValueError, match=r"pieces test_wrong must return .* a destination is a source too"):
             gm(x)
     finally:
         del PIECES["matcher"]["test_wrong"]

@@ -76,7 +76,7 @@ class How:
     def strange(self) -> str:
         """The names of pieces that are not ours, whose pairs are checked; empty where there are none."""
         own = {kind: getattr(p.run, "__module__", "") for kind, p in self.pieces.items()}
-        return ", ".join(getattr(self, kind) for kind, module in own.items() if module and not module.startswith("tome_fx."))
+        return ", ".join(getattr(self, kind) for kind, m in own.items() if m and not m.startswith("tome_fx."))
 
     @property
     def reader(self) -> str:
