@@ -19,8 +19,8 @@ from torch.utils import cpp_extension
 
 import tome_fx
 from tests.library import CASES as CASES_OF_LIBRARIES
-from tests.models import redraw
-from tests.palette import distance
+from tests.models import Spec, build, redraw
+from tests.palette import distance, run
 from tests.test_explain import Block, D, N, Stack, tokens
 from tests.test_plan import tables
 from tome_fx import runtimes
@@ -534,3 +534,25 @@ def test_models_of_libraries(name: str, tmp_path: Path) -> None:
         got = torch.export.load(tmp_path / "model.pt2").module()(*case.args)
         assert not foreign(program.module())
         assert distance(got, case.model(*case.args)) < 1e-4
+
+
+def test_one_tensor_given_twice() -> None:
+    """Of two inputs that are one tensor torch.export reads the last in both places."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = build(Spec(stem="tokens", prefix="none", readout="tokens"))[0]
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.inner(a) + 10 * b
+
+    model, x = Net().eval(), torch.randn(2, 36, 32)
+    a, b = torch.randn(2, 36, 32), torch.randn(2, 36, 32)
+    want, _ = run(model, (a, b), None, 4, placement="stream")
+    with torch.no_grad():
+        for got in (
+            tome_fx.rewrite(model, (x, x), r=4, placement="stream")(a, b),
+            tome_fx.export(model, (x, x), r=4, placement="stream").module()(a, b),
+        ):
+            torch.testing.assert_close(got, want)

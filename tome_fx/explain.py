@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.exc import BackendCompilerFailed, UserError
 from torch.fx._pytree import tree_flatten_spec
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from tome_fx.backend import ToMeError, transform
 from tome_fx.config import config_from
@@ -179,12 +179,27 @@ def rewritten_module(
 
 def _exported(model: torch.nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any) -> Any:
     """torch.export, without Dynamo where it can: Python's own `len(x)` is a number then, with Dynamo it stays free."""
+    args, kwargs = apart((args, kwargs))
     try:
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except UserError:
         if dynamic_shapes is None:
             raise
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=True)
+
+
+def apart(inputs: Any) -> Any:
+    """Inputs in which no tensor stands twice: of two that are one, torch.export would read the last in both places
+    (torch 2.14, `findings/export_same_input_twice.sh`)."""
+    seen = set[int]()
+
+    def own(x: Any) -> Any:
+        if not isinstance(x, Tensor) or id(x) not in seen:
+            seen.add(id(x))
+            return x
+        return x.detach().clone().requires_grad_(x.requires_grad)
+
+    return tree_map(own, inputs)
 
 
 def in_order(model: torch.nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:

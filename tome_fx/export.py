@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tome_fx.explain import in_order, rewritten_module
+from tome_fx.explain import apart, in_order, rewritten_module
 from tome_fx.passes import Target
 from tome_fx.passes.analysis.sites import place
 
@@ -59,8 +59,8 @@ def export(
     gm, report = rewritten_module(model, args, kwargs, {"r": r, **config}, dynamic_shapes, Target(LOG_SIZES[format]))
     if not report.merged_sites:
         raise RuntimeError(f"nothing to export: {report.summary()}")
-    named = in_order(model, kwargs or {})
-    program = torch.export.export(gm, tuple(args), named, dynamic_shapes=dynamic_shapes, strict=False)
+    given, named = apart((tuple(args), in_order(model, kwargs or {})))
+    program = torch.export.export(gm, given, named, dynamic_shapes=dynamic_shapes, strict=False)
     if path is not None:
         write(program, format, Path(path))
     return program
