@@ -72,7 +72,8 @@ def _counts(gm: fx.GraphModule, args: Sequence[Any], settings: ToMeConfig, rule:
         return torch.zeros(1, dtype=torch.int64)
     given = recorder.found[-1]
     metric, heads, prefix = given["metric"], given.get("heads", False), given["prefix"]
-    tokens = ops.tokens_of(metric, (None, None, None), (prefix, given["suffix"]), heads, dict(settings.numbers))
+    known, flags = (None, None, None, given.get("seen")), (heads, given.get("first", False))
+    tokens = ops.tokens_of(metric, known, (prefix, given["suffix"]), flags, dict(settings.numbers))
     return _RULES[rule](tokens, settings)
 
 

@@ -149,8 +149,6 @@ class ToMeConfig:
         for name in ("prop_attn", "padding_first", "drop_unread", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.padding_first and self.matcher == "random":
-            raise ValueError('padding_first goes by similarity, and matcher="random" does not: leave one of them out')
 
     def _resolve(self) -> None:
         """Options that were not given, from the method, and where it says nothing, ToMe's."""
@@ -189,6 +187,11 @@ class ToMeConfig:
             how = self.how(i, parts, (0, 1))
             if how.scored and how.importance == "none":
                 raise ValueError(f"{how.reader} goes by importance: say which, as importance=\"attention\"")
+            if how.clash:
+                raise ValueError(how.clash)
+            if self.padding_first and how.matcher in ("random", "previous"):
+                raise ValueError(f'padding_first goes by similarity, and matcher="{how.matcher}" does not: leave one of '
+                                 "them out")  # fmt: skip
 
     def _make_plain(self) -> None:
         for f in fields(self):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from tome_fx.methods.how import PAID
+
 from ..algebra.axes import Dim, Dims, Size, leaves, locate, size_of
 from ..algebra.axes import expr as size_expr
 from ..algebra.layout import Run, Step, plain
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 tome = torch.ops.tome
-PAID = frozenset(("attention", "received"))
 LEAST_ALPHA = 1e-3
 """Places alone are equally far in many pairs, which rounding would choose between: then the metric does."""
 SMALLEST = 1e-30
@@ -55,7 +56,8 @@ class Groups:
             code = self._code(block, own.prev)
             alpha = max(float(how.alpha), LEAST_ALPHA)
             metric, heads = call(tome.place_metric.default, metric, code, alpha, heads), False
-        if weight is not None:
+        plain = block.parts is not None or how.papers or how.classic
+        if weight is not None and plain:
             kind = call(tome.key_kinds.default, weight)
             metric, heads = call(tome.apart.default, metric, kind, heads, config.padding_first, *compared_by), False
         if block.special.inner:  # they are unlike all others, whatever they hold
@@ -73,8 +75,9 @@ class Groups:
         else:
             place = self._place(block, own.prev) if "place" in how.needs else None
             counts = self.steps.of(own.prev).size if own.prev else None
-            given = (counts, paid, place)
-            found = call(tome.match_pieces.default, metric, *given, merge.r, merge.pruned, *ends, how.key)
+            seen = None if weight is None else call(aten.gt.Scalar, weight, 0.5)
+            given, first = (counts, paid, place, seen), config.padding_first
+            found = call(tome.match_pieces.default, metric, *given, merge.r, merge.pruned, *ends, first, how.key)
         assign, keep, moved, similarity = found
         prev = own.prev.site if own.prev is not None else None
         similarity.node.args[0].meta.update(tome_merge=block.name, tome_step=step.site, tome_prev=prev)
