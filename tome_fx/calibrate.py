@@ -19,6 +19,7 @@ from tome_fx.explain import flat_inputs, rewritten_module
 from tome_fx.methods.matcher import votes
 from tome_fx.methods.partition import alternating
 from tome_fx.methods.tokens import PIECES, Order, Tokens
+from tome_fx.schedule import ScheduleError
 
 RULES = ("votes", "threshold")
 
@@ -53,7 +54,12 @@ def calibrate(
     options = {**config, "method": method, "drop_unread": False}
     found: list[int] = []
     while True:
-        gm, report = rewritten_module(model, held[0], None, {**options, "r": [*found, 1]})
+        try:
+            gm, report = rewritten_module(model, held[0], None, {**options, "r": [*found, 1]})
+        except ScheduleError:  # of several chains of blocks the longest is at its end
+            if found:
+                return found
+            raise
         if not report.sites:
             raise ValueError(f"calibrate: {report.summary()}")
         counts = [_counts(gm, args, settings, rule, sum(map(bool, found))) for args in held]

@@ -278,6 +278,15 @@ class ToMeConfig:
         parts = max((len(x) for x in (self.partition, self.matcher) if isinstance(x, tuple)), default=1)
         return frozenset(need for i in range(parts) for need in self.how(i, parts, (0, 1)).needs)
 
+    def by_depth(self, anew: bool) -> list[str]:
+        """The options that go by how many blocks a model has, or, anew, by which of them one is."""
+        placed = isinstance(self.blocks, tuple) and all(isinstance(at, int) and at >= 0 for at in self.blocks)
+        found = ["blocks"] if self.blocks != "all" and (anew or not placed) else []
+        found += [name for name in ("partition", "matcher", "merging") if isinstance(getattr(self, name), tuple)]
+        found += ["prune"] if isinstance(self.prune, tuple) and anew else []
+        found += ["alpha"] if isinstance(self.alpha, str) and self.alpha != "constant" else []
+        return found + ["margin"] * (self.importance == "energy")
+
     def chosen(self, blocks: int) -> list[int]:
         """Which of so many blocks merge, ascending."""
         if self.blocks == "all":

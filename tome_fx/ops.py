@@ -390,7 +390,7 @@ def attention_paid(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | Non
             scores = (q[..., start:stop, :].to(torch.float32) * scale) @ keys
             if mask is not None:
                 own = mask[..., start:stop, :] if mask.dim() > 1 and mask.shape[-2] > 1 else mask
-                scores = scores.masked_fill(~own, -torch.inf) if own.dtype is torch.bool else scores + own
+                scores = scores.masked_fill(~own, -torch.inf) if own.dtype is torch.bool else scores + own.float()
             # A query without any key pays nothing.
             paid = scores.softmax(-1).nan_to_num(0.0)
             total = total + (paid if asks is None else paid * asks[..., start:stop, None]).sum(-2)
@@ -399,16 +399,25 @@ def attention_paid(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | Non
         return total / (q.shape[-2] if at < 0 else 1)
 
 
-def _grid_fake(grid: list[int], before: int, behind: int, device: torch.device | None = None) -> Tensor:
-    return torch.empty((prod(grid) + before + behind, len(grid)), dtype=torch.float32, device=device)
+def _grid_fake(
+    grid: list[int], before: int, behind: int, frames: int = 0, device: torch.device | None = None
+) -> Tensor:
+    tokens = prod(grid[:frames]) * (prod(grid[frames:]) + before + behind)
+    return torch.empty((tokens, len(grid)), dtype=torch.float32, device=device)
 
 
-@_opaque("grid_places(SymInt[] grid, SymInt before, SymInt behind, *, Device? device=None) -> Tensor", _grid_fake)
-def grid_places(grid: list[int], before: int, behind: int, device: torch.device | None = None) -> Tensor:
+@_opaque(
+    "grid_places(SymInt[] grid, SymInt before, SymInt behind, int frames=0, *, Device? device=None) -> Tensor",
+    _grid_fake,
+)
+def grid_places(
+    grid: list[int], before: int, behind: int, frames: int = 0, device: torch.device | None = None
+) -> Tensor:
     """Where tokens that were flattened from a grid stand on it: float32 `[before + prod(grid) + behind, axes]`; zeros
-    for the others."""
+    for the others. frames: how many of the first axes hold tokens before and behind each of their entries."""
     axes = torch.meshgrid(*(torch.arange(n, device=device, dtype=torch.float32) for n in grid), indexing="ij")
-    return torch.nn.functional.pad(torch.stack(axes, -1).flatten(0, -2), (0, 0, before, behind))
+    inner = torch.stack(axes, -1).flatten(frames, -2)
+    return torch.nn.functional.pad(inner, (0, 0, before, behind)).flatten(0, -2)
 
 
 @_opaque(

@@ -154,7 +154,8 @@ class Groups:
                 grid = grid_of(self.facts, self._tokens(block, block.site.k))
                 sizes, ends = [*map(self.env.builder.size, grid.sizes)], (grid.before, grid.behind)
                 device = block.merge.meta["val"].device
-                found = self.call(tome.grid_places.default, sizes, *map(self.env.builder.size, ends), device=device)
+                ends = map(self.env.builder.size, ends)
+                found = self.call(tome.grid_places.default, sizes, *ends, grid.frames, device=device)
                 found = found.expand([*self._sample_sizes(block), *found.shape])
             else:
                 found = self.call(tome.unmerge.default, self._place(block, step.prev), self.steps.of(step).keep)
@@ -179,8 +180,10 @@ class Groups:
         x = self.env.whole(self.facts.side)
         x = self.call(tome.side_code.default, x.flatten(1) if x.dim() > 2 else x, dict(self.config.numbers)["levels"])
         grid = grid_of(self.facts, block.tokens)
+        frames = [*map(self.env.builder.size, grid.sizes[: grid.frames])]
         ends = [0, 0, *map(self.env.builder.size, (grid.before, grid.behind))]
-        x = self.call(aten.constant_pad_nd.default, x, ends, 0.0)
+        x = x.reshape([x.shape[0], *frames, -1, x.shape[-1]])
+        x = self.call(aten.constant_pad_nd.default, x, ends, 0.0).flatten(1, len(frames) + 1)
         return x.reshape([*self._sample_sizes(block), *x.shape[1:]])
 
     # -- what keeps tokens apart -----------------------------------------------------------------------------------

@@ -111,15 +111,15 @@ def _after_first_frame(free: int, whole: int, grid: tuple[int, ...], k: int) -> 
 
 @piece("matcher", "previous", needs=("place",), all_pairs=True, most=_after_first_frame, alone=True)
 def previous(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
-    """The r tokens most like the one at the same place of the frame before (EVS, arXiv 2510.14624), through chains to
-    the last one that stays. Needs a grid with frames, and tokens that did not merge before."""
+    """The r tokens most like the one at the same place of the frame before (EVS, arXiv 2510.14624; of the last frame
+    before in which it is left), through chains to the last one that stays. Needs a grid with frames."""
     place = tokens.places()
-    wanted = torch.cat([place[..., :1] - 1, place[..., 1:]], -1)
-    before = (wanted[:, :, None] == place[:, None]).all(-1)
-    alike = cosine(tokens.metric, tokens.metric).masked_fill(~before, -torch.inf)
-    best, parent = alike.max(-1)
-    score, source = best.topk(r)
-    goes = torch.zeros_like(best, dtype=torch.bool).scatter(1, source, True)
+    frame, spot = place[..., 0], place[..., 1:]
+    before = (spot[:, :, None] == spot[:, None]).all(-1) & (frame[:, None] < frame[:, :, None])
+    last, parent = torch.where(before, frame[:, None], -1.0).max(-1)
+    alike = cosine(tokens.metric, tokens.metric).gather(-1, parent[..., None])[..., 0]
+    score, source = alike.masked_fill(last < 0, torch.finfo(alike.dtype).min).topk(r)
+    goes = torch.zeros_like(alike, dtype=torch.bool).scatter(1, source, True)
     root = torch.where(goes, parent, tokens.positions)
     for _ in range(max(tokens.count.bit_length(), 1)):
         root = root.gather(1, root)
