@@ -248,11 +248,11 @@ def match_parts(metric: Tensor, parts: Tensor, r: Any, *how: Any) -> tuple[Tenso
 def match_pieces(
     metric: Tensor, size: Any, attention: Any, place: Any, seen: Any, r: Any, *how: Any
 ) -> tuple[Tensor, ...]:
-    """`tome::match_pieces`, of pieces that are the same in every process. how: pruned, prefix, suffix, heads, first, the
-    pieces."""
+    """`tome::match_pieces`, of pieces that are the same in every process. how: pruned, prefix, suffix, heads, first,
+    the pieces."""
     pruned, prefix, suffix, heads, first, key = how
-    if stays := from_key(key).of_process:
-        raise PortableError(f"{stays} cannot leave Python; plain=False keeps it")
+    if own := from_key(key).of_process:
+        raise PortableError(f"{own} cannot leave Python; plain=False keeps it")
     sample, n = metric.shape[: -3 if heads else -2], metric.shape[-3 if heads else -2]
     given, ends = (size, attention, place, seen), (prefix, suffix)
     source, destination, body, best = ops.picked(metric, given, (r, pruned), ends, (heads, first), key)

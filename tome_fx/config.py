@@ -190,8 +190,8 @@ class ToMeConfig:
             if how.clash:
                 raise ValueError(how.clash)
             if self.padding_first and how.matcher in ("random", "previous"):
-                raise ValueError(f'padding_first goes by similarity, and matcher="{how.matcher}" does not: leave one of '
-                                 "them out")  # fmt: skip
+                why = f'padding_first goes by similarity, and matcher="{how.matcher}" does not'
+                raise ValueError(f"{why}: leave one of them out")
 
     def _make_plain(self) -> None:
         for f in fields(self):

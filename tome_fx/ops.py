@@ -314,8 +314,8 @@ def match_pieces(
 
     Args: metric, prefix, suffix, heads as in `match`; size, attention float32 `[*sample, N]`, place float32
         `[*sample, N, axes]`, where the pieces read them; seen: bool `[*sample, N]`, False where a mask of keys leaves a
-        token out; first: whether these go before all others; r: tokens that go, `pruned` of them, the last of `moved`, the
-        least important; how: `How.key`.
+        token out; first: whether these go before all others; r: tokens that go, `pruned` of them, the last of `moved`,
+        the least important; how: `How.key`.
 
     Returns as `match`; the similarity is the matcher's score. New order: prefix, the partition's sources that stay, its
     destinations, where these are the same in all samples, else what stays in position order; suffix.

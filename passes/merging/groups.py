@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -154,8 +155,8 @@ class Groups:
                 grid = grid_of(self.facts, self._tokens(block, block.site.k))
                 sizes, ends = [*map(self.env.builder.size, grid.sizes)], (grid.before, grid.behind)
                 device = block.merge.meta["val"].device
-                ends = map(self.env.builder.size, ends)
-                found = self.call(tome.grid_places.default, sizes, *ends, grid.frames, device=device)
+                around = map(self.env.builder.size, ends)
+                found = self.call(tome.grid_places.default, sizes, *around, grid.frames, device=device)
                 found = found.expand([*self._sample_sizes(block), *found.shape])
             else:
                 found = self.call(tome.unmerge.default, self._place(block, step.prev), self.steps.of(step).keep)
@@ -180,9 +181,10 @@ class Groups:
         x = self.env.whole(self.facts.side)
         x = self.call(tome.side_code.default, x.flatten(1) if x.dim() > 2 else x, dict(self.config.numbers)["levels"])
         grid = grid_of(self.facts, block.tokens)
-        frames = [*map(self.env.builder.size, grid.sizes[: grid.frames])]
+        sizes = [*map(self.env.builder.size, grid.sizes)]
+        frames, own = sizes[: grid.frames], prod(sizes[grid.frames :])
         ends = [0, 0, *map(self.env.builder.size, (grid.before, grid.behind))]
-        x = x.reshape([x.shape[0], *frames, -1, x.shape[-1]])
+        x = x.reshape([x.shape[0], *frames, own, x.shape[-1]])
         x = self.call(aten.constant_pad_nd.default, x, ends, 0.0).flatten(1, len(frames) + 1)
         return x.reshape([*self._sample_sizes(block), *x.shape[1:]])
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tome_fx import matching
 
 from . import importance, matcher, partition, similarity
+from .partition import everyone
 from .tokens import KINDS, Found, Piece, Sides, Tokens, named, ranked, taken
 
 _ = (importance, matcher, partition, similarity)
@@ -177,7 +178,8 @@ def pick(how: How, tokens: Tokens, r: int, pruned: int) -> tuple[Tensor, Tensor,
     Raises ValueError where a registered matcher returns what it must not.
     """
     tokens = replace(tokens, importance=scores(how, tokens))
-    order = how.pieces["candidates"].run(tokens, r)
+    alone = _piece("matcher", how.matcher)[0].alone
+    order = everyone(tokens, r) if alone else how.pieces["candidates"].run(tokens, r)
     (part, number), batch = named("partition", how.partition), tokens.metric.shape[0]
     sides = part.run(tokens, order, r, number) if number else part.run(tokens, order, r)
 

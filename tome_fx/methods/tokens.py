@@ -10,8 +10,8 @@ they run in this order:
     matcher(tokens, sides, r, compare)          -> source, destination int64 [batch, r], score floating [batch, r]
 
 compare() is the similarity of all sources with all destinations; pairs that the partition does not want come after all
-others, and after these pairs of a token that a mask of keys leaves out with one that it does not. All pieces are plain functions of tensors, run outside autograd and autocast, and hold for any batch: a sample
-does not depend on the others.
+others, and after these pairs of a token that a mask of keys leaves out with one that it does not. All pieces are plain
+functions of tensors, run outside autograd and autocast, and hold for any batch: a sample does not depend on the others.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ class Tokens:
     `[batch, N]`, the attention that a piece asked for by `needs`, else None. place: float32 `[batch, N, axes]`, where
     on the grid of patches the token that stands for a group is (frame, row, column; one axis where no grid is known),
     for pieces that ask for it. seen: bool `[batch, N]`, False where a mask of keys leaves out all that is behind a
-    token; None without a mask. padding_first: whether such tokens go before all others. importance: what the importance piece found. numbers: the method's numbers by name,
-    those that change with depth as they are here.
+    token; None without a mask. padding_first: whether such tokens go before all others (their metric is zeros then).
+    importance: what the importance piece found. numbers: the method's numbers by name, those that change with depth as
+    they are here.
     """
 
     metric: Tensor
