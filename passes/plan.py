@@ -120,7 +120,7 @@ def make_plan(facts: Facts, blocks: list[Block]) -> Plan:
         plan = _profitable(facts, blocks, config.schedule)
         plan.r = config.schedule
         return plan
-    r = _r_for(config.flops, lambda r: _profitable(facts, blocks, r).share, blocks)
+    r = _r_for(config.flops, lambda r: _profitable(facts, blocks, r).share, facts, blocks)
     plan = _profitable(facts, blocks, r)
     plan.r, plan.asked = r, {}  # nobody asked for this r
     if plan.share > config.flops:
@@ -153,11 +153,14 @@ def _hows(blocks: list[Block], config: ToMeConfig) -> list[How]:
     return found
 
 
-def _r_for(target: float, share: Callable[[int], float], blocks: list[Block]) -> int:
+def _r_for(target: float, share: Callable[[int], float], facts: Facts, blocks: list[Block]) -> int:
     """The smallest constant r whose share of FLOPs is at most the target: FLOPs fall as r grows."""
     if not blocks:
         return 0
-    low, high = 0, max(size_hint(block.length) // 2 for block in blocks)
+    free = [block.length - block.special.count for block in blocks]
+    most = [how.most(n, n, grid_of(facts, block.tokens).sizes)
+            for block, how, n in zip(blocks, _hows(blocks, facts.config), free, strict=True)]  # fmt: skip
+    low, high = 0, max(map(size_hint, most))
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if share(middle) <= target else (middle + 1, high)
@@ -376,8 +379,10 @@ class _Walk:
         if block.room and _least(block.room) == 0:
             return "its mask leaves some token no partner"
         free = block.length - block.special.count
-        if self.hows[self.blocks.index(block)].most(free, free, grid_of(self.facts, block.tokens).sizes) <= 0:
-            return f"{self.facts.config.choices} lets none of its {block.length} tokens go"
+        sizes = grid_of(self.facts, block.tokens).sizes
+        if self.hows[self.blocks.index(block)].most(free, free, sizes) <= 0:
+            grid = " x ".join(map(str, sizes)) if all(isinstance(n, int) for n in sizes) else "a size that is dynamic"
+            return f"{self.facts.config.choices} lets none of its {block.length} tokens go, on a grid of {grid}"
         why = f"{before} tokens left of {block.length}, {block.special.count} protected"
         return why + f", counts in multiples of {self.multiple}" * (self.multiple > 1)
 

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tome_fx import matching, ops
+from tome_fx.methods.how import from_key
 
 from .building.emit import Emit
 from .lower import LogSizes
@@ -244,13 +245,17 @@ def match_parts(metric: Tensor, parts: Tensor, r: Any, *how: Any) -> tuple[Tenso
     return _matched(metric, (parts, even), r, (prefix, suffix), heads, "alternating", *(similarity or ["cosine"]))
 
 
-def match_pieces(metric: Tensor, size: Any, attention: Any, place: Any, r: Any, *how: Any) -> tuple[Tensor, ...]:
-    """`tome::match_pieces`, of pieces that are the same in every process. how: pruned, prefix, suffix, heads, the
-    pieces."""
-    pruned, prefix, suffix, heads, key = how
+def match_pieces(
+    metric: Tensor, size: Any, attention: Any, place: Any, seen: Any, r: Any, *how: Any
+) -> tuple[Tensor, ...]:
+    """`tome::match_pieces`, of pieces that are the same in every process. how: pruned, prefix, suffix, heads, first,
+    the pieces."""
+    pruned, prefix, suffix, heads, first, key = how
+    if own := from_key(key).of_process:
+        raise PortableError(f"{own} cannot leave Python; plain=False keeps it")
     sample, n = metric.shape[: -3 if heads else -2], metric.shape[-3 if heads else -2]
-    given, ends = (size, attention, place), (prefix, suffix)
-    source, destination, body, best = ops.picked(metric, given, (r, pruned), ends, heads, key)
+    given, ends = (size, attention, place, seen), (prefix, suffix)
+    source, destination, body, best = ops.picked(metric, given, (r, pruned), ends, (heads, first), key)
     batch, place = source.shape[0], _places(n, metric.device)
     order = torch.cat([place.narrow(0, 0, prefix), body, place.narrow(0, n - suffix, suffix)]).expand(batch, n)
     none = torch.zeros((batch, n), dtype=torch.int64, device=metric.device)

@@ -325,3 +325,197 @@ def test_explain_prints_what_a_method_stands_for() -> None:
     assert "method diffrate (arXiv 2305.17997): importance='attention', partition='importance'" in said
     assert "prune=0.5" in said
     assert not str(tome_fx.explain(model, args, r=4)).startswith("method")
+
+
+# -- pieces that meet --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"partition": "grid:2", "matcher": "both"}, "needs two sides"),
+        ({"partition": "grid:2", "matcher": "fuse", "importance": "attention"}, "needs two sides"),
+        ({"merging": "weighted", "importance": "energy"}, "weighs by attention"),
+        ({"merging": ("weighted", "mean"), "importance": "norm"}, "weighs by attention"),
+        ({"matcher": ("bipartite", "random"), "padding_first": True}, "padding_first goes by similarity"),
+        ({"matcher": ("bipartite", "previous"), "padding_first": True}, "padding_first goes by similarity"),
+    ],
+)
+def test_pieces_that_do_not_go_together_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tome_fx.tome_backend(r=8, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ({"importance": "norm", "candidates": "least", "partition": "importance"}, 24),
+        ({"importance": "norm", "partition": "importance", "matcher": "both"}, 24),
+        ({"importance": "norm", "partition": "importance", "matcher": "votes"}, 47),
+        ({"importance": "norm", "candidates": "least", "partition": "grid:2"}, 24),
+        ({"importance": "norm", "candidates": "least", "matcher": "greedy"}, 47),
+        ({"partition": "grid:2", "matcher": "votes"}, 36),
+        ({"matcher": "greedy"}, 47),
+    ],
+    ids=str,
+)
+def test_no_more_go_than_all_pieces_can_give(options: dict[str, Any], most: int) -> None:
+    """The pairs of any mixture can be merged: the least limit of its pieces holds."""
+    model, x = reference.plain(seed=1, prefix=1), torch.randn(2, 3, 24, 32, dtype=torch.float64)
+    gm = tome_fx.rewrite(model, (x,), r=[100], placement="stream", plain=False, **options)
+    (node,) = gm.graph.find_nodes(op="call_function", target=torch.ops.tome.match_pieces.default)
+    assert node.args[5] == most
+    with torch.no_grad():
+        found = tome_fx.trace_tokens(model, (x,), r=[100], placement="stream", **options).merges[0]
+    assert int(found.groups.max()) == 48 - most and all(len(own.unique()) == 49 - most for own in found.groups)
+
+
+@pytest.mark.parametrize("partition", ["importance", "grid:2"])
+def test_the_new_order_does_not_depend_on_the_batch(partition: str) -> None:
+    """Sides that differ from sample to sample leave tokens in position order, in a batch of one too."""
+    model, x = reference.plain(seed=1, prefix=0), torch.randn(2, 3, 24, 32, dtype=torch.float64)
+    with torch.no_grad():
+        whole, alone = (merged(model, y, "tome", [5, 4], importance="attention", partition=(partition, "alternating"))
+                        for y in (x, x[:1]))  # fmt: skip
+    torch.testing.assert_close(whole.output[:1], alone.output)
+    assert torch.equal(whole.source[:1], alone.source)
+
+
+PADDED: list[dict[str, Any]] = [
+    {"method": "saint"}, {"method": "pitome"}, {"method": "mctf"}, {"method": "mstm"}, {"matcher": "greedy"},
+    {"importance": "received", "partition": "importance"}, {"importance": "norm", "candidates": "least"},
+    {"importance": "rare", "partition": "importance", "merging": "keep"}, {"importance": "norm", "prune": 0.5},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", strategies.thinned(PADDED, 2))
+def test_padding_says_nothing(options: dict[str, Any]) -> None:
+    """What stands at padded places changes no other token, where padding goes first."""
+    spec = Spec(readout="tokens", mask="bool", stem="tokens")
+    model, (x, mask) = build(spec)
+    model, x = model.double(), x.double()
+    other = torch.where(mask[..., None], x, 3 * torch.randn_like(x))
+    gm = tome_fx.rewrite(model, (x, mask), r=6, placement="stream", padding_first=True, plain=False, **options)
+    with torch.no_grad():
+        got, want = (gm(y, mask)[:, 1:][mask] for y in (x, other))
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("piece", ["norm", "energy", "votes", "joined"])
+def test_a_mask_that_leaves_nothing_out_changes_no_choice(piece: str) -> None:
+    """Lengths, margins and thresholds are those of the metric, under a mask too."""
+    options: dict[str, Any] = {
+        "norm": {"importance": "norm", "partition": "importance"}, "energy": {"method": "pitome", "margin": 0.3},
+        "votes": {"method": "saint", "tau": 0.3}, "joined": {"method": "mctf", "information_weight": 0.5},
+    }[piece]  # fmt: skip
+    spec = Spec(readout="tokens", stem="tokens")
+    model, (x,) = build(spec)
+    masked = build(spec.replace(mask="bool"))[0].double()
+    model, x, whole = model.double(), x.double(), torch.ones(2, spec.patches, dtype=torch.bool)
+    with torch.no_grad():
+        want = tome_fx.trace_tokens(model, (x,), r=[6], placement="stream", **options).groups
+        got = tome_fx.trace_tokens(masked, (x, whole), r=[6], placement="stream", **options).groups
+    assert torch.equal(got, want)
+
+
+def test_attention_received_is_that_of_tokens_that_a_mask_leaves_in() -> None:
+    q, k = torch.randn(2, 1, 2, 7, 4)
+    mask = torch.tensor([True] * 5 + [False] * 2)[None, None, None]
+    want = ((q * 0.5) @ k.mT).masked_fill(~mask, -torch.inf).softmax(-1)[..., :5, :].mean(-2)
+    for term in (mask, torch.where(mask, 0.0, -torch.inf).double()):
+        got = torch.ops.tome.attention_paid(q, k, term, None, -1)
+        assert got.dtype is torch.float32
+        torch.testing.assert_close(got, want)
+
+
+def test_what_two_merges_leave_is_tied_one_after_the_other() -> None:
+    """A value from before three merges of three kinds meets what went through them."""
+    found = law(*build(Spec(readout="tokens", skip=True, mask="bool")), 4, placement="stream",
+                merging=("plain", "keep", "mean"))  # fmt: skip
+    assert len(found.merges) == 3 and found.explained < ROUNDING, found
+
+
+# -- frames and depth --------------------------------------------------------------------------------------------------
+
+
+class Frames(nn.Module):
+    """All tokens of three frames in one sequence; each frame begins with a class token, or none does."""
+
+    def __init__(self, cls: bool) -> None:
+        super().__init__()
+        self.inner: Any = reference.plain(seed=1, prefix=0, dtype=torch.float32)
+        width = self.inner.patch_embed.out_channels
+        self.cls = nn.Parameter(torch.randn(1, 1, width)) if cls else None
+
+    def forward(self, clip: Tensor) -> Tensor:
+        batch, frames = clip.shape[:2]
+        x = self.inner.patch_embed(clip.flatten(0, 1))
+        if self.cls is None:
+            x = x.unflatten(0, (batch, frames)).permute(0, 2, 1, 3, 4).flatten(2).transpose(1, 2)
+        else:
+            x = x.flatten(2).transpose(1, 2)
+            x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1).reshape(batch, -1, x.shape[2])
+        for block in self.inner.blocks:
+            x = block(x)
+        return self.inner.norm(x)
+
+
+def test_places_in_frames_with_class_tokens() -> None:
+    """Frame, row and column of each patch, and the side information of each, class tokens left out."""
+    clip = torch.randn(1, 3, 3, 24, 32)
+    gm = tome_fx.rewrite(Frames(True), (clip,), r=4, method="tosa", placement="stream", plain=False)
+    (node,) = gm.graph.find_nodes(op="call_function", target=torch.ops.tome.grid_places.default)
+    places = torch.ops.tome.grid_places(*node.args, device=torch.device("cpu"))
+    assert places.shape == (147, 3) and places[49 + 1 + 8 + 2].tolist() == [1, 1, 2] and not places[0].any()
+    with torch.no_grad():
+        side = {"side": torch.rand(1, 144)}
+        _, report = run(tome_fx.WithSide(Frames(True)), (clip,), side, 4, method="tosa", placement="stream")
+    assert report.merged_sites == 4
+
+
+def test_frames_merge_again() -> None:
+    """EVS at several blocks: a token joins the last one before that is left at its place."""
+    clip = torch.randn(1, 3, 3, 24, 32)
+    found = tome_fx.trace_tokens(Frames(False), (clip,), r=[40, 56], method="evs", blocks=[0, 1], placement="stream")
+    groups = found.merges[-1].groups[0]
+    assert groups.max() == 47
+    for group in range(48):
+        assert len(set((groups == group).nonzero().flatten().remainder(48).tolist())) == 1, "of one place"
+
+
+def test_flops_reaches_all_that_a_method_can_take() -> None:
+    model, args = build(Spec(depth=4, readout="tokens"))
+    with torch.no_grad():
+        _, report = run(model, args, None, None, flops=0.5, method="evit", placement="stream")
+    assert report.tokens[0][0] - report.tokens[0][1] > 18 and not any(s.kind == "flops target" for s in report.skipped)
+
+
+def test_counts_of_a_model_that_is_called_twice() -> None:
+    class Twice(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Any:
+            return self.inner(x) + self.inner(x.flip(-1))
+
+    model, args = build(Spec(depth=2, readout="tokens"))
+    counts = tome_fx.calibrate(Twice(model), [args], method="tome", tau=0.3, placement="stream")
+    assert len(counts) == 2 and counts[0] > 0
+
+
+@pytest.mark.parametrize("options", [{"blocks": "last"}, {"alpha": "rising"}, {"merging": ("prune", "mean")}], ids=str)
+def test_a_piece_says_what_goes_by_its_own_depth(options: dict[str, Any]) -> None:
+    model, args = build(Spec(depth=2, readout="tokens", stem="tokens", prefix="none"))
+    torch._dynamo.reset()
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.compile(backend=tome_fx.tome_backend(r=4, inner="eager", placement="stream", protect=0, **options))
+    with torch.no_grad(), pytest.warns(tome_fx.ToMeWarning, match=f"{next(iter(options))} go by the depth of each"):
+        model(*args)
+
+
+def test_a_choice_of_this_process_cannot_leave_it() -> None:
+    model, x = reference.plain(seed=1, prefix=0), torch.randn(1, 3, 24, 32, dtype=torch.float64)
+    for options, said in (({"partition": "random"}, "partition='random'"), ({"matcher": "random"}, "matcher='random'")):
+        with pytest.raises(ValueError, match=f"{said} cannot leave Python"):
+            tome_fx.rewrite(model, (x,), r=4, importance="attention", prune=0.5, plain=True, **options)

@@ -287,6 +287,8 @@ def _lost(result: Result, config: ToMeConfig, piece: Piece) -> list[str]:
         found.append("the schedule starts anew in each piece")
     elif piece.shared and config.is_list and len(set(config.r)) > 1:  # type: ignore[arg-type]
         found.append("each module that runs this code merges as the first of them does")
+    if names := config.by_depth(result.anew or piece.shared):
+        found.append(f"{', '.join(names)} go by the depth of each piece alone")
     return found
 
 

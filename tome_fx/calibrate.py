@@ -19,6 +19,7 @@ from tome_fx.explain import flat_inputs, rewritten_module
 from tome_fx.methods.matcher import votes
 from tome_fx.methods.partition import alternating
 from tome_fx.methods.tokens import PIECES, Order, Tokens
+from tome_fx.schedule import ScheduleError
 
 RULES = ("votes", "threshold")
 
@@ -53,7 +54,12 @@ def calibrate(
     options = {**config, "method": method, "drop_unread": False}
     found: list[int] = []
     while True:
-        gm, report = rewritten_module(model, held[0], None, {**options, "r": [*found, 1]})
+        try:
+            gm, report = rewritten_module(model, held[0], None, {**options, "r": [*found, 1]})
+        except ScheduleError:  # of several chains of blocks the longest is at its end
+            if found:
+                return found
+            raise
         if not report.sites:
             raise ValueError(f"calibrate: {report.summary()}")
         counts = [_counts(gm, args, settings, rule, sum(map(bool, found))) for args in held]
@@ -72,7 +78,8 @@ def _counts(gm: fx.GraphModule, args: Sequence[Any], settings: ToMeConfig, rule:
         return torch.zeros(1, dtype=torch.int64)
     given = recorder.found[-1]
     metric, heads, prefix = given["metric"], given.get("heads", False), given["prefix"]
-    tokens = ops.tokens_of(metric, (None, None, None), (prefix, given["suffix"]), heads, dict(settings.numbers))
+    known, flags = (None, None, None, given.get("seen")), (heads, given.get("first", False))
+    tokens = ops.tokens_of(metric, known, (prefix, given["suffix"]), flags, dict(settings.numbers))
     return _RULES[rule](tokens, settings)
 
 

@@ -149,8 +149,6 @@ class ToMeConfig:
         for name in ("prop_attn", "padding_first", "drop_unread", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.padding_first and self.matcher == "random":
-            raise ValueError('padding_first goes by similarity, and matcher="random" does not: leave one of them out')
 
     def _resolve(self) -> None:
         """Options that were not given, from the method, and where it says nothing, ToMe's."""
@@ -189,6 +187,11 @@ class ToMeConfig:
             how = self.how(i, parts, (0, 1))
             if how.scored and how.importance == "none":
                 raise ValueError(f"{how.reader} goes by importance: say which, as importance=\"attention\"")
+            if how.clash:
+                raise ValueError(how.clash)
+            if self.padding_first and how.matcher in ("random", "previous"):
+                why = f'padding_first goes by similarity, and matcher="{how.matcher}" does not'
+                raise ValueError(f"{why}: leave one of them out")
 
     def _make_plain(self) -> None:
         for f in fields(self):
@@ -274,6 +277,15 @@ class ToMeConfig:
         """What pieces read of the graph, at any merge."""
         parts = max((len(x) for x in (self.partition, self.matcher) if isinstance(x, tuple)), default=1)
         return frozenset(need for i in range(parts) for need in self.how(i, parts, (0, 1)).needs)
+
+    def by_depth(self, anew: bool) -> list[str]:
+        """The options that go by how many blocks a model has, or, anew, by which of them one is."""
+        placed = isinstance(self.blocks, tuple) and all(isinstance(at, int) and at >= 0 for at in self.blocks)
+        found = ["blocks"] if self.blocks != "all" and (anew or not placed) else []
+        found += [name for name in ("partition", "matcher", "merging") if isinstance(getattr(self, name), tuple)]
+        found += ["prune"] if isinstance(self.prune, tuple) and anew else []
+        found += ["alpha"] if isinstance(self.alpha, str) and self.alpha != "constant" else []
+        return found + ["margin"] * (self.importance == "energy")
 
     def chosen(self, blocks: int) -> list[int]:
         """Which of so many blocks merge, ascending."""

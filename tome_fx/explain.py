@@ -273,7 +273,7 @@ class TokenTrace:
 
 # Each op that matches: where its argument `prefix` stands.
 _MATCHES = {tome.match.default: 2, tome.match_by.default: 2, tome.match_size.default: 3, tome.match_parts.default: 3,
-            tome.match_pieces.default: 6}  # fmt: skip
+            tome.match_pieces.default: 7}  # fmt: skip
 
 
 class _MatchRecorder(fx.Interpreter):

@@ -294,27 +294,28 @@ def _index_form(
 
 
 def _match_pieces_fake(
-    metric: Tensor, size: Tensor | None, attention: Tensor | None, place: Tensor | None, r: int, pruned: int,
-    prefix: int, suffix: int, heads: bool, how: str,
+    metric: Tensor, size: Tensor | None, attention: Tensor | None, place: Tensor | None, seen: Tensor | None, r: int,
+    pruned: int, prefix: int, suffix: int, heads: bool, first: bool, how: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return _match_fake(metric, r, prefix, suffix, heads)
 
 
 @_opaque(
-    "match_pieces(Tensor metric, Tensor? size, Tensor? attention, Tensor? place, SymInt r, SymInt pruned, int prefix, "
-    "int suffix, bool heads, str how) -> (Tensor, Tensor, Tensor, Tensor)",
+    "match_pieces(Tensor metric, Tensor? size, Tensor? attention, Tensor? place, Tensor? seen, SymInt r, "
+    "SymInt pruned, int prefix, int suffix, bool heads, bool first, str how) -> (Tensor, Tensor, Tensor, Tensor)",
     _match_pieces_fake,
     (torch.Tag.cudagraph_unsafe,),  # as `match_by`
 )
 def match_pieces(
-    metric: Tensor, size: Tensor | None, attention: Tensor | None, place: Tensor | None, r: int, pruned: int,
-    prefix: int, suffix: int, heads: bool, how: str,
+    metric: Tensor, size: Tensor | None, attention: Tensor | None, place: Tensor | None, seen: Tensor | None, r: int,
+    pruned: int, prefix: int, suffix: int, heads: bool, first: bool, how: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`match` by the pieces of a method (`tome_fx.methods`).
 
     Args: metric, prefix, suffix, heads as in `match`; size, attention float32 `[*sample, N]`, place float32
-        `[*sample, N, axes]`, where the pieces read them; r: tokens that go, `pruned` of them, the last of `moved`, the
-        least important; how: `How.key`.
+        `[*sample, N, axes]`, where the pieces read them; seen: bool `[*sample, N]`, False where a mask of keys leaves a
+        token out; first: whether these go before all others; r: tokens that go, `pruned` of them, the last of `moved`,
+        the least important; how: `How.key`.
 
     Returns as `match`; the similarity is the matcher's score. New order: prefix, the partition's sources that stay, its
     destinations, where these are the same in all samples, else what stays in position order; suffix.
@@ -322,29 +323,33 @@ def match_pieces(
     with torch.autocast(metric.device.type, enabled=False), torch.no_grad():
         sample = metric.shape[: -3 if heads else -2]
         source, destination, body, best = picked(
-            metric, (size, attention, place), (r, pruned), (prefix, suffix), heads, how
+            metric, (size, attention, place, seen), (r, pruned), (prefix, suffix), (heads, first), how
         )
         form = _index_form(source, destination, body, prefix, suffix)
         return tuple(t.reshape(*sample, t.shape[-1]) for t in (*form, best))
 
 
 def picked(
-    metric: Tensor, given: Sequence[Tensor | None], count: tuple[int, int], ends: tuple[int, int], heads: bool, how: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    metric: Tensor, given: Sequence[Tensor | None], count: tuple[int, int], ends: tuple[int, int],
+    flags: tuple[bool, bool], how: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What the pieces choose: source and destination int64 `[batch, r]`, the order int64 `[n]` of the tokens that may
-    merge, as positions in the whole sequence, and the score. Arguments as `match_pieces`."""
+    merge, as positions in the whole sequence, and the score. Arguments as `match_pieces`; flags: heads, first."""
     own = how_from(how)
-    tokens = tokens_of(metric, given, ends, heads, dict(own.numbers))
+    tokens = tokens_of(metric, given, ends, flags, dict(own.numbers))
     source, destination, best, order = pick(own, tokens, *count)
     prefix = ends[0]
     return source + prefix, destination + prefix, order + prefix, best
 
 
 def tokens_of(
-    metric: Tensor, given: Sequence[Tensor | None], ends: tuple[int, int], heads: bool, numbers: dict[str, float]
-) -> Tokens:
-    """The tokens that may merge, as pieces read them. given: size, attention and place, where they are known."""
-    lead, (prefix, suffix) = metric.dim() - (3 if heads else 2), ends
+    metric: Tensor, given: Sequence[Tensor | None], ends: tuple[int, int], flags: tuple[bool, bool],
+    numbers: dict[str, float],
+) -> Tokens:  # fmt: skip
+    """The tokens that may merge, as pieces read them. given: size, attention, place and what is seen, where they are
+    known. flags: heads, and whether what is not seen goes first: it is all alike then."""
+    (heads, first), (prefix, suffix) = flags, ends
+    lead = metric.dim() - (3 if heads else 2)
     x = metric.to(torch.float32)
     x = x.mean(-2) if heads else x
 
@@ -352,9 +357,10 @@ def tokens_of(
         held = None if held is None else held.reshape(-1, *held.shape[lead:])
         return None if held is None else held.narrow(1, prefix, held.shape[1] - prefix - suffix)
 
-    body, (size, attention, place) = free(x), map(free, given)
+    body, (size, attention, place, seen) = free(x), map(free, given)
     size = body.new_ones(body.shape[:2]) if size is None else size
-    return Tokens(body, prefix, size, attention, place, numbers=numbers)
+    body = body.masked_fill(~seen[..., None], 0.0) if first and seen is not None else body
+    return Tokens(body, prefix, size, attention, place, seen, first, numbers=numbers)
 
 
 def _attention_fake(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None, at: int) -> Tensor:
@@ -373,29 +379,45 @@ def attention_paid(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | Non
         if k.dim() > 2 and k.shape[-3] != q.shape[-3]:
             k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
         keys = k.to(torch.float32).transpose(-1, -2)
-        total = torch.zeros((), device=q.device)
+        total, asks = torch.zeros((), device=q.device), None
+        if at < 0 and mask is not None and q.shape[-2] == k.shape[-2]:  # a token that is no key asks for nothing
+            own = mask[..., 0, :] if mask.dim() > 1 else mask
+            asks = own if own.dtype is torch.bool else own - own.amax(-1, keepdim=True) > LEFT_OUT
+            asks = asks.to(torch.float32)
         rows = range(0, q.shape[-2], 512) if at < 0 else [at]
         for start in rows:
             stop = start + 512 if at < 0 else at + 1
             scores = (q[..., start:stop, :].to(torch.float32) * scale) @ keys
             if mask is not None:
                 own = mask[..., start:stop, :] if mask.dim() > 1 and mask.shape[-2] > 1 else mask
-                scores = scores.masked_fill(~own, -torch.inf) if own.dtype is torch.bool else scores + own
+                scores = scores.masked_fill(~own, -torch.inf) if own.dtype is torch.bool else scores + own.float()
             # A query without any key pays nothing.
-            total = total + scores.softmax(-1).nan_to_num(0.0).sum(-2)
+            paid = scores.softmax(-1).nan_to_num(0.0)
+            total = total + (paid if asks is None else paid * asks[..., start:stop, None]).sum(-2)
+        if asks is not None:
+            return total / asks.sum(-1, keepdim=True).clamp_min(1)
         return total / (q.shape[-2] if at < 0 else 1)
 
 
-def _grid_fake(grid: list[int], before: int, behind: int, device: torch.device | None = None) -> Tensor:
-    return torch.empty((prod(grid) + before + behind, len(grid)), dtype=torch.float32, device=device)
+def _grid_fake(
+    grid: list[int], before: int, behind: int, frames: int = 0, device: torch.device | None = None
+) -> Tensor:
+    tokens = prod(grid[:frames]) * (prod(grid[frames:]) + before + behind)
+    return torch.empty((tokens, len(grid)), dtype=torch.float32, device=device)
 
 
-@_opaque("grid_places(SymInt[] grid, SymInt before, SymInt behind, *, Device? device=None) -> Tensor", _grid_fake)
-def grid_places(grid: list[int], before: int, behind: int, device: torch.device | None = None) -> Tensor:
+@_opaque(
+    "grid_places(SymInt[] grid, SymInt before, SymInt behind, int frames=0, *, Device? device=None) -> Tensor",
+    _grid_fake,
+)
+def grid_places(
+    grid: list[int], before: int, behind: int, frames: int = 0, device: torch.device | None = None
+) -> Tensor:
     """Where tokens that were flattened from a grid stand on it: float32 `[before + prod(grid) + behind, axes]`; zeros
-    for the others."""
+    for the others. frames: how many of the first axes hold tokens before and behind each of their entries."""
     axes = torch.meshgrid(*(torch.arange(n, device=device, dtype=torch.float32) for n in grid), indexing="ij")
-    return torch.nn.functional.pad(torch.stack(axes, -1).flatten(0, -2), (0, 0, before, behind))
+    inner = torch.stack(axes, -1).flatten(frames, -2)
+    return torch.nn.functional.pad(inner, (0, 0, before, behind)).flatten(0, -2)
 
 
 @_opaque(

@@ -354,9 +354,9 @@ class Groups:
 
     def tied(self, x: Tensor, dims: Dims, d: int, key: tuple[int, int], steps: Sequence[Step], fill: Fill) -> Tensor:
         """x with each token replaced by what its group makes of it."""
-        merging = self.merges[steps[0].base or steps[0]].how.merging
-        one_by_one = fill is Fill.MEAN and merging == "plain"
-        for stretch in [[s] for s in steps] if one_by_one else [steps]:
+        kinds = [self.merges[s.base or s].how.merging for s in steps]
+        one_by_one = fill is Fill.MEAN and ("plain" in kinds or len(set(kinds)) > 1)
+        for merging, stretch in zip(kinds, [[s] for s in steps] if one_by_one else [steps], strict=False):
             step = stretch[-1]
             flat, back = _flat(x, dims, d, key, step)
             index = self.index(step)
@@ -366,7 +366,7 @@ class Groups:
                 out = _rows(_log_mean_exp(flat, index, self.count(step)), index)
             else:
                 weight = None if fill is Fill.COUNT else self.weights(stretch[0])
-                if one_by_one:
+                if fill is Fill.MEAN and merging == "plain":
                     weight = self._row_weights(step)
                 out = _rows(_mean(flat, index, weight, self.count(step)), index)
             x = back(out)

@@ -16,18 +16,21 @@ from .blocks import Block
 @dataclass(frozen=True)
 class Grid:
     """sizes: of frames, rows and columns, as many as there are; one where no grid is known. before, behind: tokens in
-    front of and behind those that stand on it."""
+    front of and behind those that stand on it, for each entry of the first `frames` axes (of every frame)."""
 
     sizes: tuple[Expr, ...]
     before: Expr = 0
     behind: Expr = 0
+    frames: int = 0
 
 
 def grid_of(facts: Facts, tokens: Dim) -> Grid:
     """The grid of an axis of tokens: its leaves, or those of the longest of the parts that it joins."""
     own = leaves(tokens)
     if len(own) > 1:
-        return Grid(tuple(leaf.size for leaf in own))
+        lead, inner = own[:-1], grid_of(facts, own[-1:])
+        return Grid((*(leaf.size for leaf in lead), *inner.sizes), inner.before, inner.behind,
+                    len(lead) if inner.before or inner.behind else 0)  # fmt: skip
     for parts in facts.joined(own):
         sizes = [size_of(part) for part in parts]
         on_grid = [i for i, part in enumerate(parts) if len(part) > 1]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+
+from tome_fx.methods.how import PAID
 
 from ..algebra.axes import Dim, Dims, Size, leaves, locate, size_of
 from ..algebra.axes import expr as size_expr
@@ -25,7 +28,6 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 tome = torch.ops.tome
-PAID = frozenset(("attention", "received"))
 LEAST_ALPHA = 1e-3
 """Places alone are equally far in many pairs, which rounding would choose between: then the metric does."""
 SMALLEST = 1e-30
@@ -55,7 +57,8 @@ class Groups:
             code = self._code(block, own.prev)
             alpha = max(float(how.alpha), LEAST_ALPHA)
             metric, heads = call(tome.place_metric.default, metric, code, alpha, heads), False
-        if weight is not None:
+        plain = block.parts is not None or how.papers or how.classic
+        if weight is not None and plain:
             kind = call(tome.key_kinds.default, weight)
             metric, heads = call(tome.apart.default, metric, kind, heads, config.padding_first, *compared_by), False
         if block.special.inner:  # they are unlike all others, whatever they hold
@@ -73,8 +76,9 @@ class Groups:
         else:
             place = self._place(block, own.prev) if "place" in how.needs else None
             counts = self.steps.of(own.prev).size if own.prev else None
-            given = (counts, paid, place)
-            found = call(tome.match_pieces.default, metric, *given, merge.r, merge.pruned, *ends, how.key)
+            seen = None if weight is None else call(aten.gt.Scalar, weight, 0.5)
+            given, first = (counts, paid, place, seen), config.padding_first
+            found = call(tome.match_pieces.default, metric, *given, merge.r, merge.pruned, *ends, first, how.key)
         assign, keep, moved, similarity = found
         prev = own.prev.site if own.prev is not None else None
         similarity.node.args[0].meta.update(tome_merge=block.name, tome_step=step.site, tome_prev=prev)
@@ -151,7 +155,8 @@ class Groups:
                 grid = grid_of(self.facts, self._tokens(block, block.site.k))
                 sizes, ends = [*map(self.env.builder.size, grid.sizes)], (grid.before, grid.behind)
                 device = block.merge.meta["val"].device
-                found = self.call(tome.grid_places.default, sizes, *map(self.env.builder.size, ends), device=device)
+                around = map(self.env.builder.size, ends)
+                found = self.call(tome.grid_places.default, sizes, *around, grid.frames, device=device)
                 found = found.expand([*self._sample_sizes(block), *found.shape])
             else:
                 found = self.call(tome.unmerge.default, self._place(block, step.prev), self.steps.of(step).keep)
@@ -176,8 +181,11 @@ class Groups:
         x = self.env.whole(self.facts.side)
         x = self.call(tome.side_code.default, x.flatten(1) if x.dim() > 2 else x, dict(self.config.numbers)["levels"])
         grid = grid_of(self.facts, block.tokens)
+        sizes = [*map(self.env.builder.size, grid.sizes)]
+        frames, own = sizes[: grid.frames], prod(sizes[grid.frames :])
         ends = [0, 0, *map(self.env.builder.size, (grid.before, grid.behind))]
-        x = self.call(aten.constant_pad_nd.default, x, ends, 0.0)
+        x = x.reshape([x.shape[0], *frames, own, x.shape[-1]])
+        x = self.call(aten.constant_pad_nd.default, x, ends, 0.0).flatten(1, len(frames) + 1)
         return x.reshape([*self._sample_sizes(block), *x.shape[1:]])
 
     # -- what keeps tokens apart -----------------------------------------------------------------------------------

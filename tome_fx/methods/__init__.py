@@ -113,7 +113,8 @@ def register_piece(kind: str, name: str, fn: Callable[..., Any] | None = None, *
     `tome_fx.methods.tokens`. A name that ends in ":k" gets a number behind its other arguments ("window:8": 8).
     asks: needs, a tuple of "attention" (the class token's), "received" (attention received), "place" (on the grid);
     scored, whether it reads the importance; all_pairs, whether it compares all tokens with all; most(free, whole, grid,
-    k), how many of `free` tokens may go at most (else half of them).
+    k), how many of `free` tokens may go at most (else half of them; the least of a method's pieces holds); fixed,
+    overlaps, apart, alone: see `tome_fx.methods.tokens.Piece`.
 
     Raises ValueError for another kind, or a name that is taken.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,12 +14,17 @@ from torch import Tensor
 from tome_fx import matching
 
 from . import importance, matcher, partition, similarity
-from .tokens import KINDS, Found, Piece, Tokens, named, ranked
+from .partition import everyone
+from .tokens import KINDS, Found, Piece, Sides, Tokens, named, ranked, taken
 
 _ = (importance, matcher, partition, similarity)
 
 PAPERS = ("none", "all", "alternating", "cosine", "bipartite")
 """The pieces of the paper, in the order of `KINDS`."""
+SIDES = ("candidates", "partition", "matcher")
+"""The kinds that say which tokens may go."""
+PAID = frozenset(("attention", "received"))
+"""What of an attention pieces may read."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,13 @@ class How:
         return ", ".join(getattr(self, kind) for kind, m in own.items() if m and not m.startswith("tome_fx."))
 
     @property
+    def of_process(self) -> str:
+        """The choice that this process alone can make; empty where there is none."""
+        if self.matcher == "random" or _is_registered(self.matcher):
+            return f"matcher={self.matcher!r}"
+        return "partition='random'" if self.partition == "random" else ""
+
+    @property
     def reader(self) -> str:
         """The option that goes by importance."""
         kinds = [kind for kind, p in self.pieces.items() if p.scored]
@@ -97,11 +109,30 @@ class How:
 
     def most(self, free: int, whole: int, grid: Sequence[Any]) -> int:
         """How many of `free` tokens may go at most; there were `whole` before any merge, on this grid."""
-        limits = []
-        for kind in ("candidates", "partition", "matcher"):
-            found, number = _piece(kind, getattr(self, kind))
-            limits += [found.most(free, whole, grid, number)] if found.most else []
-        return min(limits, default=free // 2)
+        alone = _piece("matcher", self.matcher)[0].alone
+        found = [_piece(kind, getattr(self, kind)) for kind in (("matcher",) if alone else SIDES)]
+        return min(one.most(free, whole, grid, number) if one.most else free // 2 for one, number in found)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether sources and destinations are the same in all samples."""
+        return all(_piece(kind, getattr(self, kind))[0].fixed for kind in SIDES[:2])
+
+    @property
+    def clash(self) -> str:
+        """Why these pieces do not go together; empty where they do."""
+        ours, partition = self.pieces["matcher"], self.pieces["partition"]
+        own = f'matcher="{self.matcher}"'
+        if ours.apart and partition.overlaps:
+            return f'{own} needs two sides, and in partition="{self.partition}" tokens stand on both'
+        if _is_registered(self.matcher):
+            if not self.fixed or self.partition not in matching.PARTITIONS:
+                return f'{own} takes the sides of {", ".join(matching.PARTITIONS)}, candidates="all"'
+            if self.similarity not in matching.SIMILARITIES:
+                return f'{own} takes the similarity {" or ".join(matching.SIMILARITIES)}'
+        if self.merging == "weighted" and not any(need in self.needs for need in PAID):
+            return 'merging="weighted" weighs by attention: say importance="attention" or "received"'
+        return ""
 
     @property
     def key(self) -> str:
@@ -116,20 +147,28 @@ def from_key(key: str) -> How:
 
 
 def _piece(kind: str, name: str) -> tuple[Piece, int]:
-    if kind == "matcher" and name not in matching.BUILT_IN and name in matching.matchers():
-        return Piece(functools.partial(_registered, name)), 0
+    if kind == "matcher" and _is_registered(name):
+        return Piece(_registered, fixed=True), 0
     return named(kind, name)
 
 
-def _registered(name: str, tokens: Tokens, sides: Any, r: int, compare: Callable[[], Tensor]) -> Found:
+def _is_registered(matcher: str) -> bool:
+    return matcher not in matching.BUILT_IN and matcher in matching.matchers()
+
+
+def _registered(how: How, tokens: Tokens, sides: Sides, r: int, _: object) -> Found:
     """A matcher of `register_matcher`, which knows sides that are the same in all samples."""
-    if sides.wanted is not None or sides.sources.shape[0] != 1:
-        raise ValueError(f'the matcher "{name}" takes fixed sides, as "alternating" has: use another partition')
-    return matching.checked(name, tokens.metric, r, sides.sources[0], sides.destinations[0], matching.cosine)
+    similarity = matching.SIMILARITIES[how.similarity]
+    return matching.checked(how.matcher, tokens.metric, r, sides.sources[0], sides.destinations[0], similarity)
 
 
 def scores(how: How, tokens: Tokens) -> Tensor | None:
-    return how.pieces["importance"].run(tokens) if how.scored else None
+    if not how.scored:
+        return None
+    found = how.pieces["importance"].run(tokens)
+    if tokens.seen is None or not tokens.padding_first:
+        return found
+    return torch.where(tokens.seen, found, found.amin(-1, keepdim=True) - 1)
 
 
 def pick(how: How, tokens: Tokens, r: int, pruned: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -139,18 +178,26 @@ def pick(how: How, tokens: Tokens, r: int, pruned: int) -> tuple[Tensor, Tensor,
     Raises ValueError where a registered matcher returns what it must not.
     """
     tokens = replace(tokens, importance=scores(how, tokens))
-    order = how.pieces["candidates"].run(tokens, r)
+    alone = _piece("matcher", how.matcher)[0].alone
+    order = everyone(tokens, r) if alone else how.pieces["candidates"].run(tokens, r)
     (part, number), batch = named("partition", how.partition), tokens.metric.shape[0]
     sides = part.run(tokens, order, r, number) if number else part.run(tokens, order, r)
 
     def compare() -> Tensor:
-        alike = how.pieces["similarity"].run(tokens, sides.sources, sides.destinations)
-        if sides.wanted is None:
-            return alike
-        most, least = (f(alike, (1, 2), keepdim=True) for f in (torch.amax, torch.amin))
-        return torch.where(sides.wanted, alike, alike - (most - least + 1))
+        alike, seen = how.pieces["similarity"].run(tokens, sides.sources, sides.destinations), tokens.seen
+        wanted = [] if sides.wanted is None else [(sides.wanted, False)]
+        kinds = []
+        if seen is not None:
+            own, other = taken(seen, sides.sources)[:, :, None], taken(seen, sides.destinations)[:, None]
+            kinds = [(own == other, False), (~(own | other), True)][: 1 + tokens.padding_first]
+        for chosen, more in kinds + wanted if part.overlaps else wanted + kinds:
+            most, least = (f(alike, (1, 2), keepdim=True) for f in (torch.amax, torch.amin))
+            step = most - least + 1
+            alike = torch.where(chosen, alike + step, alike) if more else torch.where(chosen, alike, alike - step)
+        return alike
 
-    source, destination, score = _piece("matcher", how.matcher)[0].run(tokens, sides, r, compare)
+    run = functools.partial(_registered, how) if _is_registered(how.matcher) else how.pieces["matcher"].run
+    source, destination, score = run(tokens, sides, r, compare)
     source, destination = source.expand(batch, -1), destination.expand(batch, -1)
     if type(tokens.metric) is Tensor and (strange := how.strange):  # not while it is traced
         matching.check_pairs(f"pieces {strange}", (source, destination, score), batch, tokens.count, r)
@@ -159,6 +206,5 @@ def pick(how: How, tokens: Tokens, r: int, pruned: int) -> tuple[Tensor, Tensor,
     if pruned:
         turn = score.scatter(1, ranked(tokens.scores().gather(1, source), pruned, least=True), -torch.inf)
     turn = ranked(turn, r)
-    both = torch.cat(sides[:2], -1) if sides.sources.shape[0] == sides.destinations.shape[0] == 1 else None
-    body = both[0] if both is not None and both.shape[1] == tokens.count else tokens.positions
+    body = torch.cat(sides[:2], -1)[0] if how.fixed else tokens.positions
     return source.gather(1, turn), destination.gather(1, turn), score.gather(1, turn), body

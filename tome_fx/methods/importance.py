@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tome_fx.matching import cosine
-
-from .tokens import Tokens, piece
+from .tokens import Tokens, mean_of, piece, with_all
 
 
 @piece("importance", "attention", needs=("attention",))
@@ -36,15 +34,15 @@ def energy(tokens: Tokens) -> Tensor:
     x >= margin and exp(x - margin) - 1 below it. The public code averages ELU(cos - margin) instead; here is the
     paper's. margin falls linearly with depth."""
     margin = tokens.numbers["margin"]
-    alike = cosine(tokens.metric, tokens.metric)
-    return -alike.where(alike >= margin, (alike - margin).expm1()).mean(-1)
+    alike, kin = with_all(tokens)
+    return -mean_of(alike.where(alike >= margin, (alike - margin).expm1()), kin)
 
 
 @piece("importance", "rare", all_pairs=True)
 def rare(tokens: Tokens) -> Tensor:
     """Minus the mean similarity to all tokens: what is like nothing else is important (SAINT's rule at the end of a
     tower, arXiv 2503.11549, without repeating)."""
-    return -cosine(tokens.metric, tokens.metric).mean(-1)
+    return -mean_of(*with_all(tokens))
 
 
 @piece("importance", "size")

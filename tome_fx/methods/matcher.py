@@ -10,10 +10,10 @@ from torch import Tensor
 from tome_fx.matching import cosine, permutation
 
 from .partition import _all_but_one
-from .tokens import Compare, Found, Sides, Tokens, piece, ranked, take, taken
+from .tokens import Compare, Found, Sides, Tokens, any_number, piece, ranked, take, taken, with_all
 
 
-@piece("matcher", "bipartite")
+@piece("matcher", "bipartite", most=any_number)
 def bipartite(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
     """The r sources whose best destination is most like them (ToMe, arXiv 2210.09461, section 3)."""
     best, partner = compare().max(-1)
@@ -21,7 +21,7 @@ def bipartite(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
     return take(sides.sources, chosen), take(sides.destinations, partner.gather(1, chosen)), best
 
 
-@piece("matcher", "random")
+@piece("matcher", "random", alone=True)
 def random(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
     """r random pairs of all tokens, for one number of tokens always the same: the baseline."""
     order = permutation(tokens.count, tokens.metric.device)[None].expand(tokens.metric.shape[0], -1)
@@ -36,7 +36,7 @@ def votes(alike: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     return close, close.sum(-1)
 
 
-@piece("matcher", "votes")
+@piece("matcher", "votes", most=any_number)
 def saint(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
     """SAINT (arXiv 2503.11549, ViT mode): of sources with n > 0 partners of at least `tau`, n * exp(gamma * (their mean
     similarity - tau)), of others the mean similarity to all; the r highest go, each to its best destination. Its r, the
@@ -45,11 +45,13 @@ def saint(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
     close, count = votes(alike, tau)
     among = (alike * close).sum(-1) / count.clamp_min(1)
     score = torch.where(count > 0, count * (gamma * (among - tau)).exp(), alike.mean(-1))
+    if sides.wanted is not None:  # a source that no wanted pair has comes last
+        score = score.masked_fill(~sides.wanted.any(-1), torch.finfo(score.dtype).min)
     score, chosen = score.topk(r)
     return take(sides.sources, chosen), take(sides.destinations, alike.argmax(-1).gather(1, chosen)), score
 
 
-@piece("matcher", "both")
+@piece("matcher", "both", apart=True)
 def both(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
     """In both directions (MCTF, arXiv 2403.10030, section 3.3): half of the r from sources to destinations, the other
     half from destinations that nothing joined to sources that stay."""
@@ -68,7 +70,7 @@ def both(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
     return source, destination, torch.cat([score, more], 1)
 
 
-@piece("matcher", "fuse", scored=True)
+@piece("matcher", "fuse", scored=True, most=any_number, apart=True)
 def fuse(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
     """All sources join the least important destination: one fused token (EViT, arXiv 2202.07800, section 3.2)."""
     scores = tokens.scores()
@@ -79,11 +81,15 @@ def fuse(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
     return source, target.expand(-1, r), scores.gather(1, source)
 
 
-@piece("matcher", "greedy", all_pairs=True, most=_all_but_one)
+@piece("matcher", "greedy", all_pairs=True, most=_all_but_one, alone=True)
 def greedy(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
     """One after the other, the token that is most like all that are left (SAINT for language models, arXiv 2503.11549);
     each joins, at the end, the one left that is most like it. Partitions do not matter."""
-    alike = cosine(tokens.metric, tokens.metric)
+    alike, kin = with_all(tokens)
+    if kin is not None:
+        alike = torch.where(kin, alike, -2.0)
+        if tokens.padding_first:
+            alike = alike + tokens.count * ~(tokens.seen[:, :, None] | tokens.seen[:, None])  # type: ignore[index]
     left = torch.ones(alike.shape[:2], dtype=torch.bool, device=alike.device)
     total, gone, score = alike.sum(-1), [], []
     for _ in range(r):
@@ -103,17 +109,17 @@ def _after_first_frame(free: int, whole: int, grid: tuple[int, ...], k: int) -> 
     return max(free - whole // grid[0], 0)
 
 
-@piece("matcher", "previous", needs=("place",), all_pairs=True, most=_after_first_frame)
+@piece("matcher", "previous", needs=("place",), all_pairs=True, most=_after_first_frame, alone=True)
 def previous(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
-    """The r tokens most like the one at the same place of the frame before (EVS, arXiv 2510.14624), through chains to
-    the last one that stays. Needs a grid with frames, and tokens that did not merge before."""
+    """The r tokens most like the one at the same place of the frame before (EVS, arXiv 2510.14624; of the last frame
+    before in which it is left), through chains to the last one that stays. Needs a grid with frames."""
     place = tokens.places()
-    wanted = torch.cat([place[..., :1] - 1, place[..., 1:]], -1)
-    before = (wanted[:, :, None] == place[:, None]).all(-1)
-    alike = cosine(tokens.metric, tokens.metric).masked_fill(~before, -torch.inf)
-    best, parent = alike.max(-1)
-    score, source = best.topk(r)
-    goes = torch.zeros_like(best, dtype=torch.bool).scatter(1, source, True)
+    frame, spot = place[..., 0], place[..., 1:]
+    before = (spot[:, :, None] == spot[:, None]).all(-1) & (frame[:, None] < frame[:, :, None])
+    last, parent = torch.where(before, frame[:, None], -1.0).max(-1)
+    alike = cosine(tokens.metric, tokens.metric).gather(-1, parent[..., None])[..., 0]
+    score, source = alike.masked_fill(last < 0, torch.finfo(alike.dtype).min).topk(r)
+    goes = torch.zeros_like(alike, dtype=torch.bool).scatter(1, source, True)
     root = torch.where(goes, parent, tokens.positions)
     for _ in range(max(tokens.count.bit_length(), 1)):
         root = root.gather(1, root)

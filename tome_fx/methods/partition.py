@@ -10,12 +10,12 @@ from torch import Tensor
 
 from tome_fx.matching import permutation
 
-from .tokens import Order, Sides, Tokens, in_place, piece, ranked, take
+from .tokens import Order, Sides, Tokens, any_number, in_place, piece, ranked, take
 
 # -- candidates --------------------------------------------------------------------------------------------------------
 
 
-@piece("candidates", "all")
+@piece("candidates", "all", most=any_number, fixed=True)
 def everyone(tokens: Tokens, r: int) -> Order:
     """All, in position order."""
     return Order(tokens.positions[None], tokens.first % 2)
@@ -30,20 +30,20 @@ def least(tokens: Tokens, r: int) -> Order:
 # -- partition ---------------------------------------------------------------------------------------------------------
 
 
-@piece("partition", "alternating")
+@piece("partition", "alternating", fixed=True)
 def alternating(tokens: Tokens, order: Order, r: int) -> Sides:
     """In turn a source and a destination (ToMe, arXiv 2210.09461, table 1)."""
     return Sides(order.positions[:, order.first :: 2], order.positions[:, 1 - order.first :: 2])
 
 
-@piece("partition", "sequential")
+@piece("partition", "sequential", fixed=True)
 def sequential(tokens: Tokens, order: Order, r: int) -> Sides:
     """The first half are sources (table 1)."""
     half = (order.positions.shape[1] + 1) // 2
     return Sides(order.positions[:, :half], order.positions[:, half:])
 
 
-@piece("partition", "random")
+@piece("partition", "random", fixed=True)
 def random(tokens: Tokens, order: Order, r: int) -> Sides:
     """A random half are sources, for one number of tokens always the same (table 1)."""
     n = order.positions.shape[1]
@@ -67,7 +67,7 @@ def importance(tokens: Tokens, order: Order, r: int) -> Sides:
     return Sides(take(held, in_place(goes, r)), take(held, in_place(~goes, held.shape[1] - r)))
 
 
-@piece("partition", "band:k")
+@piece("partition", "band:k", fixed=True)
 def band(tokens: Tokens, order: Order, r: int, k: int) -> Sides:
     """Alternating; tokens at most k apart first (local merging, arXiv 2405.17951, equation 1)."""
     sides = alternating(tokens, order, r)
@@ -75,13 +75,13 @@ def band(tokens: Tokens, order: Order, r: int, k: int) -> Sides:
     return sides._replace(wanted=apart.abs() <= k)
 
 
-@piece("partition", "window:k", needs=("place",))
+@piece("partition", "window:k", needs=("place",), fixed=True)
 def window(tokens: Tokens, order: Order, r: int, k: int) -> Sides:
     """Alternating; tokens of one k x k window of the grid, in one frame, first (ALGM, CVPR 2024: k = 2)."""
     return _inside(alternating(tokens, order, r), _cells(tokens, k))
 
 
-@piece("partition", "frame", needs=("place",))
+@piece("partition", "frame", needs=("place",), fixed=True)
 def frame(tokens: Tokens, order: Order, r: int) -> Sides:
     """Alternating; tokens of one frame first (of one row, where there are no frames)."""
     return _inside(alternating(tokens, order, r), tokens.places()[..., :1])
@@ -95,7 +95,7 @@ def _after_cells(free: int, whole: int, grid: Sequence[int], k: int) -> int:
     return max(free - prod(sides), 0)
 
 
-@piece("partition", "grid:k", needs=("place",), all_pairs=True, most=_after_cells)
+@piece("partition", "grid:k", needs=("place",), all_pairs=True, most=_after_cells, overlaps=True)
 def grid(tokens: Tokens, order: Order, r: int, k: int) -> Sides:
     """Destinations are the first token of each k x k cell of the grid, all others sources (Token Merging for Stable
     Diffusion, arXiv 2303.17604, section 3.2, whose cells of 2 x 2 have a random one)."""

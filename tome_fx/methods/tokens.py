@@ -10,8 +10,8 @@ they run in this order:
     matcher(tokens, sides, r, compare)          -> source, destination int64 [batch, r], score floating [batch, r]
 
 compare() is the similarity of all sources with all destinations; pairs that the partition does not want come after all
-others. All pieces are plain functions of tensors, run outside autograd and autocast, and hold for any batch: a sample
-does not depend on the others.
+others, and after these pairs of a token that a mask of keys leaves out with one that it does not. All pieces are plain
+functions of tensors, run outside autograd and autocast, and hold for any batch: a sample does not depend on the others.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tome_fx.matching import cosine
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -32,8 +34,10 @@ class Tokens:
     of them in the whole sequence. size: float32 `[batch, N]`, original tokens behind each. attention: float32
     `[batch, N]`, the attention that a piece asked for by `needs`, else None. place: float32 `[batch, N, axes]`, where
     on the grid of patches the token that stands for a group is (frame, row, column; one axis where no grid is known),
-    for pieces that ask for it. importance: what the importance piece found. numbers: the method's numbers by name,
-    those that change with depth as they are here.
+    for pieces that ask for it. seen: bool `[batch, N]`, False where a mask of keys leaves out all that is behind a
+    token; None without a mask. padding_first: whether such tokens go before all others (their metric is zeros then).
+    importance: what the importance piece found. numbers: the method's numbers by name, those that change with depth as
+    they are here.
     """
 
     metric: Tensor
@@ -41,6 +45,8 @@ class Tokens:
     size: Tensor
     attention: Tensor | None = None
     place: Tensor | None = None
+    seen: Tensor | None = None
+    padding_first: bool = False
     importance: Tensor | None = None
     numbers: Mapping[str, float] = field(default_factory=dict)
 
@@ -92,13 +98,20 @@ PIECES: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
 class Piece:
     """A function with what it asks for: needs, of "attention" (of the class token), "received" (attention received) and
     "place"; scored, whether it reads the importance; all_pairs, whether it compares all tokens with all; most, (free
-    tokens now, at first, grid, number) -> how many may go at most, None: half of them."""
+    tokens now, at first, grid, number) -> how many may go at most, None: half of them; fixed, of candidates and
+    partitions, whether they are the same in all samples; overlaps, of a partition, whether tokens stand on both
+    sides, and `wanted` alone says which of them go; apart, of a matcher, whether its two sides must not overlap; alone,
+    of a matcher, whether candidates and partition do not matter to it."""
 
     run: Callable[..., Any]
     needs: tuple[str, ...] = ()
     scored: bool = False
     all_pairs: bool = False
     most: Callable[..., int] | None = None
+    fixed: bool = False
+    overlaps: bool = False
+    apart: bool = False
+    alone: bool = False
 
 
 def piece(kind: str, name: str, **asks: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -109,6 +122,23 @@ def piece(kind: str, name: str, **asks: Any) -> Callable[[Callable[..., Any]], C
         return run
 
     return listed
+
+
+def with_all(tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+    """The cosine of all tokens with all, float32 `[batch, N, N]`; bool, the pairs that a mask of keys does not part."""
+    seen = tokens.seen
+    kin = None if seen is None else seen[:, :, None] == seen[:, None]
+    return cosine(tokens.metric, tokens.metric), kin
+
+
+def mean_of(x: Tensor, kin: Tensor | None) -> Tensor:
+    """`[batch, N, N]` -> `[batch, N]`: the mean over the tokens that count for each."""
+    return x.mean(-1) if kin is None else (x * kin).sum(-1) / kin.sum(-1)
+
+
+def any_number(free: int, *_: object) -> int:
+    """`Piece.most` of what limits nothing itself."""
+    return free
 
 
 def named(kind: str, name: str) -> tuple[Piece, int]:
