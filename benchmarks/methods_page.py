@@ -43,8 +43,8 @@ what ToMe would merge; `tome, share` merges a share of the tokens at each block,
 """
 CHOOSING = """## What choosing costs
 
-Shares of the compiled model's time: ViT-S/16 at {side} px (1,025 tokens), batch {batch} (`benchmarks/methods.py`), on
-one thread, where matching weighs least. Reading: attention and places computed for the method alone.
+Shares of the compiled model's time: ViT-S/16 at {side} px (1,025 tokens), batch {batch} (`benchmarks/methods.py`), on one
+thread, where matching weighs least. Reading: attention and places computed for the method alone.
 """
 KINDS_HEAD = """## Pieces
 
@@ -155,25 +155,32 @@ def answer(results: Mapping[str, Any]) -> list[str]:
     """Which method loses least, by task: what accuracy/methods.py found."""
     lines = []
     for task, result in results.items():
-        lines += [f"**{task}** ({result['data'].partition(':')[0]}; {result['baseline']['n']} samples)", ""]
-        lines += table(("asked", "found"), ([row["text"], row["value"]] for row in result["found"]))
-    return [*lines, *verdict(results)]
+        lines += [f"**{task}** ({result['data'].partition(':')[0].rstrip('.')}; {result['baseline']['n']} samples)", ""]
+        rows = [[row["text"], row["value"]] for row in result["found"]]
+        lines += table(("asked", "found"), rows) if rows else [f"Not all rows are there: {UNMEASURED}.", ""]
+    return [*verdict(results), *lines]
 
 
 def verdict(results: Mapping[str, Any]) -> list[str]:
-    """One sentence of all tasks."""
+    """One sentence of all tasks, and one of ToMe's own controls."""
     found = [(task, row) for task, result in results.items() for row in result["found"]]
     if not found:
         return [f"Which loses least: {UNMEASURED}.", ""]
     wins: dict[str, list[str]] = {}
     for task, row in found:
         for label in row["better"]:
-            axis = "FLOPs" if row["axis"] == "macs" else "throughput"
-            wins.setdefault(label, []).append(f"{task} at {row['factor']:g} times by {axis}")
-    if not wins:
-        return [f"No method beats ToMe beyond its interval, in {len(found)} comparisons of all with it.", ""]
-    lines = [f"- `{label}` beats ToMe beyond its interval: {'; '.join(places)}." for label, places in wins.items()]
-    return [f"Of {len(found)} comparisons of all methods with ToMe:", "", *lines, ""]
+            axis = "fewer FLOPs" if row["axis"] == "macs" else "the throughput"
+            wins.setdefault(label, []).append(f"{task} at {row['factor']:g} times {axis}")
+    own = {label: places for label, places in wins.items() if label in METHODS}
+    lines = [f"- `{name}` beats ToMe beyond its interval: {'; '.join(places)}." for name, places in own.items()]
+    if not own:
+        lines = ["**No method beats ToMe beyond its interval** on what was measured so far:"]
+        lines += [f"{len(found)} comparisons of all with it, on {', '.join(dict.fromkeys(task for task, _ in found))}."]
+    if not any(row["axis"] == "speed" for _, row in found):
+        lines.append(f"At equal throughput: {UNMEASURED}.")
+    for label in wins.keys() - own.keys():
+        lines.append(f"ToMe itself loses less with another schedule (`{label}`): {'; '.join(wins[label])}.")
+    return ["\n".join(lines), ""]
 
 
 # --------------------------------------------------------------------------------------------------------- pieces

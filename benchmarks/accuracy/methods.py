@@ -322,21 +322,20 @@ def unpacked(samples: str | list[float]) -> np.ndarray:
     return np.array([float(x) for x in samples])
 
 
-def time_all(task: Task, result: dict[str, Any], rounds: int, save: Callable[[], None], console: Console) -> None:
+def time_all(
+    task: Task, result: dict[str, Any], args: argparse.Namespace, save: Callable[[], None], console: Console
+) -> None:
     """Throughput of the points that have none, over plain Inductor's, interleaved: those of one target in one run."""
-    for target in TARGETS:
-        at = [p for p in points_of(result) if p["target"] == round(target, 3) and p["speed"] is None]
+    wanted = [p for curve in result["curves"] if curve["label"] in args.methods for p in curve["points"]]
+    for target in args.targets:
+        at = [p for p in wanted if p["target"] == round(target, 3) and p["speed"] is None]
         if not at:
             continue
         ways = {str(i): p["options"] for i, p in enumerate(at)}
-        speeds = evaluate.throughput(task.model, ways, task.x, rounds, console)
+        speeds = evaluate.throughput(task.model, ways, task.x, args.rounds, console)
         for name, p in zip(ways, at, strict=True):
             p["speed"] = speeds[name]
         save()
-
-
-def points_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [p for curve in result["curves"] for p in curve["points"]]
 
 
 # -------------------------------------------------------------------------------------------------------- answers
@@ -469,7 +468,7 @@ def measure(task: Task, args: argparse.Namespace, info: dict[str, Any], console:
                 save()
                 console.print(f"{task.name}, {label}, {target:.2f}: {new['value']:.2f}, MACs {new['macs']:.3f}")
     if not args.no_speed:
-        time_all(task, result, args.rounds, save, console)
+        time_all(task, result, args, save, console)
     result["found"] = answers(result)
     save()
     return result
