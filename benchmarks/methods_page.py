@@ -23,6 +23,8 @@ RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
 TARGETS = (0.667, 0.5)
 """Shares of the FLOPs that the table shows, as accuracy/methods.py has them."""
+ENOUGH = 30
+"""Samples from which better and worse are told apart, as in accuracy/methods.py."""
 UNMEASURED, UNKNOWN = "not measured", "not looked into"
 HEAD = """# Methods
 
@@ -43,8 +45,8 @@ what ToMe would merge; `tome, share` merges a share of the tokens at each block,
 """
 CHOOSING = """## What choosing costs
 
-Shares of the compiled model's time: ViT-S/16 at {side} px (1,025 tokens), batch {batch} (`benchmarks/methods.py`), on one
-thread, where matching weighs least. Reading: attention and places computed for the method alone.
+Shares of the compiled model's time: ViT-S/16 at {side} px (1,025 tokens), batch {batch} (`benchmarks/methods.py`), on
+one thread, where matching weighs least. Reading: attention and places computed for the method alone.
 """
 KINDS_HEAD = """## Pieces
 
@@ -163,7 +165,8 @@ def answer(results: Mapping[str, Any]) -> list[str]:
 
 def verdict(results: Mapping[str, Any]) -> list[str]:
     """One sentence of all tasks, and one of ToMe's own controls."""
-    found = [(task, row) for task, result in results.items() for row in result["found"]]
+    told = {task: result for task, result in results.items() if result["baseline"]["n"] >= ENOUGH}
+    found = [(task, row) for task, result in told.items() for row in result["found"]]
     if not found:
         return [f"Which loses least: {UNMEASURED}.", ""]
     wins: dict[str, list[str]] = {}
@@ -173,6 +176,8 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
             wins.setdefault(label, []).append(f"{task} at {row['factor']:g} times {axis}")
     own = {label: places for label, places in wins.items() if label in METHODS}
     lines = [f"- `{name}` beats ToMe beyond its interval: {'; '.join(places)}." for name, places in own.items()]
+    if own:
+        lines.insert(0, f"Of {len(found)} comparisons of all methods with ToMe:\n")
     if not own:
         lines = ["**No method beats ToMe beyond its interval** on what was measured so far:"]
         lines += [f"{len(found)} comparisons of all with it, on {', '.join(dict.fromkeys(task for task, _ in found))}."]

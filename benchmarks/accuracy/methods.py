@@ -53,6 +53,8 @@ METHODS: dict[str, dict[str, Any]] = {
 SHARED = ("tome, share", "evit", "pitome")
 """Those that remove a share of the tokens at each block, not a count: so in the papers, and ToMe as their control."""
 DRAWS = 4000
+ENOUGH = 30
+"""Samples from which better and worse are told apart: a bootstrap of fewer is too narrow."""
 SLACK = 0.02
 """How far beyond a method's last point the line through its last two may be read."""
 ON_THE_LINE = """Under found: paired intervals, those against ToMe so wide that they hold for all methods at once
@@ -332,7 +334,9 @@ def time_all(
         if not at:
             continue
         ways = {str(i): p["options"] for i, p in enumerate(at)}
+        machine = {**evaluate.machine(), "target": round(target, 3), "rounds": args.rounds}
         speeds = evaluate.throughput(task.model, ways, task.x, args.rounds, console)
+        result["settings"].setdefault("timed", []).append(machine)
         for name, p in zip(ways, at, strict=True):
             p["speed"] = speeds[name]
         save()
@@ -401,14 +405,16 @@ def answers(result: Mapping[str, Any]) -> list[dict[str, Any]]:
                 continue
             loss, over = both["loss"], both["over"]
             first, best = next(iter(METHODS)), min(loss, key=lambda label: loss[label]["value"])
-            better = [label for label, of in over.items() if of["high"] < 0]
-            worse = [label for label, of in over.items() if of["low"] > 0]
+            enough = len(result["plain"]) >= ENOUGH
+            better = [label for label, of in over.items() if enough and of["high"] < 0]
+            worse = [label for label, of in over.items() if enough and of["low"] > 0]
             text = f"at {factor:g} times {what}: loses least of {len(loss)}; who beats {first} beyond its interval"
             value = f"{best} loses {said(loss[best], result['unit'])}"
             if best != first:
                 less = {"value": -over[best]["value"], "low": -over[best]["high"], "high": -over[best]["low"]}
                 value += f", {said(less, result['unit'])} less than {first}, which loses {loss[first]['value']:.4g}"
-            value += f"; better than {first}: {', '.join(better) or 'none'}; worse: {', '.join(worse) or 'none'}"
+            told = f"better than {first}: {', '.join(better) or 'none'}; worse: {', '.join(worse) or 'none'}"
+            value += f"; {told if enough else 'too few samples to tell who is better'}"
             kept = {"axis": axis, "factor": factor, "best": best, "better": better, "worse": worse, **both}
             found.append({"text": text, "value": value, "holds": None, **kept})
     return found
