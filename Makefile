@@ -51,8 +51,8 @@ bench-gpu: $(VENV)/.stamp-bench
 	$(PY) benchmarks/speed.py deit_small_r13 --device cuda --dtype bfloat16 --batch 128 --mode $(MODES) $(ARGS)
 	$(PY) benchmarks/report.py
 
-# Three hours on two cores, most of it training. A script that fails does not keep the others from running.
-ACCURACY := images small_vit dense ablations speech video
+# Three hours on two cores, most of it training, and three more for the methods. A script that fails does not keep the others from running.
+ACCURACY := images small_vit dense ablations speech video methods
 accuracy: $(VENV)/.stamp-accuracy
 	status=0; for script in $(ACCURACY); do $(PY) benchmarks/accuracy/$$script.py $(ARGS) || status=1; done; \
 	$(PY) benchmarks/accuracy/report.py && exit $$status

@@ -35,7 +35,7 @@ import dense  # noqa: E402
 import evaluate  # noqa: E402
 import images  # noqa: E402
 import small_vit  # noqa: E402
-from benchmarks.accuracy import report  # noqa: E402
+from benchmarks.accuracy import methods, report  # noqa: E402
 
 QUIET = Console(file=io.StringIO())
 
@@ -259,6 +259,48 @@ def test_the_saliency_model_gives_a_heat_for_every_pixel() -> None:
     assert heat.shape == (1, 1, 224, 224) and 0 <= heat.min() <= heat.max() <= 1
 
 
+# ------------------------------------------------------------------------------------------------------- methods
+
+
+@pytest.mark.parametrize("label", methods.METHODS)
+@pytest.mark.parametrize("target", methods.TARGETS)
+def test_every_method_can_cost_what_is_asked(label: str, target: float) -> None:
+    tower = methods.Tower(12, 257, 1, 384, (16, 16))
+    chosen = methods.config_of(label).chosen(tower.depth)
+    counts = dict(zip(chosen, methods.schedule_for(tower, label, target), strict=True))
+    assert tower.share([counts.get(at, 0) for at in range(tower.depth)]) == pytest.approx(target, abs=0.01)
+
+
+def made_up_methods(values: dict[str, tuple[float, float]], n: int = 400) -> dict[str, Any]:
+    """Shares of right samples of each method at 0.8 and 0.4 of the FLOPs; all samples are right without merging."""
+    curves = [
+        {"label": label, "points": [
+            {"macs": macs, "speed": None, "samples": methods.packed((np.arange(n) < share * n).astype(float))}
+            for macs, share in zip((0.8, 0.4), shares, strict=True)]}
+        for label, shares in values.items()
+    ]  # fmt: skip
+    return {"curves": curves, "plain": "1" * n, "weights": [0.01], "better": "higher", "unit": "%"}
+
+
+def test_methods_are_compared_at_equal_cost() -> None:
+    """On the line between two points; one that is better, one that is worse, one that cannot be told apart."""
+    made = made_up_methods({"tome": (0.9, 0.5), "saint": (1.0, 0.8), "tosa": (0.7, 0.2), "mstm": (0.9, 0.51)})
+    fewer, more = methods.answers(made)
+    assert [row["factor"] for row in (fewer, more)] == [1.5, 2.0]
+    for row in (fewer, more):
+        assert (row["best"], row["better"], row["worse"]) == ("saint", ["saint"], ["tosa"])
+    # 2 lies 3/5 of the way from 1.25 to 2.5 times.
+    assert more["loss"]["tome"]["value"] == pytest.approx(10 + 0.6 * 40)
+    assert more["over"]["saint"]["value"] == pytest.approx(0.6 * 20 - 34)
+
+
+def test_methods_that_do_not_reach_are_left_out() -> None:
+    made = made_up_methods({"tome": (0.9, 0.5), "saint": (1.0, 0.8)})
+    made["curves"][1]["points"].pop()
+    assert methods.answers(made) == []
+    assert methods.unpacked(methods.packed(np.array([0.5, 0.25]))).tolist() == [0.5, 0.25]
+
+
 # -------------------------------------------------------------------------------------------------------- report
 
 
@@ -330,8 +372,11 @@ def test_the_small_version_runs_to_the_page(tmp_path: Path, monkeypatch: pytest.
     out, picture = ("--out", str(tmp_path)), tmp_path / "saliency.png"
     for script, more in (("images", ()), ("small_vit", ()), ("dense", ("--picture", str(picture))), ("ablations", ())):
         run(script, "--small", "--threads", "1", *out, *more)
+    for _ in range(2):
+        run("methods", "--small", "--threads", "1", "--tasks", "small_vit", "images_112", *out)
     run("report", "--results", str(tmp_path), "--page", str(tmp_path / "page.md"))
-    names = {"images_112", "small_vit", "dense_correlation", "dense_error", "ablations_dinov2", "ablations_small_vit"}
+    names = {"images_112", "small_vit", "dense_correlation", "dense_error", "ablations_dinov2", "ablations_small_vit",
+             "methods_small_vit", "methods_images_112"}  # fmt: skip
     assert {path.stem for path in tmp_path.glob("*.json")} == names
     page = (tmp_path / "page.md").read_text()
     assert all(f"({name}.png)" in page.replace("./", "") for name in names)

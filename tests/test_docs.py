@@ -7,8 +7,13 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+import tome_fx
+from tome_fx.methods import METHODS, PIECES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [(ROOT / "docs" / name).read_text() for name in ("programs.md", "export.md", "limits.md")]
@@ -38,6 +43,38 @@ def test_the_api_page_is_that_of_the_docstrings() -> None:
     import api
 
     assert api.PAGE.read_text() == api.page(), "python benchmarks/api.py writes it"
+
+
+def page_of_methods() -> Any:
+    sys.path.insert(0, str(ROOT / "benchmarks"))  # first: benchmarks/accuracy has a methods.py too
+    import methods_page
+
+    return methods_page
+
+
+def test_the_page_of_methods_is_that_of_the_registry_and_the_results() -> None:
+    methods_page = page_of_methods()
+
+    assert methods_page.PAGE.read_text() == methods_page.page(), "python benchmarks/methods_page.py writes it"
+
+
+def test_the_example_of_a_method_of_ones_own_merges() -> None:
+    """What docs/methods.md shows, and it is not in the page afterwards."""
+    methods_page = page_of_methods()
+    names: dict[str, Any] = {"__name__": "example"}
+    try:
+        exec(methods_page.EXAMPLE, names)
+        model, x = torch.nn.TransformerEncoder(layer(), 3, enable_nested_tensor=False).eval(), torch.randn(2, 33, 32)
+        report = tome_fx.explain(model, (x,), r=4, method="middle_out")
+        assert report.merged_sites == 3
+        assert methods_page.PAGE.read_text() == methods_page.page()
+    finally:
+        METHODS.pop("middle_out", None)
+        PIECES["importance"].pop("middle", None)
+
+
+def layer() -> torch.nn.TransformerEncoderLayer:
+    return torch.nn.TransformerEncoderLayer(32, 4, 128, batch_first=True, norm_first=True)
 
 
 def test_the_table_of_exported_models_is_that_of_its_result() -> None:

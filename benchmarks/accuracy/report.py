@@ -125,11 +125,11 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         axes.axvline(base["value"], color="black", linewidth=0.8, label="no merging")
         axes.set_xlabel(what)
     else:
-        for curve in curves:
+        for curve, look in zip(curves, looks(len(curves)), strict=True):
             points = [p for p in curve["points"] if p[against] is not None]
             x, y = [p[against] for p in points], [p["value"] for p in points]
-            axes.errorbar(x, y, yerr=bars(points), fmt="o-", capsize=3, label=curve["label"])
-            for p in points:
+            axes.errorbar(x, y, yerr=bars(points), capsize=3, label=curve["label"], **look)
+            for p in points if len(curves) <= FEW else []:
                 place = (p[against], p["value"])
                 axes.annotate(schedule(p["r"]), place, xytext=(4, 4), textcoords="offset points", fontsize=7)
         axes.axhline(base["value"], color="black", linewidth=0.8, label="no merging")
@@ -142,6 +142,21 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(result["title"], fontsize=10)
     figure.savefig(path, dpi=110)
+
+
+FEW = 10
+"""Curves that matplotlib gives colours of their own, and whose points have room for their r."""
+
+
+def looks(count: int) -> list[dict[str, Any]]:
+    """The style of each curve: many have thin lines, 20 colours, and the first of them, thick, is what they are held
+    against."""
+    if count <= FEW:
+        return [{"fmt": "o-"}] * count
+    from matplotlib import colormaps
+
+    thin = [{"fmt": "o-", "color": colormaps["tab20"](i % 20), "linewidth": 1, "markersize": 4} for i in range(count)]
+    return [{"fmt": "o-", "color": "black", "linewidth": 2.5}, *thin[1:]]
 
 
 def bars(points: Sequence[Mapping[str, Any]]) -> list[list[float]]:
