@@ -391,8 +391,8 @@ def attention_paid(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | Non
             if mask is not None:
                 own = mask[..., start:stop, :] if mask.dim() > 1 and mask.shape[-2] > 1 else mask
                 scores = scores.masked_fill(~own, -torch.inf) if own.dtype is torch.bool else scores + own.float()
-            # A query without any key pays nothing.
-            paid = scores.softmax(-1).nan_to_num(0.0)
+            paid = scores.softmax(-1)
+            paid = paid if mask is None else paid.nan_to_num(0.0)  # a query without any key pays nothing
             total = total + (paid if asks is None else paid * asks[..., start:stop, None]).sum(-2)
         if asks is not None:
             return total / asks.sum(-1, keepdim=True).clamp_min(1)

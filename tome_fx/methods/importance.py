@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn.functional import elu
 
 from .tokens import Tokens, mean_of, piece, with_all
 
@@ -35,7 +36,7 @@ def energy(tokens: Tokens) -> Tensor:
     paper's. margin falls linearly with depth."""
     margin = tokens.numbers["margin"]
     alike, kin = with_all(tokens)
-    return -mean_of(alike.where(alike >= margin, (alike - margin).expm1()), kin)
+    return -mean_of(elu(alike - margin) + (alike >= margin).to(alike.dtype) * margin, kin)
 
 
 @piece("importance", "rare", all_pairs=True)

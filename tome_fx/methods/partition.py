@@ -12,6 +12,9 @@ from tome_fx.matching import permutation
 
 from .tokens import Order, Sides, Tokens, any_number, in_place, piece, ranked, take
 
+LONGEST = 2**20
+"""More than any axis of a grid has."""
+
 # -- candidates --------------------------------------------------------------------------------------------------------
 
 
@@ -84,7 +87,7 @@ def window(tokens: Tokens, order: Order, r: int, k: int) -> Sides:
 @piece("partition", "frame", needs=("place",), fixed=True)
 def frame(tokens: Tokens, order: Order, r: int) -> Sides:
     """Alternating; tokens of one frame first (of one row, where there are no frames)."""
-    return _inside(alternating(tokens, order, r), tokens.places()[..., :1])
+    return _inside(alternating(tokens, order, r), tokens.places()[..., 0])
 
 
 def _after_cells(free: int, whole: int, grid: Sequence[int], k: int) -> int:
@@ -100,22 +103,21 @@ def grid(tokens: Tokens, order: Order, r: int, k: int) -> Sides:
     """Destinations are the first token of each k x k cell of the grid, all others sources (Token Merging for Stable
     Diffusion, arXiv 2303.17604, section 3.2, whose cells of 2 x 2 have a random one)."""
     cells, place = _cells(tokens, k), tokens.positions
-    same = (cells[:, :, None] == cells[:, None]).all(-1)
+    same = cells[:, :, None] == cells[:, None]
     first = ~(same & (place[None, :] < place[:, None])).any(-1)
     everyone = tokens.positions[None]
     return Sides(everyone, everyone, ~first[:, :, None] & first[:, None])
 
 
 def _cells(tokens: Tokens, k: int) -> Tensor:
-    """`[batch, N, axes]`: the k x k cell of the last two axes that each token stands in, of its frame."""
-    place = tokens.places()
-    return torch.cat([place[..., :-2], (place[..., -2:] / k).floor()], -1)
+    """int64 `[batch, N]`: the k x k cell of the last two axes that each token stands in, of its frame."""
+    place = tokens.places().to(torch.int64)
+    *frames, row, column = [torch.zeros_like(place[..., 0]), *place.unbind(-1)]
+    cell = row // k * LONGEST + column // k
+    return sum((at * LONGEST**2 for at in frames), cell)
 
 
 def _inside(sides: Sides, label: Tensor) -> Sides:
-    """Pairs of one label `[batch, N, axes]` first."""
-    own, other = (
-        label.gather(1, side.expand(label.shape[0], -1)[..., None].expand(-1, -1, label.shape[-1]))
-        for side in sides[:2]
-    )
-    return sides._replace(wanted=(own[:, :, None] == other[:, None]).all(-1))
+    """Pairs of one label `[batch, N]` first."""
+    own, other = (label.gather(1, side.expand(label.shape[0], -1)) for side in sides[:2])
+    return sides._replace(wanted=own[:, :, None] == other[:, None])
