@@ -339,7 +339,8 @@ class _Walk:
             return None
         r = self._count(index, part.length, prev)
         if r == 0:
-            self._skip(block, "nothing to merge", self._why_none(block, part.length) if wanted else NO_SHARE)
+            why = self._why_none(block, part.length) if wanted else self._unasked(block)
+            self._skip(block, "nothing to merge", why)
             return None
         special = block.special
         free = size_hint(part.length) - special.prefix - special.suffix
@@ -374,6 +375,10 @@ class _Walk:
             most.append(limit if not block.special.inner else (before - ends) // 2)
             r = self._rounded(r, before, min(most), prev.chain()[0].site if prev else index)
         return min([r, *most])
+
+    def _unasked(self, block: Block) -> str:
+        config, (at, n) = self.facts.config, block.turn
+        return NO_SHARE if at in config.chosen(n) else f"blocks={config.blocks!r} leaves it out"
 
     def _why_none(self, block: Block, before: Any) -> str:
         if block.room and _least(block.room) == 0:

@@ -245,12 +245,10 @@ def match_parts(metric: Tensor, parts: Tensor, r: Any, *how: Any) -> tuple[Tenso
     return _matched(metric, (parts, even), r, (prefix, suffix), heads, "alternating", *(similarity or ["cosine"]))
 
 
-def match_pieces(
-    metric: Tensor, size: Any, attention: Any, place: Any, seen: Any, r: Any, *how: Any
-) -> tuple[Tensor, ...]:
-    """`tome::match_pieces`, of pieces that are the same in every process. how: pruned, prefix, suffix, heads, first,
-    the pieces."""
-    pruned, prefix, suffix, heads, first, key = how
+def match_pieces(metric: Tensor, size: Any, attention: Any, place: Any, *how: Any) -> tuple[Tensor, ...]:
+    """`tome::match_pieces`, of pieces that are the same in every process. how: what is seen, r, pruned,
+    prefix, suffix, heads, first, the pieces."""
+    seen, r, pruned, prefix, suffix, heads, first, key = how
     if own := from_key(key).of_process:
         raise PortableError(f"{own} cannot leave Python; plain=False keeps it")
     sample, n = metric.shape[: -3 if heads else -2], metric.shape[-3 if heads else -2]

@@ -186,6 +186,7 @@ def test_which_blocks_merge() -> None:
     with torch.no_grad():
         _, report = run(model, args, None, [5, 3], blocks=[1, 3], placement="stream")
     assert [tuple(t) for t in report.tokens] == [(37, 32), (32, 29)]
+    assert any(reason.detail == "blocks=(1, 3) leaves it out" for reason in report.skipped)
     _, report = run(model, args, None, (4, 1), blocks=[0, 2], placement="stream")
     assert [tuple(t) for t in report.tokens] == [(37, 29)]  # 0 at the first, 8 at the last
 
