@@ -37,6 +37,8 @@ import images  # noqa: E402
 import small_vit  # noqa: E402
 from benchmarks.accuracy import methods, report  # noqa: E402
 
+sys.modules.pop("report", None)  # what methods.py took by this name: benchmarks/ has another
+
 QUIET = Console(file=io.StringIO())
 
 

@@ -76,13 +76,17 @@ def arguments(*words: str) -> argparse.Namespace:
 def test_the_configuration_reaches_the_backend() -> None:
     args = arguments("explain", "m", "--r", "16,-1", "--metric", "input", "--placement", "stream", "--strict")
     expected = {"r": (16, -1.0), "placement": "stream", "metric": "input", "inner": "inductor", "strict": True}
-    defaults = {"similarity": "cosine", "partition": "alternating", "matcher": "bipartite", "merging": "mean"}
-    defaults |= {"protect": "auto", "every": 1, "multiple": 1, "prop_attn": True, "padding_first": False}
+    unsaid = ("importance", "candidates", "similarity", "alpha", "partition", "matcher", "merging", "prune", "blocks")
+    defaults = {**dict.fromkeys((*unsaid, "prop_attn")), "method": "tome"}
+    defaults |= {"protect": "auto", "every": 1, "multiple": 1, "padding_first": False}
     assert cli._config(args) == {**expected, **defaults, "drop_unread": True}
-    choices = {"similarity": "dot", "partition": "random", "matcher": "random", "merging": "prune"}
+    choices = {"similarity": "dot", "partition": "random", "matcher": "random", "merging": "prune", "method": "saint"}
     words = [word for name, value in choices.items() for word in (f"--{name}", value)]
     assert choices.items() <= cli._config(arguments("bench", "m", *words)).items()
     assert cli._config(arguments("explain", "m"))["r"] == cli.DEFAULT_R
+    several = arguments("explain", "m", "--merging", "prune,mlerp", "--blocks", "0.25,0.5", "--number", "tau=0.5")
+    wanted = {"merging": ("prune", "mlerp"), "blocks": (0.25, 0.5), "tau": 0.5}
+    assert wanted.items() <= cli._config(several).items()
     flops = cli._config(arguments("bench", "m", "--flops", "0.5", "--inner", "eager"))
     assert (flops["flops"], flops["inner"], "r" in flops) == (0.5, "eager", False)
 

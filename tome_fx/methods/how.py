@@ -111,7 +111,10 @@ class How:
         """How many of `free` tokens may go at most; there were `whole` before any merge, on this grid."""
         alone = _piece("matcher", self.matcher)[0].alone
         found = [_piece(kind, getattr(self, kind)) for kind in (("matcher",) if alone else SIDES)]
-        return min(one.most(free, whole, grid, number) if one.most else free // 2 for one, number in found)
+        half = [free // 2] if any(one.most is None for one, _ in found) else []
+        limits = [*half, *(one.most(free, whole, grid, number) for one, number in found if one.most)]
+        symbolic = [x for x in limits if not isinstance(x, int)]  # the first is the least: to compare is to guard
+        return min([*(x for x in limits if isinstance(x, int)), *symbolic[:1]])
 
     @property
     def fixed(self) -> bool:
