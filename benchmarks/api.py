@@ -53,13 +53,13 @@ def page() -> str:
     return "\n".join([INTRO, *(entry(n, getattr(tome_fx, n)) + "\n" for n in [*functions, *rest])])
 
 
-def main() -> int:
-    """Write the page, or compare it."""
+def written(path: Path, text: str) -> int:
+    """Write a page, or compare it where the command line says --check: 1 if it is another."""
     if "--check" in sys.argv[1:]:
-        return int(not PAGE.exists() or PAGE.read_text() != page())
-    PAGE.write_text(page())
+        return int(not path.exists() or path.read_text() != text)
+    path.write_text(text)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(written(PAGE, page()))

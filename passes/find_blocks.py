@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from tome_fx.methods.how import PAID
 from tome_fx.report import SkipReason
 
 from .algebra.axes import Dim, leaves, size_of, sized
@@ -82,8 +83,9 @@ def find_blocks(facts: Facts) -> tuple[list[Block], list[SkipReason]]:
         blocks += mlp_blocks(facts, blocks, masked)
     if facts.side is not None and facts.config.alpha is None:
         skipped.append(SkipReason("side information", "", 'nothing reads it: give alpha, or method="tosa"'))
-    skipped += [why for block in blocks if (why := _unplaced(block, facts))]
-    return _in_turn([block for block in blocks if not _unplaced(block, facts)], facts), skipped
+    unplaced = [_unplaced(block, facts) for block in blocks]
+    skipped += filter(None, unplaced)
+    return _in_turn([block for block, why in zip(blocks, unplaced, strict=True) if why is None], facts), skipped
 
 
 def _in_turn(blocks: list[Block], facts: Facts) -> list[Block]:
@@ -115,7 +117,7 @@ def _unplaced(block: Block, facts: Facts) -> SkipReason | None:
         grid, given = grid_of(facts, block.tokens), list(side.meta["val"].shape)
         why = f"{given} numbers do not fit its tokens, {' x '.join(map(str, grid.sizes))} of each sample"
         return SkipReason("side information", block.name, why)
-    elif config.needs & {"attention", "received"} and not _attends(block, facts):
+    elif config.needs & PAID and not _attends(block, facts):
         why = f"importance={config.importance!r} reads the attention of tokens before they merge, "
         why += "and these merge before it" if block.branch else "and this one is no plain softmax of one sequence"
         return SkipReason("no attention to read", block.name, why)

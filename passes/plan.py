@@ -153,13 +153,17 @@ def _hows(blocks: list[Block], config: ToMeConfig) -> list[How]:
     return found
 
 
+def _most(facts: Facts, block: Block, how: How, free: Any) -> Any:
+    """How many of the `free` tokens that are left of a block may go by its pieces."""
+    return how.most(free, block.length - block.special.count, grid_of(facts, block.tokens).sizes)
+
+
 def _r_for(target: float, share: Callable[[int], float], facts: Facts, blocks: list[Block]) -> int:
     """The smallest constant r whose share of FLOPs is at most the target: FLOPs fall as r grows."""
     if not blocks:
         return 0
     free = [block.length - block.special.count for block in blocks]
-    most = [how.most(n, n, grid_of(facts, block.tokens).sizes)
-            for block, how, n in zip(blocks, _hows(blocks, facts.config), free, strict=True)]  # fmt: skip
+    most = [_most(facts, *each) for each in zip(blocks, _hows(blocks, facts.config), free, strict=True)]
     low, high = 0, max(map(size_hint, most))
     while low < high:
         middle = (low + high) // 2
@@ -361,7 +365,7 @@ class _Walk:
         block, wanted = self.blocks[index], self.wanted[index]
         kept, ends = block.special.count, block.special.prefix + block.special.suffix
         free = block.length - kept
-        limit = self.hows[index].most(before - kept, free, grid_of(self.facts, block.tokens).sizes)
+        limit = _most(self.facts, block, self.hows[index], before - kept)
         if block.room and not isinstance(wanted, float):
             r = _in_parts(block.room, wanted)
         else:
@@ -383,9 +387,9 @@ class _Walk:
     def _why_none(self, block: Block, before: Any) -> str:
         if block.room and _least(block.room) == 0:
             return "its mask leaves some token no partner"
-        free = block.length - block.special.count
-        sizes = grid_of(self.facts, block.tokens).sizes
-        if self.hows[self.blocks.index(block)].most(free, free, sizes) <= 0:
+        how, free = self.hows[self.blocks.index(block)], block.length - block.special.count
+        if _most(self.facts, block, how, free) <= 0:
+            sizes = grid_of(self.facts, block.tokens).sizes
             grid = " x ".join(map(str, sizes)) if all(isinstance(n, int) for n in sizes) else "a size that is dynamic"
             return f"{self.facts.config.choices} lets none of its {block.length} tokens go, on a grid of {grid}"
         why = f"{before} tokens left of {block.length}, {block.special.count} protected"

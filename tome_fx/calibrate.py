@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from tome_fx import ops
 from tome_fx.config import ToMeConfig, config_from
-from tome_fx.explain import flat_inputs, rewritten_module
+from tome_fx.explain import MatchRecorder, flat_inputs, rewritten_module
 from tome_fx.methods.matcher import votes
 from tome_fx.methods.partition import alternating
 from tome_fx.methods.tokens import PIECES, Order, Tokens
@@ -71,12 +71,12 @@ def calibrate(
 def _counts(gm: fx.GraphModule, args: Sequence[Any], settings: ToMeConfig, rule: str, before: int) -> Tensor:
     """int64 [samples]: what the rule says of the tokens of the merge after `before` others in a graph; 0 where it is
     not there, as its block cannot merge."""
-    recorder = _Metrics(gm)
+    recorder = MatchRecorder(gm)
     with torch.no_grad():
         recorder.run(*flat_inputs(gm, args, None), enable_io_processing=False)
     if len(recorder.found) <= before:
         return torch.zeros(1, dtype=torch.int64)
-    given = recorder.found[-1]
+    _, given, _ = recorder.found[-1]
     metric, heads, prefix = given["metric"], given.get("heads", False), given["prefix"]
     known, flags = (None, None, None, given.get("seen")), (heads, given.get("first", False))
     tokens = ops.tokens_of(metric, known, (prefix, given["suffix"]), flags, dict(settings.numbers))
@@ -99,21 +99,6 @@ def _threshold(tokens: Tokens, settings: ToMeConfig) -> Tensor:
 
 
 _RULES: Mapping[str, Callable[[Tokens, ToMeConfig], Tensor]] = {"votes": _votes, "threshold": _threshold}
-
-
-class _Metrics(fx.Interpreter):
-    """Keeps what each matching of a graph was given."""
-
-    def __init__(self, gm: fx.GraphModule) -> None:
-        super().__init__(gm)
-        self.found: list[dict[str, Any]] = []
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op == "call_function" and "tome_step" in n.meta:
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            names = [a.name for a in n.target._schema.arguments]  # type: ignore[union-attr]
-            self.found.append({**dict(zip(names, args, strict=False)), **kwargs})
-        return super().run_node(n)
 
 
 __all__ = ["calibrate"]

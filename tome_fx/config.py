@@ -181,10 +181,7 @@ class ToMeConfig:
         if not (listed or blocks in ("all", "first half", "last")):
             raise ValueError('blocks must be "all", "first half", "last", a list of positions or of shares of the '
                              f"depth, got {blocks!r}")  # fmt: skip
-        own = [getattr(self, name) for name in ("partition", "matcher", "merging")]
-        parts = max((len(value) for value in own if isinstance(value, tuple)), default=1)
-        for i in range(parts):
-            how = self.how(i, parts, (0, 1))
+        for how in self._parts():
             if how.scored and how.importance == "none":
                 raise ValueError(f"{how.reader} goes by importance: say which, as importance=\"attention\"")
             if how.clash:
@@ -247,11 +244,6 @@ class ToMeConfig:
         return list(self.r) if self.is_list else self.r  # type: ignore[arg-type]
 
     @property
-    def pairing(self) -> tuple[Any, Any, Any]:
-        """The names behind a match: matcher, partition, similarity."""
-        return self.matcher, self.partition, self.similarity
-
-    @property
     def sided(self) -> bool:
         """Whether at every merge a source at an alternating position joins the destination at another that is most like
         it, and nothing else decides."""
@@ -275,8 +267,13 @@ class ToMeConfig:
     @property
     def needs(self) -> frozenset[str]:
         """What pieces read of the graph, at any merge."""
-        parts = max((len(x) for x in (self.partition, self.matcher) if isinstance(x, tuple)), default=1)
-        return frozenset(need for i in range(parts) for need in self.how(i, parts, (0, 1)).needs)
+        return frozenset(need for how in self._parts() for need in how.needs)
+
+    def _parts(self) -> list[How]:
+        """The pieces of each part of the merging blocks that may have its own."""
+        own = (self.partition, self.matcher, self.merging)
+        parts = max((len(value) for value in own if isinstance(value, tuple)), default=1)
+        return [self.how(i, parts, (0, 1)) for i in range(parts)]
 
     def by_depth(self, anew: bool) -> list[str]:
         """The options that go by how many blocks a model has, or, anew, by which of them one is."""
@@ -317,7 +314,11 @@ class ToMeConfig:
     @property
     def counts(self) -> bool:
         """Whether a merged token counts for all that it stands for, at any merge."""
-        return set(self.merging if isinstance(self.merging, tuple) else [self.merging]) != {"prune"}
+        return self._mergings != {"prune"}
+
+    @property
+    def _mergings(self) -> set[Any]:
+        return set(self.merging) if isinstance(self.merging, tuple) else {self.merging}
 
     @property
     def proportional(self) -> bool:
@@ -332,13 +333,12 @@ class ToMeConfig:
     @property
     def drops(self) -> bool:
         """Whether some tokens are dropped while others merge, so that sizes do not add up to all tokens."""
-        return self.counts and (self.drops_some or (isinstance(self.merging, tuple) and "prune" in self.merging))
+        return self.counts and (self.drops_some or "prune" in self._mergings)
 
     @property
     def tied(self) -> bool:
         """Whether merging computes the model whose tokens are replaced by their group's mean, or by one of them."""
-        merging = self.merging if isinstance(self.merging, tuple) else (self.merging,)
-        return set(merging) <= {"mean", "plain", "keep"} and not self.drops_some
+        return self._mergings <= {"mean", "plain", "keep"} and not self.drops_some
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

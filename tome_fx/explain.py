@@ -271,20 +271,20 @@ class TokenTrace:
         return self.merges[-1].groups
 
 
-# Each op that matches: where its argument `prefix` stands.
-_MATCHES = {tome.match.default: 2, tome.match_by.default: 2, tome.match_size.default: 3, tome.match_parts.default: 3,
-            tome.match_pieces.default: 7}  # fmt: skip
+class MatchRecorder(fx.Interpreter):
+    """Keeps what each matching of a graph was given, by name, and what it found."""
 
-
-class _MatchRecorder(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
-        self.found: list[tuple[fx.Node, tuple[Tensor, ...]]] = []
+        self.found: list[tuple[fx.Node, dict[str, Any], tuple[Tensor, ...]]] = []
 
     def run_node(self, n: fx.Node) -> Any:
+        if "tome_step" not in n.meta:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
         value = super().run_node(n)
-        if n.target in _MATCHES:
-            self.found.append((n, value))
+        names = [a.name for a in n.target._schema.arguments]  # type: ignore[union-attr]
+        self.found.append((n, {**dict(zip(names, args, strict=False)), **kwargs}, value))
         return value
 
 
@@ -304,19 +304,19 @@ def trace_tokens(
     Raises what `rewrite` raises.
     """
     gm, report = rewritten_module(model, args, kwargs, {"r": r, **config})
-    recorder = _MatchRecorder(gm)
+    recorder = MatchRecorder(gm)
     with torch.no_grad():
         recorder.run(*flat_inputs(gm, args, kwargs), enable_io_processing=False)
     merges: list[MergeStep] = []
     known: dict[int, Tensor] = {}
-    for node, (assign, _, moved, similarity, *_) in recorder.found:
+    for node, given, (assign, _, moved, similarity, *_) in recorder.found:
         assign = assign[None] if assign.dim() == 1 else assign  # a batch of one has no axis in the graph
         before_it = known.get(node.meta["tome_prev"])
         groups = known[node.meta["tome_step"]] = assign if before_it is None else assign.gather(-1, before_it)
         before = assign.shape[-1]
         similarity = similarity[None] if similarity.dim() == 1 else similarity
-        prefix = int(node.args[_MATCHES[node.target]])  # type: ignore[arg-type, index]
-        merges.append(MergeStep(node.meta["tome_merge"], before, before - moved.shape[-1], groups, similarity, prefix))
+        after, prefix = before - moved.shape[-1], given["prefix"]
+        merges.append(MergeStep(node.meta["tome_merge"], before, after, groups, similarity, prefix))
     return TokenTrace(merges, report)
 
 

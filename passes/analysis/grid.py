@@ -27,6 +27,12 @@ class Grid:
 def grid_of(facts: Facts, tokens: Dim) -> Grid:
     """The grid of an axis of tokens: its leaves, or those of the longest of the parts that it joins."""
     own = leaves(tokens)
+    if own not in facts.grids:
+        facts.grids[own] = _grid(facts, own)
+    return facts.grids[own]
+
+
+def _grid(facts: Facts, own: Dim) -> Grid:
     if len(own) > 1:
         lead, inner = own[:-1], grid_of(facts, own[-1:])
         return Grid((*(leaf.size for leaf in lead), *inner.sizes), inner.before, inner.behind,

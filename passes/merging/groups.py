@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +58,7 @@ class Groups:
             code = self._code(block, own.prev)
             alpha = max(float(how.alpha), LEAST_ALPHA)
             metric, heads = call(tome.place_metric.default, metric, code, alpha, heads), False
-        plain = block.parts is not None or how.papers or how.classic
-        if weight is not None and plain:
+        if weight is not None and (block.parts is not None or how.papers or how.classic):  # pieces read what is seen
             kind = call(tome.key_kinds.default, weight)
             metric, heads = call(tome.apart.default, metric, kind, heads, config.padding_first, *compared_by), False
         if block.special.inner:  # they are unlike all others, whatever they hold
@@ -149,19 +149,26 @@ class Groups:
 
     def _place(self, block: Block, step: Step | None) -> Traced:
         """float32 [*sample, N, axes]: where on the grid the token that stands for a group is, in the state `step`."""
-        key = ("place", block.tokens, leaves(block.sample), step)
-        if key not in self._weights:
+
+        def at_first() -> Traced:
+            grid, size = grid_of(self.facts, self._tokens(block, block.site.k)), self.env.builder.size
+            sizes, device = [*map(size, grid.sizes)], block.merge.meta["val"].device
+            ends = size(grid.before), size(grid.behind)
+            found = self.call(tome.grid_places.default, sizes, *ends, grid.frames, device=device)
+            return found.expand([*self._sample_sizes(block), *found.shape])
+
+        return self._of_leads(("place", block.tokens, leaves(block.sample)), step, at_first)
+
+    def _of_leads(self, key: tuple[Any, ...], step: Step | None, at_first: Callable[[], Traced]) -> Traced:
+        """What each token has at first, of the tokens that stand for the groups in the state `step`."""
+        own = (*key, step)
+        if own not in self._weights:
             if step is None:
-                grid = grid_of(self.facts, self._tokens(block, block.site.k))
-                sizes, ends = [*map(self.env.builder.size, grid.sizes)], (grid.before, grid.behind)
-                device = block.merge.meta["val"].device
-                around = map(self.env.builder.size, ends)
-                found = self.call(tome.grid_places.default, sizes, *around, grid.frames, device=device)
-                found = found.expand([*self._sample_sizes(block), *found.shape])
+                self._weights[own] = at_first()
             else:
-                found = self.call(tome.unmerge.default, self._place(block, step.prev), self.steps.of(step).keep)
-            self._weights[key] = found
-        return self._weights[key]
+                before = self._of_leads(key, step.prev, at_first)
+                self._weights[own] = self.call(tome.unmerge.default, before, self.steps.of(step).keep)
+        return self._weights[own]
 
     def _code(self, block: Block, step: Step | None) -> Traced:
         """float32 [*sample, N, c]: the codes of the places of each group, averaged like its tokens."""
@@ -221,16 +228,13 @@ class Groups:
 
     def _special(self, block: Block, step: Step | None) -> Traced:
         """bool [*sample, N]: the tokens between the ends that never merge, in the state `step`."""
-        key = (block.special, size_expr(block.length), leaves(block.sample), step)
-        if key not in self._weights:
-            if step is None:
-                device = block.merge.meta["val"].device
-                marked = self.call(tome.places.default, list(block.special.inner), block.length, device=device)
-                found = marked.expand([*self._sample_sizes(block), block.length])
-            else:
-                found = self.call(tome.unmerge.default, self._special(block, step.prev), self.steps.of(step).keep)
-            self._weights[key] = found
-        return self._weights[key]
+
+        def at_first() -> Traced:
+            device = block.merge.meta["val"].device
+            marked = self.call(tome.places.default, list(block.special.inner), block.length, device=device)
+            return marked.expand([*self._sample_sizes(block), block.length])
+
+        return self._of_leads((block.special, size_expr(block.length), leaves(block.sample)), step, at_first)
 
     def _sample_sizes(self, block: Block) -> list[Any]:
         return [dim_size(self.env.builder, (leaf,), ()) for leaf in leaves(block.sample)]

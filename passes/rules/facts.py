@@ -17,6 +17,7 @@ from ..algebra.axes import Atom, Dim, Dims, leaves
 from ..algebra.axes import expr as size_expr
 
 if TYPE_CHECKING:
+    from ..analysis.grid import Grid
     from ..analysis.pairs import Pairs
     from ..analysis.reach import Reach
     from ..analysis.special import Before, Special
@@ -35,8 +36,8 @@ class Facts:
     entries of several origins (`provenance.py`). joins: axes that were concatenated, and the axis it made. channels:
     axes that come from a weight. cuts: reads of a part of an axis, (value, axis, from, to), and writes to one,
     (None, ...). buffers: the model's buffers. attends: axes of queries and of keys whose scores stand open. special:
-    what was found of the tokens of an axis that never merge. parted: masks of pairs within whose parts alone tokens
-    merge. angles: sines and cosines of positions, and what is put together from them.
+    what was found of the tokens of an axis that never merge. grids: how those of an axis stand. parted: masks of pairs
+    within whose parts alone tokens merge. angles: sines and cosines of positions, and what is put together from them.
     unknown: ops without a rule, and how often they occur. config: the options. before: of a piece of a model, what the
     pieces before it know of tokens, by how many they are.
 
@@ -59,6 +60,7 @@ class Facts:
     buffers: set[fx.Node] = field(default_factory=set)
     attends: set[tuple[Dim, Dim]] = field(default_factory=set)
     special: dict[Dim, Special] = field(default_factory=dict)
+    grids: dict[Dim, Grid] = field(default_factory=dict)
     parted: set[fx.Node] = field(default_factory=set)
     angles: set[fx.Node] = field(default_factory=set)
     unknown: dict[str, int] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from typing import Any
 
 from tome_fx import matching
 
-from .how import PAPERS, How, pick
+from .how import How
 from .tokens import KINDS, PIECES, Order, Sides, Tokens, named, piece
 
 MERGINGS = ("mean", "plain", "keep", "prune", "mlerp", "weighted")
@@ -128,5 +128,5 @@ def register_piece(kind: str, name: str, fn: Callable[..., Any] | None = None, *
 
 BUILT_IN = frozenset(METHODS)
 
-__all__ = ["BUILT_IN", "DEFAULTS", "KINDS", "MERGINGS", "METHODS", "NUMBERS", "PAPERS", "PIECES", "How", "Method",
-           "Order", "Sides", "Tokens", "named", "pick", "piece", "register_method", "register_piece"]  # fmt: skip
+__all__ = ["BUILT_IN", "DEFAULTS", "KINDS", "MERGINGS", "METHODS", "NUMBERS", "PIECES", "How", "Method", "Order",
+           "Sides", "Tokens", "named", "piece", "register_method", "register_piece"]  # fmt: skip

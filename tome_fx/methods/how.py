@@ -56,11 +56,6 @@ class How:
         return self.names == PAPERS and not self.pruned
 
     @property
-    def sided(self) -> bool:
-        """Whether sources and destinations stand at alternating positions and any two of them may pair."""
-        return (self.candidates, self.partition, self.matcher) == ("all", "alternating", "bipartite")
-
-    @property
     def classic(self) -> bool:
         """Whether matcher, partition and similarity alone say which tokens merge (`tome::match_by`)."""
         return self.importance == "none" and self.candidates == "all" and not self.pruned and (

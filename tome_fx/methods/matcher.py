@@ -7,7 +7,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from tome_fx.matching import cosine, permutation
+from tome_fx.matching import cosine, random_pairs
 
 from .partition import _all_but_one
 from .tokens import Compare, Found, Sides, Tokens, any_number, piece, ranked, take, taken, with_all
@@ -24,10 +24,7 @@ def bipartite(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
 @piece("matcher", "random", alone=True)
 def random(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
     """r random pairs of all tokens, for one number of tokens always the same: the baseline."""
-    order = permutation(tokens.count, tokens.metric.device)[None].expand(tokens.metric.shape[0], -1)
-    source, destination = order[:, :r], order[:, r : 2 * r]
-    alike = cosine(taken(tokens.metric, source)[:, :, None], taken(tokens.metric, destination)[:, :, None])
-    return source, destination, alike.flatten(1)
+    return random_pairs(tokens.metric, r, tokens.positions, tokens.positions, cosine)
 
 
 def votes(alike: Tensor, tau: float) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from math import ceil, prod
 import torch
 from torch import Tensor
 
-from tome_fx.matching import permutation
+from tome_fx.matching import random_halves
 
 from .tokens import Order, Sides, Tokens, any_number, in_place, piece, ranked, take
 
@@ -49,10 +49,8 @@ def sequential(tokens: Tokens, order: Order, r: int) -> Sides:
 @piece("partition", "random", fixed=True)
 def random(tokens: Tokens, order: Order, r: int) -> Sides:
     """A random half are sources, for one number of tokens always the same (table 1)."""
-    n = order.positions.shape[1]
-    half = (n + 1) // 2
-    ranks = permutation(n, tokens.metric.device)
-    return Sides(*(take(order.positions, part.sort().values) for part in (ranks[:half], ranks[half:])))
+    halves = random_halves(order.positions.shape[1], order.first, tokens.metric.device)
+    return Sides(*(take(order.positions, half) for half in halves))
 
 
 def _all_but_one(free: int, *_: object) -> int:
