@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import elu
 
 from .tokens import Tokens, mean_of, piece, with_all
 
@@ -36,7 +35,7 @@ def energy(tokens: Tokens) -> Tensor:
     paper's. margin falls linearly with depth."""
     margin = tokens.numbers["margin"]
     alike, kin = with_all(tokens)
-    return -mean_of(elu(alike - margin) + (alike >= margin).to(alike.dtype) * margin, kin)
+    return -mean_of(alike.where(alike >= margin, (alike - margin).exp() - 1), kin)  # expm1 takes four times as long
 
 
 @piece("importance", "rare", all_pairs=True)
