@@ -1,9 +1,9 @@
 """Every method on twenty models of the zoo, `placement="auto"`: how many of its attentions merge, and why others do not.
 
 Each model, small and with random weights, is traced once in a process of its own; its graph is rewritten for every
-method and run. A row says for each method how many sites merge of how many, the commonest reason where some do not,
-and whether outputs keep shape and dtype, are finite, and give a sample the same alone as in its batch (float64; "n/a"
-where the model does not run so). Writes results/zoo_methods.json, which docs/methods.md shows (`methods_page.py`).
+method and run. A row says for each method how many sites merge of how many, the commonest reasons where some do not,
+and whether outputs keep shape and dtype and are finite. Writes results/zoo_methods.json, which docs/methods.md shows
+(`methods_page.py`).
 
     python benchmarks/zoo_methods.py [FILTER ...] [--r 8] [--fresh]
 """
@@ -11,7 +11,6 @@ where the model does not run so). Writes results/zoo_methods.json, which docs/me
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
 import traceback
@@ -47,11 +46,11 @@ def one(name: str, r: int) -> Row:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     made = zoo_models.build(name)
-    made_exact, args, kwargs = palette.in_float64(copy.deepcopy(made.model), made.args, made.kwargs)
+    model, args, kwargs = palette.in_float64(made.model, made.args, made.kwargs)
     with torch.no_grad():
-        want = made_exact(*args, **kwargs)
+        want = model(*args, **kwargs)
         configs = {method: {"r": r, "method": method} for method in METHODS}
-        traced, found = laws.Traced(made_exact, configs, dynamic=None), {}
+        traced, found = laws.Traced(model, configs, dynamic=None), {}
         outputs = {method: palette.leaves(traced(method, *args, **kwargs)) for method in METHODS}
         for method in METHODS:
             report = traced.reports[method]
@@ -61,12 +60,6 @@ def one(name: str, r: int) -> Row:
                 "shapes": zoo._alike(outputs[method], want),
                 "finite": all(bool(t.isfinite().all()) for t in outputs[method] if t.is_floating_point()),
             }  # fmt: skip
-    for method in METHODS:
-        if found[method]["merged"]:
-            torch._dynamo.reset()
-            again = zoo_models.build(name)
-            apart, _ = palette.samples_apart(again.model, again.args, again.kwargs, r, zoo_models.BATCH, method=method)
-            found[method]["apart"] = "n/a" if apart is None else apart
     return found
 
 
