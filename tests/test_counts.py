@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tome_fx
@@ -72,6 +75,7 @@ METHODS: dict[str, tuple[Split, reference.Method, dict[str, Any]]] = {
     "tome": (sided(reference.tome), MEAN, {}),
     "saint": (sided(lambda v, r: reference.saint(v, r, TAU["votes"])), reference.METHODS["saint"],
               {"method": "saint", "blocks": "all"}),
+    "flat": (sided(reference.tome), MEAN, {"prop_attn": False}),
     "mlerp": (sided(reference.tome), replace(MEAN, mix=reference.mlerp), {"merging": "mlerp"}),
     "plain": (sided(reference.tome), replace(MEAN, mix=reference.plain_mean), {"merging": "plain"}),
     "keep": (sided(reference.tome), replace(MEAN, mix=lambda v, at: v.x[at[0] if len(at) == 1 else kept(v, at)]),
@@ -97,7 +101,8 @@ def counted(
     (view,) = reference.begin(model, image[None], None, 16)
     rows = len(view.x)
     for layer, block in enumerate(model.blocks):
-        out, keys, weights = reference.attention(block.attn, block.norm1(view.x)[None], view.size[None])
+        size = torch.ones_like(view.size) if method == "flat" else view.size
+        out, keys, weights = reference.attention(block.attn, block.norm1(view.x)[None], size[None])
         view = replace(view, x=view.x + out[0], keys=keys[0], weights=weights[0], layer=layer)
         rows -= least
         must, similar = len(view.x) - rows, reference.cosines(view.keys)
@@ -125,11 +130,11 @@ def options_of(method: str, rule: tuple[str, float], counts: tuple[int, int]) ->
             "least": [counts[1]] * 4, **METHODS[method][2]}  # fmt: skip
 
 
-CASES = [(method, prefix, rule, counts) for method in METHODS for prefix in (1, 0, 3)
-         for rule in TAU.items() if (method, rule[0]) != ("saint", "threshold") for counts in ((10, 0), (12, 3), (20, 6))]  # fmt: skip
+CASES = [(method, prefix, rule, counts) for method in METHODS for prefix in (1, 0, 3) for rule in TAU.items()
+         if (method, rule[0]) != ("saint", "threshold") for counts in ((10, 0), (12, 3), (20, 6))]  # fmt: skip
 
 
-@pytest.mark.parametrize(("method", "prefix", "rule", "counts"), strategies.thinned(CASES, 9))
+@pytest.mark.parametrize(("method", "prefix", "rule", "counts"), strategies.thinned(CASES, 13))
 def test_each_sample_is_as_if_its_tokens_had_really_gone(
     method: str, prefix: int, rule: tuple[str, float], counts: tuple[int, int]
 ) -> None:
@@ -147,7 +152,8 @@ def test_each_sample_is_as_if_its_tokens_had_really_gone(
                 assert reference.groups(found.source[i : i + 1]) == reference.groups(source)
                 got = reference.spread(found.output[i : i + 1], found.source[i : i + 1])
                 torch.testing.assert_close(got, reference.spread(view.x[None], source), rtol=1e-6, atol=1e-6)
-    assert counts[0] == 10 or len({len(view.x) for view in want}) > 1, "the test says little: all merge as many"
+    differ = len({len(view.x) for view in want}) > 1
+    assert counts[0] == 10 or differ, "the test says little: all merge as many"
 
 
 def test_gradients_are_those_of_the_plain_implementation() -> None:
@@ -171,10 +177,10 @@ def test_gradients_are_those_of_the_plain_implementation() -> None:
 
 def test_one_compiled_graph_serves_any_counts() -> None:
     """Through Inductor, in float32, forwards and backwards."""
-    model = reference.plain(seed=2, prefix=1, dtype=torch.float32, depth=3)
+    model = reference.plain(seed=2, prefix=1, dtype=torch.float32, depth=2)
     options = options_of("tome", ("threshold", 0.55), (12, 3))
     torch._dynamo.reset()
-    fast = torch.compile(model, backend=tome_fx.tome_backend(**{**options, "least": [3, 3, 3]}))
+    fast = torch.compile(model, backend=tome_fx.tome_backend(**options))
     gm = tome_fx.rewrite(model, (images().float(),), plain=False, **options)
     before, whole = len(tome_fx.reports()), []
     for seed in (0, 1):
@@ -192,8 +198,8 @@ def test_of_the_bound_alone_nothing_depends() -> None:
     """Pairs that the rule does not accept change nothing."""
     model, x = reference.plain(seed=2, prefix=1), images()
     with torch.no_grad():
-        few, many = (tome_fx.rewrite(model, (x,), plain=False, **options_of("tome", ("threshold", 0.9), (r, 0)))(x)
-                     for r in (19, 24))  # fmt: skip
+        few, many = (tome_fx.rewrite(model, (x,), plain=False, **options_of("tome", ("threshold", 0.97), (r, 0)))(x)
+                     for r in (21, 24))  # fmt: skip
         none = tome_fx.rewrite(model, (x,), plain=False, **options_of("tome", ("threshold", 2.0), (24, 0)))(x)
         torch.testing.assert_close(few, many, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(none, model(x), rtol=1e-9, atol=1e-9)
@@ -224,7 +230,7 @@ LAWS: list[tuple[Spec, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("spec", "more"), strategies.thinned(LAWS, 1), ids=str)
+@pytest.mark.parametrize(("spec", "more"), strategies.thinned(LAWS, 2), ids=str)
 def test_the_tied_law(spec: Spec, more: dict[str, Any]) -> None:
     found = law(*build(spec), **{"placement": "stream", **COUNTS, **more})
     assert found.merges and max(found.explained, found.spelling) < ROUNDING, found
@@ -285,19 +291,6 @@ def test_special_tokens_between_others_stay_alone() -> None:
         assert (sizes > 0).sum() < 40
 
 
-def test_without_proportional_attention_rows_of_nothing_are_still_not_seen() -> None:
-    model, x = reference.plain(seed=2, prefix=1), images()
-    options = {**options_of("tome", ("threshold", 0.55), (12, 0)), "prop_attn": False}
-    with torch.no_grad():
-        got = tome_fx.rewrite(model, (x,), keep="merged", plain=False, **options)(x)
-        cut = tome_fx.rewrite(model, (x[1:2],), keep="merged", plain=False,
-                              **{**options, "least": [12, 0, 0, 0]})(x[1:2])  # fmt: skip
-        first = tome_fx.rewrite(model, (x[1:2],), keep="merged", plain=False, **{**options, "r": [12]})(x[1:2])
-    assert got.output.isfinite().all() and got.sizes[0].sum() == 49
-    if int((first.sizes > 0).sum()) == 37:  # as many as must: the same with the rows really gone
-        torch.testing.assert_close(cut.output.sum(), cut.output.sum())
-
-
 def test_half_precision_and_shapes() -> None:
     model, x = reference.plain(seed=2, prefix=1).bfloat16(), images().bfloat16()
     options = options_of("tome", ("threshold", 0.55), (12, 3))
@@ -305,6 +298,25 @@ def test_half_precision_and_shapes() -> None:
         got, report = run(model, (x,), None, options.pop("r"), **options)
     assert got.shape == (3, 49, 32) and got.dtype is torch.bfloat16 and got.isfinite().all()
     assert [after for _, after in report.tokens] == [46, 43, 40, 37]
+
+
+@pytest.mark.filterwarnings("ignore::tome_fx.ToMeWarning")
+@settings(max_examples=5)
+@given(strategies.specs(), st.sampled_from([0, 0.25, 0.6]), st.sampled_from(["mean", "prune", "plain", "keep"]),
+       st.sampled_from(["stream", "branch"]))  # fmt: skip
+def test_any_transformer(spec: Spec, least: float, merging: str, placement: str) -> None:
+    """A result of the same kind, or a reason; where the rule accepts nothing and nothing must go, the same result."""
+    model, args = build(spec)
+    options = {"counts": "threshold", "least": least, "merging": merging, "placement": placement}
+    with torch.no_grad():
+        want = model(*copy.deepcopy(args))
+        for tau in (0.5, 2.0):
+            got, report = run(model, copy.deepcopy(args), None, 10, tau=tau, **options)
+            for a, b in zip(*(torch.utils._pytree.tree_leaves(x) for x in (got, want)), strict=True):
+                assert (a.shape, a.dtype) == (b.shape, b.dtype) and a.isfinite().all() == b.isfinite().all()
+                if tau == 2 and not least:
+                    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+            assert not any("internal" in reason.kind for reason in report.skipped), report
 
 
 # -- what it says ------------------------------------------------------------------------------------------------------
@@ -377,13 +389,14 @@ def test_calibrate_does_not_count_padding_and_compares_the_metric() -> None:
 
 
 def test_calibrate_takes_batches_of_several_shapes() -> None:
-    model, x = reference.plain(seed=2, prefix=1), images()
+    model, x = reference.plain(seed=2, prefix=1, depth=2), images()
     options: dict[str, Any] = {"method": "tome", "tau": 0.5, "placement": "stream"}
-    assert tome_fx.calibrate(model, [x[:2], x[2:]], **options) == tome_fx.calibrate(model, [x], **options)
-    least, mean, most = (tome_fx.calibrate(model, [x], of=of, **options) for of in ("least", "mean", "most"))
-    assert least[0] < mean[0] < most[0]
-    small = tome_fx.calibrate(model, [x[:1], x[:1, :, :, :24]], of="most", **options)
-    assert len(small) == 4 and small[0] >= tome_fx.calibrate(model, [x[:1]], of="most", **options)[0]
+    whole = tome_fx.calibrate(model, [x], **options)
+    assert tome_fx.calibrate(model, [x[:2], x[2:]], **options) == whole
+    least, most = (tome_fx.calibrate(model, [x], of=of, **options) for of in ("least", "most"))
+    assert least[0] < whole[0] < most[0]
+    small = tome_fx.calibrate(model, [x, x[..., :24]], of="most", **options)
+    assert len(small) == 2 and small[0] == most[0]
     with pytest.raises(ValueError, match="of must be"):
         tome_fx.calibrate(model, [x], of="median")
 

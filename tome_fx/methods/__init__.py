@@ -45,7 +45,7 @@ METHODS: dict[str, Method] = {
     "tome": Method({}, "arXiv 2210.09461"),
     "saint": Method(
         {"matcher": "votes", "merging": "prune", "blocks": "first half"}, "arXiv 2503.11549, ViT mode",
-        note="r is static; calibrate(method='saint') lists the paper's counts, counts='votes' takes those of each sample",
+        note="r is static; calibrate(method='saint') lists the paper's counts, counts='votes' takes each sample's",
     ),
     "tosa": Method(
         {"alpha": "rising"}, "arXiv 2506.20066",
