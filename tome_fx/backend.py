@@ -151,9 +151,8 @@ def tome_backend(
         merging: what becomes of a pair, "mean", "plain", "keep", "prune", "mlerp" or "weighted"; see `ToMeConfig`. A
             tuple of names (partition, matcher, merging) is one for each equal part of the merging blocks.
         prune: how many of the r tokens are dropped while the others merge: a share, or a count for each merging block.
-        counts: how many of r merge, sample by sample: "none" (all), "votes", "threshold" or a name given to
-            `register_piece`. Rows that are left over stand for nothing, and stay but for `least` of r: a share, or a
-            count for each merging block, that go whatever the data say.
+        counts: how many of r merge, sample by sample: "none" (all), "votes", "threshold" or a registered piece's name.
+        least: of these how many go whatever the data say, the rows that are saved: a share, or a count for each block.
         blocks: which blocks merge: "all", "first half", "last", or a list of positions or of shares of the depth.
         protect: tokens that never merge: a number of leading ones, `(count, period)`, or a list of positions (from the
             end where negative); "auto" finds class, distillation, camera and register tokens.
