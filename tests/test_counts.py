@@ -58,7 +58,8 @@ def mstm(view: reference.View, bound: int, count: Callable[..., int]) -> list[re
 def least_norm(view: reference.View, bound: int, count: Callable[..., int]) -> list[reference.Token]:
     """Of the 2 `bound` tokens of shortest keys in turn a source and a destination, the best pairs."""
     low, similar = reference.lowest(view.keys.norm(dim=-1), view.free, 2 * bound), reference.cosines(view.keys)
-    pairs = reference.best_pairs(low[0::2], low[1::2], lambda i, j: similar[i][j], count(low[0::2], low[1::2]))
+    most = min(count(low[0::2], low[1::2]), view.half)
+    pairs = reference.best_pairs(low[0::2], low[1::2], lambda i, j: similar[i][j], most)
     return reference.in_place(view, pairs, {})
 
 
@@ -71,7 +72,8 @@ def pitome(view: reference.View, bound: int, count: Callable[..., int]) -> list[
         return sum(s if s >= floor else math.exp(s - floor) - 1 for s in row) / len(row)
 
     high = sorted(view.free, key=energy, reverse=True)[: 2 * bound]
-    pairs = reference.best_pairs(high[0::2], high[1::2], lambda i, j: similar[i][j], count(high[0::2], high[1::2]))
+    most = min(count(high[0::2], high[1::2]), view.half)
+    pairs = reference.best_pairs(high[0::2], high[1::2], lambda i, j: similar[i][j], most)
     return reference.in_place(view, pairs, {})
 
 
