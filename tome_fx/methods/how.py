@@ -213,7 +213,8 @@ def pick_some(how: How, tokens: Tokens, r: int, must: Tensor) -> tuple[tuple[Ten
     source, destination, score = (x.gather(1, turn) for x in (source, destination, score))
     count = counts.wanted(how, tokens, sides, compare())
     if tokens.live is not None and any(how.pieces[kind].most is None for kind in SIDES):  # as `How.most` has it
-        count = torch.minimum(count, tokens.live.sum(-1) // 2)
+        own = tokens.live if tokens.seen is None else tokens.live & tokens.seen
+        count = torch.minimum(count, own.sum(-1) // 2)
     goes = counts.accepted(tokens, (source, destination), count, must)
     return (source, destination), score, goes, torch.cat(sides[:2], -1)[0] if how.fixed else tokens.positions
 
