@@ -1,4 +1,4 @@
-"""Every method on twenty models of the zoo, `placement="auto"`: how many of its attentions merge, and why others do not.
+"""Every method on twenty models of the zoo, `placement="auto"`: how many attentions merge, and why others do not.
 
 Each model, small and with random weights, is traced once in a process of its own; its graph is rewritten for every
 method and run. A row says for each method how many sites merge of how many, the commonest reasons where some do not,
