@@ -25,6 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
 TARGETS = (0.667, 0.5)
 """Shares of the FLOPs that the table shows, as accuracy/methods.py has them."""
+WHERE_RUN = RESULTS / "zoo_methods.json"
 ENOUGH = 30
 """Samples from which better and worse are told apart, as in accuracy/methods.py."""
 UNMEASURED, UNKNOWN = "not measured", "not looked into"
@@ -49,6 +50,11 @@ CHOOSING = """## What choosing costs
 
 Shares of the compiled model's time: ViT-S/16 at {side} px (1,025 tokens), batch {batch} (`benchmarks/methods.py`), on
 one thread, where matching weighs least. Reading: attention and places computed for the method alone.
+"""
+WHERE = """## Where each merges
+
+Twenty models of the zoo, small and with random weights, `placement="auto"`, r={r} (`benchmarks/zoo_methods.py`): of how
+many attentions how many merge. {wrong}.
 """
 KINDS_HEAD = """## Pieces
 
@@ -219,6 +225,28 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
     return ["\n".join(lines), ""]
 
 
+def where_table() -> list[str]:
+    """How many sites of each model merge with each method, and why others do not."""
+    if not WHERE_RUN.exists():
+        return []
+    held = json.loads(WHERE_RUN.read_text())
+    rows = {name.partition("/")[2]: row["methods"] for name, row in held["rows"].items() if "methods" in row}
+    odd = [f"{name} with `{method}`" for name, row in rows.items() for method, told in row.items()
+           if not (told["shapes"] and told["finite"])]  # fmt: skip
+    wrong = f"Outputs that change their shape or dtype or are not finite: {', '.join(odd) or 'none'}"
+    counts = ([f"`{method}`", *(f"{row[method]['merged']}/{row[method]['sites']}" for row in rows.values())]
+              for method in names())  # fmt: skip
+    reasons: dict[str, list[str]] = {}
+    for row in rows.values():
+        for method, told in row.items():
+            for reason in told["reasons"] if not told["merged"] else ():
+                reasons.setdefault(reason, []).append(method)
+    why = ([reason, ", ".join(f"`{m}`" for m in dict.fromkeys(held))] for reason, held in reasons.items())
+    text = WHERE.format(r=held["r"], wrong=wrong)
+    return [text, *table(("method", *rows), counts), "Where nothing merges, the report says:\n",
+            *table(("reason", "methods"), why)]  # fmt: skip
+
+
 # --------------------------------------------------------------------------------------------------------- pieces
 
 
@@ -257,8 +285,8 @@ def page() -> str:
     choosing = CHOOSING.format(side=methods.SIDE, batch=methods.BATCH)
     parts = [
         HEAD, *methods_table(), COMPARED, *answer(results), *accuracy_table(results), choosing, *share_table(speed),
-        counted(), KINDS_HEAD, *pieces_tables(shipped()), *numbers_table(), f"## Your own\n\n```python\n{EXAMPLE}```\n",
-        LAST,
+        *where_table(), counted(), KINDS_HEAD, *pieces_tables(shipped()), *numbers_table(),
+        f"## Your own\n\n```python\n{EXAMPLE}```\n", LAST,
     ]  # fmt: skip
     return "\n".join(parts)
 

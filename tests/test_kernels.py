@@ -99,6 +99,34 @@ def test_vectors_of_other_processors(wide: int) -> None:
         torch.testing.assert_close(got[3], want[3])
         if narrowest_choice(keys, 1, 0) > 1e-6:
             assert all(torch.equal(a, b) for a, b in zip(got[:3], want[:3], strict=True))
+        torch.testing.assert_close(held.energy(keys[:, :, 0], 0.5), energy_by_hand(keys[:, :, 0], 0.5))
+
+
+def energy_by_hand(metric: torch.Tensor, margin: float) -> torch.Tensor:
+    """PiToMe's equation 4, token by token, in float64; float32 [batch, N]."""
+    rows = []
+    for sample in metric.double():
+        for x in sample:
+            alike = torch.nn.functional.cosine_similarity(x[None], sample, dim=-1, eps=1e-12)
+            alike[~sample.any(-1)] = float(not x.any())
+            rows.append(alike.where(alike >= margin, torch.exp(alike - margin) - 1).mean())
+    return torch.stack(rows).float().reshape(metric.shape[:2])
+
+
+MARGINS = st.sampled_from([0.9, 0.45, 0.0, -0.3])
+
+
+@given(st.integers(1, 150), st.sampled_from([1, 3, 32, 70]), MARGINS, st.integers(0, 99))
+def test_energy(n: int, width: int, margin: float, seed: int) -> None:
+    """Any number of tokens, equal ones and zeros among them; the same for a sample alone and on one thread."""
+    metric = torch.randn(2, n, width, generator=torch.Generator().manual_seed(seed))
+    metric[0, : n // 3] = metric[0, n // 2]
+    metric[1, n // 4 : n // 3] = 0
+    if width == 1:  # cosines of 1 and -1 alone
+        metric = metric.abs() + 0.1
+    got = CPU.energy(metric, margin)
+    torch.testing.assert_close(got, energy_by_hand(metric, margin), rtol=1e-5, atol=1e-5)
+    assert torch.equal(CPU.energy(metric[1:], margin)[0], got[1])
 
 
 def test_destinations_unlike_all_are_chosen() -> None:

@@ -113,10 +113,8 @@ bool direction(const T* row, int64_t heads, int64_t d, int64_t step_h, float* su
     return square == 0.0f;
 }
 
-// Similarities of kRows sources with panel `place`; `top` and `where` keep the largest of each lane so far, and its panel.
-inline void tile(const float* const* rows, const float* panel, int64_t d, const Floats* bound, int32_t place,
-                 Floats (*top)[kVectors], Ints (*where)[kVectors]) {
-    Floats sum[kRows][kVectors] = {};
+// Products of kRows rows with a panel.
+inline void products(const float* const* rows, const float* panel, int64_t d, Floats (*sum)[kVectors]) {
     for (int64_t c = 0; c < d; ++c) {
         Floats along[kVectors];
 #pragma GCC unroll 4
@@ -129,6 +127,13 @@ inline void tile(const float* const* rows, const float* panel, int64_t d, const 
             for (int64_t v = 0; v < kVectors; ++v) sum[i][v] += rows[i][c] * along[v];
         }
     }
+}
+
+// Similarities of kRows sources with panel `place`; `top` and `where` keep the largest of each lane so far, and its panel.
+inline void tile(const float* const* rows, const float* panel, int64_t d, const Floats* bound, int32_t place,
+                 Floats (*top)[kVectors], Ints (*where)[kVectors]) {
+    Floats sum[kRows][kVectors] = {};
+    products(rows, panel, d, sum);
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
@@ -452,6 +457,98 @@ inline float log_of(float x) {
     return z + (y * z * z * z - 2.12194440e-4f * e - 0.5f * z * z) + 0.693359375f * e;
 }
 
+// PiToMe's energy: for each of n tokens the mean over all of f(cosine), f(x) = x from `margin` on, exp(x - margin) - 1 below.
+// Each pair is computed once, for both: a block of rows with one of columns writes the sums of its rows and of its columns
+// to `part`, which are added in one order, whatever the threads.
+constexpr int64_t kBlock = 48;  // whole tiles of any width
+static_assert(kBlock % kRows == 0 && kBlock % kPanel == 0);
+
+struct Pairs {
+    int64_t n, d, blocks;
+    float margin;
+    const float *rows, *panels;  // directions [blocks * kBlock, d] and [.., d, kPanel], zeros behind the last token
+
+    Pairs(int64_t n, int64_t d, float margin) : n(n), d(d), blocks((n + kBlock - 1) / kBlock), margin(margin) {}
+    int64_t length() const { return blocks * kBlock; }
+
+    // Sums over the tokens of block `b` for those of block `a` to part[b][a], and the other way round where they differ.
+    void add(int64_t a, int64_t b, float* part) const {
+        float along[kBlock] = {}, down[kBlock][kPanel] = {};
+        for (int64_t p = 0; p < kBlock; p += kPanel) {
+            const int64_t count = std::clamp<int64_t>(n - b * kBlock - p, 0, kPanel);
+            for (int64_t i = 0; i < kBlock; i += kRows) {
+                const float* of[kRows];
+                for (int64_t k = 0; k < kRows; ++k) of[k] = rows + (a * kBlock + i + k) * d;
+                Floats sum[kRows][kVectors] = {};
+                products(of, panels + (b * kBlock + p) * d, d, sum);
+                float found[kRows][kPanel];
+                std::memcpy(found, sum, sizeof found);
+                const int64_t many = std::clamp<int64_t>(n - a * kBlock - i, 0, kRows);
+                for (int64_t k = 0; k < many; ++k) spread(found[k], count, along + p, down[i + k]);
+            }
+        }
+        for (int64_t i = 0; i < kBlock; ++i) {
+            float sum = 0;
+            for (int64_t l = 0; l < kPanel; ++l) sum += down[i][l];
+            part[b * length() + a * kBlock + i] = sum;
+        }
+        if (a != b) std::memcpy(part + a * length() + b * kBlock, along, sizeof along);
+    }
+
+   private:
+    // f of one row's similarities, added to the sums of its columns and of the row.
+    void spread(const float* alike, int64_t count, float* along, float* down) const {
+        float held[kPanel];
+        for (int64_t l = 0; l < kPanel; ++l) {
+            const float x = alike[l], below = exp_of(std::min(x - margin, 0.0f)) - 1.0f;
+            held[l] = x >= margin ? x : below;
+        }
+        for (int64_t l = count; l < kPanel; ++l) held[l] = 0.0f;
+        for (int64_t l = 0; l < kPanel; ++l) {
+            along[l] += held[l];
+            down[l] += held[l];
+        }
+    }
+};
+
+void energy(const float* metric, int64_t batch, int64_t n, int64_t d, float margin, float* out, int threads) {
+    Pairs pairs(n, d, margin);
+    const int64_t length = pairs.length(), blocks = pairs.blocks;
+    std::vector<float> rows(length * d), panels(length * d), part(blocks * length);
+    std::vector<char> null(n);
+    pairs.rows = rows.data();
+    pairs.panels = panels.data();
+    const float least = margin <= 0 ? 0.0f : exp_of(-margin) - 1.0f;
+    const float most = margin <= 1 ? 1.0f : exp_of(1 - margin) - 1.0f;
+    for (int64_t s = 0; s < batch; ++s) {
+#pragma omp parallel num_threads(threads)
+        {
+            std::vector<float> sum(d);
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < n; ++i) {
+                null[i] = direction(metric + (s * n + i) * d, 1, d, 0, sum.data(), rows.data() + i * d, 1);
+                float* panel = panels.data() + i / kPanel * kPanel * d + i % kPanel;
+                for (int64_t c = 0; c < d; ++c) panel[c * kPanel] = rows[i * d + c];
+            }
+#pragma omp for schedule(dynamic)
+            for (int64_t a = 0; a < blocks; ++a) {
+                for (int64_t b = a; b < blocks; ++b) pairs.add(a, b, part.data());
+            }
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < n; ++i) {
+                float whole = 0;
+                for (int64_t b = 0; b < blocks; ++b) whole += part[b * length + i];
+                out[s * n + i] = whole / static_cast<float>(n);
+            }
+        }
+        // Zeros have no direction, but are as alike as tokens can be.
+        const int64_t zeros = std::count(null.begin(), null.end(), 1);
+        for (int64_t i = 0; i < n; ++i) {
+            if (null[i]) out[s * n + i] += (most - least) * static_cast<float>(zeros) / static_cast<float>(n);
+        }
+    }
+}
+
 // One row of a score term as float.
 template <class T>
 void load_row(const T* x, int64_t outer, int64_t inner, int64_t step_outer, int64_t step_inner, float* out) {
@@ -635,6 +732,11 @@ struct Arguments {
         return held;
     }
     int64_t number() { return static_cast<int64_t>(*next++); }
+    double real() {
+        double found;
+        std::memcpy(&found, next++, sizeof found);
+        return found;
+    }
     bool flag() {
         bool found;
         std::memcpy(&found, next++, sizeof found);
@@ -901,6 +1003,19 @@ void merge_size(StableIValue* stack, uint64_t, uint64_t) {
     *stack = std::move(out).result();
 }
 
+void energy_of(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments given{stack};
+    const Tensor metric = given.tensor().dense();
+    const float margin = static_cast<float>(given.real());
+    if (metric.dim() != 3 || metric.dtype() != aoti_torch_dtype_float32()) {
+        throw std::invalid_argument("metric must be float32 [batch, N, d]");
+    }
+    const int64_t batch = metric.size(0), n = metric.size(1);
+    Tensor out = empty({batch, n}, aoti_torch_dtype_float32());
+    energy(metric.data<const float>(), batch, n, metric.size(2), margin, out.data<float>(), threads());
+    *stack = std::move(out).result();
+}
+
 }  // namespace
 
 // Registers the operators for CPU tensors, for good, in a namespace that has their schemas (cpu.py); whether it could.
@@ -908,6 +1023,7 @@ extern "C" bool tome_register(const char* name) {
     TorchLibraryHandle library;
     if (aoti_torch_library_init_impl(name, "CPU", __FILE__, __LINE__, &library)) return false;
     return !aoti_torch_library_impl(library, "match_size", match_size) &&
+           !aoti_torch_library_impl(library, "energy", energy_of) &&
            !aoti_torch_library_impl(library, "merge", merge) &&
            !aoti_torch_library_impl(library, "merge_add", merge_add) &&
            !aoti_torch_library_impl(library, "merge_bias", merge_bias) &&

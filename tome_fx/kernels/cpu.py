@@ -40,6 +40,8 @@ SCHEMAS = {
     "unmerge_backward": "(Tensor grad, Tensor index, SymInt groups) -> Tensor",
 }
 """Those of `tome_fx.ops` too."""
+PIECES = {"energy": "(Tensor metric, float margin) -> Tensor"}
+"""Those that pieces of methods call themselves, with plain tensors."""
 
 # Inductor writes its loops with vector intrinsics and turns the compiler's own vectors off.
 _FLAGS = ("-O3", "-march=native", "-ftree-loop-vectorize", "-fno-math-errno", "-ffp-contract=fast")
@@ -48,7 +50,7 @@ _FLAGS = ("-O3", "-march=native", "-ftree-loop-vectorize", "-fno-math-errno", "-
 def define(namespace: str) -> torch.library.Library:
     """A namespace of operators for `build` to fill, there as long as the result is."""
     made = torch.library.Library(namespace, "DEF")
-    for name, schema in SCHEMAS.items():
+    for name, schema in {**SCHEMAS, **PIECES}.items():
         made.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         made.impl(name, torch.library.fallthrough_kernel, "Autograd")
     return made
