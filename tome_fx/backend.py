@@ -27,6 +27,7 @@ from tome_fx.config import ToMeConfig, config_from, from_environment, updated
 from tome_fx.kernels import cpu
 from tome_fx.passes import KeptError, PortableError, Result, Target, run_pipeline
 from tome_fx.passes.inner import lengths
+from tome_fx.passes.inner.shared import compile_shared
 from tome_fx.passes.lower import KERNELS, call_kernels
 from tome_fx.passes.normal.wrappers import closed_input
 from tome_fx.pieces import Piece, compilations, piece_of
@@ -458,7 +459,7 @@ def _by_length(
     mode.cache_enabled = False
 
     def inner_compile(graph: fx.GraphModule, values: Sequence[Any], **kwargs: Any) -> Any:
-        return _compile_traced(graph, with_symbols(graph, values), **kwargs)
+        return compile_shared(graph, with_symbols(graph, values), with_symbols.number, _compile_traced, **kwargs)
 
     context = TracingContext(mode)
     if (outer := TracingContext.try_get()) is not None:
