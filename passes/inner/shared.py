@@ -11,7 +11,6 @@ that is to use what it made (`Compiled.fits`), else that part is compiled for it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -19,23 +18,21 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
-from torch._guards import TracingContext
 from torch.utils._pytree import tree_leaves
 
 from ..algebra.axes import expr
 from .repeats import body, cuts, reckons
 
-Number = Callable[[Any], int]
-"""What a size is in every call."""
-
 
 def compile_shared(
-    gm: fx.GraphModule, inputs: Sequence[Any], number: Number, compile_one: Callable[..., Any], **kwargs: Any
+    gm: fx.GraphModule, inputs: Sequence[Any], number: Callable[[Any], int], compile_one: Any, **kwargs: Any
 ) -> Any:
-    """`compile_one(gm, inputs, **kwargs)`, by its layers where they are the same.
+    """`compile_one(gm, inputs, **kwargs)`, by its layers where they are the same. number: what a size is in every call.
 
     Returns what takes a list of inputs, which it empties, and gives the outputs.
     """
+    from .run import Run, unheard  # here: a second of imports
+
     places = [] if torch._inductor.config.cpp_wrapper or _writes(gm.graph) else cuts(gm.graph)
     if not places:
         return compile_one(gm, inputs, **kwargs)
@@ -45,7 +42,7 @@ def compile_shared(
     static = {placeholders[i] for i in kwargs.pop("static_input_idxs", ())}
     held: dict[str, list[Compiled]] = {}
     calls = []
-    with _unheard() as donate:
+    with unheard() as donate:
         for part in _parts(gm.graph, places, static, _donated(placeholders, kwargs)):
             known = held.setdefault(part.key, [])
             numbers = {symbol: number(symbol) for symbol in part.symbols}
@@ -56,9 +53,9 @@ def compile_shared(
                 found = Compiled(compile_one(part.module(gm), part.inputs, static_input_idxs=fixed, **kwargs), part)
                 known.append(found)
             calls.append((found.run, part))
-    outputs = tree_leaves(gm.graph.output_node().args)
-    _report_strides(outputs, number)
-    return Run(placeholders, calls, outputs)
+    made = Run(placeholders, calls, tree_leaves(gm.graph.output_node().args), number)
+    made.tell_strides()
+    return made
 
 
 def _writes(graph: fx.Graph) -> bool:
@@ -208,83 +205,11 @@ class Compiled:
         return all(condition.xreplace(own) == sympy.true for condition in mine)
 
 
-# -- what AOTAutograd hears --------------------------------------------------------------------------------------------
-
-
 def _donated(placeholders: Sequence[fx.Node], kwargs: Mapping[str, Any]) -> list[fx.Node]:
     """Inputs of a backward graph that it may overwrite."""
     from torch._inductor.utils import get_donated_idxs
 
     return [placeholders[i] for i in get_donated_idxs() or ()] if kwargs.get("is_backward") else []
-
-
-@contextmanager
-def _unheard() -> Iterator[Callable[[list[int]], None]]:
-    """While parts are compiled the tracing context hears nothing of their outputs' strides. Gives a function that says
-    which of a part's inputs may be overwritten."""
-    context = TracingContext.try_get()
-    if context is None:
-        yield lambda places: None
-        return
-    strides, meta = context.output_strides, context.fw_metadata
-    before = meta.bw_donated_idxs if meta is not None else None
-    context.output_strides = None
-
-    def donate(places: list[int]) -> None:
-        if meta is not None:
-            meta.bw_donated_idxs = places
-
-    try:
-        yield donate
-    finally:
-        context.output_strides = strides
-        if meta is not None:
-            meta.bw_donated_idxs = before
-
-
-def _report_strides(outputs: Sequence[Any], number: Number) -> None:
-    """Tell the tracing context the strides of the whole graph's outputs."""
-    context = TracingContext.try_get()
-    if context is not None and context.output_strides is not None:
-        for x in outputs:
-            val = x.meta.get("val") if isinstance(x, fx.Node) else None
-            strides = tuple(number(expr(n)) for n in val.stride()) if isinstance(val, Tensor) else None
-            context.output_strides.append(strides)
-
-
-# -- the calls ---------------------------------------------------------------------------------------------------------
-
-
-class Run:
-    """The parts of a graph, called one after the other; a value is let go when its last reader has it."""
-
-    def __init__(self, inputs: Sequence[fx.Node], calls: Sequence[tuple[Any, Part]], outputs: Sequence[Any]) -> None:
-        self._boxed_call = True
-        place: dict[Any, int] = {node: i for i, node in enumerate(inputs)}
-        for _, part in calls:
-            place |= {node: i for i, node in enumerate(part.gives, len(place))}
-        constants = [x for x in outputs if not isinstance(x, fx.Node)]
-        self.blank = [*[None] * (len(place) - len(inputs)), *constants]
-        ends = iter(range(len(place), len(place) + len(constants)))
-        self.outputs = [place[x] if isinstance(x, fx.Node) else next(ends) for x in outputs]
-        self.calls: list[tuple[Any, list[int], list[int], list[int]]] = []
-        later = set(self.outputs)
-        for run, part in reversed(calls):
-            reads = [place[node] for node in part.reads]
-            drops = [i for i in reads if i not in later]
-            later.update(reads)
-            self.calls.insert(0, (run, reads, drops, [place[node] for node in part.gives]))
-
-    def __call__(self, given: list[Any]) -> list[Any]:
-        values = [*given, *self.blank]
-        given.clear()
-        for run, reads, drops, gives in self.calls:
-            inputs = [values[i] for i in reads]
-            for i in drops:
-                values[i] = None
-            for i, value in zip(gives, run(inputs), strict=True):
-                values[i] = value
-        return [values[i] for i in self.outputs]
 
 
 __all__ = ["compile_shared"]
