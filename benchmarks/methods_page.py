@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import api
+import counts
 import methods
 from tome_fx.methods import BUILT_IN, DEFAULTS, KINDS, METHODS, NUMBERS, PIECES
 
@@ -53,6 +54,35 @@ KINDS_HEAD = """## Pieces
 
 A method is one piece of each kind; these are the names for the options of the same name. What each gets and returns
 stands at the top of `tome_fx/methods/tokens.py`.
+"""
+COUNTS = """## Counts that depend on the data
+
+SAINT, ALGM and LTMP merge as many tokens as the data say. Two ways:
+
+```python
+import torch
+import tome_fx
+
+
+def compiled(model, batches):
+    # a list of r, found once; or counts sample by sample, in one graph, of which half of r go in any case
+    r = tome_fx.calibrate(model, batches, method="tome", tau=0.8)
+    by_list = torch.compile(model, backend=tome_fx.tome_backend(r=r))
+    by_sample = torch.compile(model, backend=tome_fx.tome_backend(r=16, counts="threshold", tau=0.8, least=0.5))
+    return by_list, by_sample
+```
+
+A list costs what any list costs. With `counts` a graph has one length for each block all the same: of at most r pairs
+as many merge as the rule accepts, each sample by its own count, and no sample depends on its batch; `least` of the r
+rows go whatever the data say (the best pairs, if the rule accepts fewer), all others that are left over stay as rows
+that nothing sees. What merged more than it must lets later blocks merge less. So time is that of the list that `least`
+stands for, plus finding more pairs than rows go (ViT-S/16 at 224 px, batch 8, 12 blocks; `benchmarks/counts.py`):
+
+{figures}
+It pays where the counts themselves are wanted (a method as its paper has it, without a new list for other data), or
+where samples differ so much that no list fits: `r=calibrate(..., of="most")`, `least=calibrate(..., of="least")`. It is
+never faster than the list of `least`: where speed is what counts, take `calibrate` alone. Pieces that take all rows for
+tokens (grids, `matcher="greedy"`, "both", ...) are refused by name.
 """
 LAST = """A piece is a plain function of tensors. It runs for any batch, and a sample must not depend on the others.
 """
@@ -215,13 +245,20 @@ def numbers_table() -> list[str]:
     return table(("number", "default", "meaning"), rows)
 
 
+def counted() -> str:
+    """What counts that depend on the data are, and cost."""
+    result = json.loads((RESULTS / "counts-cpu.json").read_text())
+    return COUNTS.format(figures="\n".join([*counts.table(result), ""]))
+
+
 def page() -> str:
     """The whole of it."""
     results, speed = read()
     choosing = CHOOSING.format(side=methods.SIDE, batch=methods.BATCH)
     parts = [
         HEAD, *methods_table(), COMPARED, *answer(results), *accuracy_table(results), choosing, *share_table(speed),
-        KINDS_HEAD, *pieces_tables(shipped()), *numbers_table(), f"## Your own\n\n```python\n{EXAMPLE}```\n", LAST,
+        counted(), KINDS_HEAD, *pieces_tables(shipped()), *numbers_table(), f"## Your own\n\n```python\n{EXAMPLE}```\n",
+        LAST,
     ]  # fmt: skip
     return "\n".join(parts)
 

@@ -39,7 +39,8 @@ from .rules.views import ExpandRule, PermuteRule
 
 aten = torch.ops.aten
 tome = torch.ops.tome
-MATCHES = tuple(getattr(tome, name).default for name in ("match", "match_by", "match_parts", "match_pieces"))
+MATCHES = tuple(getattr(tome, name).default for name in ("match", "match_by", "match_parts", "match_pieces",
+                                                   "match_some"))  # fmt: skip
 
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _REGROUPS = (*_RESHAPES, aten.flatten.using_ints, aten.unsqueeze.default)

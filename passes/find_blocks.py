@@ -111,7 +111,7 @@ def _unplaced(block: Block, facts: Facts) -> SkipReason | None:
     config = facts.config
     if block.special.lost:
         why = "tokens that never merge stand between others, and their number is dynamic: compile for one size"
-    elif block.special.inner and not config.sided:
+    elif block.special.inner and not (config.sided or config.padded):
         why = f"{config.choices} may pair special tokens that stand between others"
     elif (side := facts.side) is not None and config.alpha is not None and not side_fits(facts, block):
         grid, given = grid_of(facts, block.tokens), list(side.meta["val"].shape)
@@ -121,6 +121,10 @@ def _unplaced(block: Block, facts: Facts) -> SkipReason | None:
         why = f"importance={config.importance!r} reads the attention of tokens before they merge, "
         why += "and these merge before it" if block.branch else "and this one is no plain softmax of one sequence"
         return SkipReason("no attention to read", block.name, why)
+    elif "change" in config.needs and (block.branch or block.mlp or not block.alone):
+        why = f"importance={config.importance!r} reads what the block added to the stream, "
+        why += "and these merge before it" if block.branch or block.mlp else "and these are a part of the stream"
+        return SkipReason("no change to read", block.name, why)
     else:
         return None
     return SkipReason("special tokens", block.name, why)

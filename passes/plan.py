@@ -44,8 +44,9 @@ aten = torch.ops.aten
 class Merge:
     """A merge to carry out right after its node: the dim and run of leaves, the step, and how many tokens go.
 
-    length: the tokens that it sees, r of which go. groups: the step whose groups it takes, where it has no matching of
-    its own. even: whether the parts of a window give the same number each, else the same share. how: its pieces.
+    length: the tokens that it sees, r of which go. pairs: how many are found, more than r where the data say how many
+    merge (`How.padded`). groups: the step whose groups it takes, where it has no matching of its own. even: whether the
+    parts of a window give the same number each, else the same share. how: its pieces.
     """
 
     block: Block
@@ -54,6 +55,7 @@ class Merge:
     step: Step
     length: Size
     r: int
+    pairs: int
     groups: Step | None = None
     even: bool = True
     how: How = field(default_factory=How)
@@ -61,10 +63,14 @@ class Merge:
     @property
     def pruned(self) -> Any:
         """How many of the r are dropped, not merged."""
-        share = self.how.pruned
-        if isinstance(self.r, int):
-            return min(share, self.r) if isinstance(share, int) else int(self.r * share)
-        return self.r * int(share * 1024) // 1024
+        return _share(self.how.pruned, self.r)
+
+
+def _share(share: int | float, r: Any) -> Any:
+    """So many of r, or such a share of it; r may be symbolic."""
+    if isinstance(r, int):
+        return min(share, r) if isinstance(share, int) else int(r * share)
+    return r * int(share * 1024) // 1024
 
 
 @dataclass
@@ -200,7 +206,8 @@ def _unpaid(block: Block, site: int, plan: Plan) -> SkipReason:
     whose = "merging" if alone else f"merging here and at {len(chain) - 1} other places on the same stream"
     spent, saved = (sum(map(of, [site] if alone else chain)) for of in (bill.total, bill.saved.__getitem__))
     why = f"{whose} costs as much as {spent:.2g} FLOPs, {bill.spends(site)}, and saves {saved:.2g}"
-    why += f'; a larger r may pay, and placement="{anyway}" merges all the same'
+    more = "least" if any(merge.how.padded for merge in plan.every) else "r"
+    why += f'; a larger {more} may pay, and placement="{anyway}" merges all the same'
     return SkipReason("MLP does not pay" if block.mlp else "does not pay", block.name, why)
 
 
@@ -354,11 +361,12 @@ class _Walk:
         before: Any = prev.after if prev is not None else block.length + lo + hi
         prefix = part.start + special.prefix
         suffix = before - part.start - part.length + special.suffix
-        ends = lo + special.prefix, hi + special.suffix
-        step = Step(index, prev, block.sample, before, before - r, prefix, suffix, ends, block.branch)
+        ends, how = (lo + special.prefix, hi + special.suffix), self.hows[index]
+        goes = _share(how.least, r) if how.padded else r
+        step = Step(index, prev, block.sample, before, before - goes, prefix, suffix, ends, block.branch)
         groups, even = self._groups(block, step, r) if block.alike else None, not isinstance(wanted, float)
-        return Merge(block=block, dim=dim, key=key, step=step, length=part.length, r=r, groups=groups, even=even,
-                     how=self.hows[index])  # fmt: skip
+        return Merge(block=block, dim=dim, key=key, step=step, length=part.length, r=goes, pairs=r, groups=groups,
+                     even=even, how=how)  # fmt: skip
 
     def _count(self, index: int, before: Any, prev: Step | None) -> Any:
         """How many of `before` tokens a block merges away."""
@@ -400,7 +408,7 @@ class _Walk:
         tokens = _tokens(block, step, r)
         for merge in self.plan.every:
             own = merge.block.site is block.site and not merge.block.mlp
-            if own and _tokens(merge.block, merge.step, merge.r) == tokens:
+            if own and _tokens(merge.block, merge.step, merge.pairs) == tokens:
                 return merge.step
         return None
 

@@ -28,6 +28,8 @@ from .normal.regions import retrace
 
 aten = torch.ops.aten
 NAMESPACES = "tome", "tome_cpu"
+FOUND = "tome_merge", "tome_step", "tome_prev", "tome_turn"
+"""What is written to a matching."""
 
 
 class PortableError(ValueError):
@@ -82,7 +84,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> None:
     with mode:
         body = retrace(run, [n.meta["val"] for n in inputs])
     env: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    meta = {k: v for k, v in node.meta.items() if k not in ("val", "tome_merge", "tome_step", "tome_prev")}
+    meta = {k: v for k, v in node.meta.items() if k != "val" and k not in FOUND}
     with gm.graph.inserting_before(node):
         for inner in body.graph.nodes:
             if inner.op == "call_function":
@@ -97,7 +99,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> None:
         node.replace_all_uses_with(found)
     else:
         if _finds(node):
-            found[0].meta.update({k: v for k, v in node.meta.items() if k.startswith("tome_")})
+            found[0].meta.update({k: v for k, v in node.meta.items() if k in FOUND})
         for user in list(node.users):
             user.replace_all_uses_with(found[user.args[1]])
             gm.graph.erase_node(user)
@@ -246,13 +248,13 @@ def match_parts(metric: Tensor, parts: Tensor, r: Any, *how: Any) -> tuple[Tenso
 
 
 def match_pieces(metric: Tensor, size: Any, attention: Any, place: Any, *how: Any) -> tuple[Tensor, ...]:
-    """`tome::match_pieces`, of pieces that are the same in every process. how: what is seen, r, pruned,
-    prefix, suffix, heads, first, the pieces."""
-    seen, r, pruned, prefix, suffix, heads, first, key = how
+    """`tome::match_pieces`, of pieces that are the same in every process. how: what is seen, r, pruned, prefix, suffix,
+    heads, first, the pieces, what never merges, how much each changed."""
+    seen, r, pruned, prefix, suffix, heads, first, key, *more = how
     if own := from_key(key).of_process:
         raise PortableError(f"{own} cannot leave Python; plain=False keeps it")
     sample, n = metric.shape[: -3 if heads else -2], metric.shape[-3 if heads else -2]
-    given, ends = (size, attention, place, seen), (prefix, suffix)
+    given, ends = (size, attention, place, seen, *more, *[None] * (2 - len(more))), (prefix, suffix)
     source, destination, body, best = ops.picked(metric, given, (r, pruned), ends, (heads, first), key)
     batch, place = source.shape[0], _places(n, metric.device)
     order = torch.cat([place.narrow(0, 0, prefix), body, place.narrow(0, n - suffix, suffix)]).expand(batch, n)
@@ -264,6 +266,17 @@ def match_pieces(metric: Tensor, size: Any, attention: Any, place: Any, *how: An
     assign = none.scatter_add(1, order, slot * stays)
     assign = assign.scatter_add(1, source, assign.gather(1, destination))
     return tuple(t.reshape(*sample, t.shape[-1]) for t in (assign, keep, source, best))
+
+
+def match_some(metric: Tensor, size: Any, attention: Any, place: Any, *how: Any) -> tuple[Tensor, ...]:
+    """`tome::match_some`, of pieces that are the same in every process. how: as `match_pieces`, with what goes in any
+    case for pruned."""
+    seen, r, least, prefix, suffix, heads, first, key, *more = how
+    if own := from_key(key).of_process:
+        raise PortableError(f"{own} cannot leave Python; plain=False keeps it")
+    given = (size, attention, place, seen, *more, *[None] * (2 - len(more)))
+    found = ops.some_picked(metric, given, (r, least), (prefix, suffix), (heads, first), key)
+    return tuple(t.reshape(*metric.shape[: -3 if heads else -2], t.shape[-1]) for t in found)
 
 
 def _matched(
@@ -315,6 +328,7 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 
 FORMS: dict[str, Callable[..., Any]] = {
     "match": match, "match_by": match_by, "match_parts": match_parts, "match_pieces": match_pieces,
+    "match_some": match_some,
     "attention_paid": ops.attention_paid, "grid_places": ops.grid_places, "place_metric": ops.place_metric,
     "place_code": ops.code_of, "side_code": ops.side_code, "with_side": lambda x, side: x.clone(),
     "merge": functools.partial(ops.merge_aten, rows=_rows), "merge_size": ops.merge_size_aten,

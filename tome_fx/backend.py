@@ -112,6 +112,8 @@ def tome_backend(
     matcher: str | Sequence[str] | None = None,
     merging: str | Sequence[str] | None = None,
     prune: float | Sequence[int] | None = None,
+    counts: str | None = None,
+    least: float | Sequence[int] | None = None,
     blocks: str | Sequence[int] | Sequence[float] | None = None,
     protect: str | int | tuple[int, int] | list[int] = "auto",
     placement: str | None = None,
@@ -137,19 +139,21 @@ def tome_backend(
         prop_attn: proportional attention, equation 1 of the paper.
         metric: what tokens are compared by, "key", "query", "value", "input" (the residual stream) or "token" (what
             merges).
-        importance: how much a token matters, to pieces that go by it: "none", "attention", "received", "norm",
-            "energy", "rare" or "size".
+        importance: how much a token matters, to pieces that go by it: "none", "attention", "received", "change",
+            "norm", "energy", "rare" or "size".
         candidates: who takes part, "all" or the 2r "least" important.
         similarity: how tokens are compared, "cosine", "dot" or "joined".
         alpha: the share of that beside how near their places on the grid are: None, a number, or "rising", "falling",
             "constant" with depth.
         partition: the two sides of the matching, "alternating", "sequential", "random", "importance", "band:8",
-            "window:2", "frame" or "grid:2".
+            "window:2", "frame", "grid:2" or "grid_random:2".
         matcher: who picks the pairs, "bipartite", "votes", "both", "fuse", "greedy", "previous", "random" or a name
             given to `register_matcher`.
         merging: what becomes of a pair, "mean", "plain", "keep", "prune", "mlerp" or "weighted"; see `ToMeConfig`. A
             tuple of names (partition, matcher, merging) is one for each equal part of the merging blocks.
         prune: how many of the r tokens are dropped while the others merge: a share, or a count for each merging block.
+        counts: how many of r merge, sample by sample: "none" (all), "votes", "threshold" or a registered piece's name.
+        least: of these how many go whatever the data say, the rows that are saved: a share, or a count for each block.
         blocks: which blocks merge: "all", "first half", "last", or a list of positions or of shares of the depth.
         protect: tokens that never merge: a number of leading ones, `(count, period)`, or a list of positions (from the
             end where negative); "auto" finds class, distillation, camera and register tokens.
@@ -172,9 +176,9 @@ def tome_backend(
     options = {
         "method": method, "every": every, "multiple": multiple, "prop_attn": prop_attn, "metric": metric,
         "importance": importance, "candidates": candidates, "similarity": similarity, "alpha": alpha,
-        "partition": partition, "matcher": matcher, "merging": merging, "prune": prune, "blocks": blocks,
-        "protect": protect, "placement": placement, "padding_first": padding_first, "drop_unread": drop_unread,
-        "inner": inner, "strict": strict,
+        "partition": partition, "matcher": matcher, "merging": merging, "prune": prune, "counts": counts,
+        "least": least, "blocks": blocks, "protect": protect, "placement": placement, "padding_first": padding_first,
+        "drop_unread": drop_unread, "inner": inner, "strict": strict,
     }  # fmt: skip
     return ToMeBackend(config_from({"r": r, "flops": flops, **options, **numbers}))
 

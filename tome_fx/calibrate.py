@@ -12,16 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from tome_fx import ops
 from tome_fx.config import ToMeConfig, config_from
 from tome_fx.explain import MatchRecorder, flat_inputs, rewritten_module
-from tome_fx.methods.matcher import votes
-from tome_fx.methods.partition import alternating
-from tome_fx.methods.tokens import PIECES, Order, Tokens
+from tome_fx.methods import PIECES, How
+from tome_fx.methods.how import from_key, would_go
+from tome_fx.report import ToMeReport
 from tome_fx.schedule import ScheduleError
 
-RULES = ("votes", "threshold")
+OF: Mapping[str, Callable[[Tensor], Any]] = {"mean": torch.mean, "least": torch.amin, "most": torch.amax}
 
 
 def calibrate(
@@ -30,75 +31,85 @@ def calibrate(
     *,
     method: str = "saint",
     rule: str | None = None,
+    of: str = "mean",
     **config: Any,
 ) -> list[int]:
     """The list of r that a method's rule for counts gives on data: `tome_backend(r=calibrate(model, batches))`.
 
-    batches: inputs of the model, a tensor or a tuple of arguments each, all of the same shapes.
-    rule: "votes" (SAINT, arXiv 2503.11549: sources with `votes` partners of at least `tau`), or "threshold" (ALGM:
-        sources whose best partner is at least `tau` like them); None: that of the method, "votes" for SAINT's matcher.
+    batches: inputs of the model, a tensor or a tuple of arguments each. For each block the model is rewritten once, or
+        once for each shape where batches have several.
+    rule: a name that `counts` takes: "votes" (SAINT, arXiv 2503.11549: sources with `votes` partners of at least
+        `tau`), "threshold" (ALGM: sources whose best partner is at least `tau` like them), or one of your own; None:
+        that of the method, "votes" for SAINT's matcher.
+    of: which number of all samples: their "mean", rounded down, the "least" or the "most".
     config: the keywords of `tome_backend`, but r and flops; tau=, votes= are the numbers of the rules.
 
-    Returns for each block that merges (`blocks`) the mean over all samples, rounded down. At most half of the tokens
-    that may merge go at one block. The model is rewritten once for each block.
+    Returns a number for each block that merges (`blocks`), along a chain of blocks: a module that is called twice is
+    two chains of one list, and counts twice. Tokens that a mask of keys leaves out do not count. At most half of the
+    tokens that may merge go at one block.
 
-    Raises ValueError for an unknown rule, no batch, or a model without attention, and what `rewrite` raises.
+    Raises ValueError for an unknown rule, no batch, a model without attention, or one with several towers, which need a
+    list each, and what `rewrite` raises.
     """
     settings = config_from({"r": 1, "inner": "eager", "drop_unread": False, "method": method, **config})
-    rule = rule or ("votes" if settings.matcher == "votes" else "threshold")
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    named = settings.counts if settings.counts != "none" else None
+    rule = rule or named or ("votes" if settings.matcher == "votes" else "threshold")
+    for name, value, allowed in (("rule", rule, PIECES["counts"]), ("of", of, OF)):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     held = [batch if isinstance(batch, (tuple, list)) else (batch,) for batch in batches]
     if not held:
         raise ValueError("calibrate needs at least one batch")
-    options = {**config, "method": method, "drop_unread": False}
+    # All of r go, so that nothing but what pieces read is another graph.
+    options = {**config, "method": method, "drop_unread": False, "counts": rule, "least": 1.0}
     found: list[int] = []
     while True:
+        graphs: dict[Any, tuple[fx.GraphModule, ToMeReport]] = {}
         try:
-            gm, report = rewritten_module(model, held[0], None, {**options, "r": [*found, 1]})
+            for args in held:
+                if (key := _shapes(args)) not in graphs:
+                    graphs[key] = rewritten_module(model, args, None, {**options, "r": [*found, 1]})
         except ScheduleError:  # of several chains of blocks the longest is at its end
             if found:
                 return found
             raise
-        if not report.sites:
-            raise ValueError(f"calibrate: {report.summary()}")
-        counts = [_counts(gm, args, settings, rule, sum(map(bool, found))) for args in held]
-        found.append(int(torch.cat(counts).double().mean()))
-        if len(found) == len(settings.chosen(len(report.sites))):
+        reports = [report for _, report in graphs.values()]
+        if not any(report.sites for report in reports):
+            raise ValueError(f"calibrate: {reports[0].summary()}")
+        counts = [_counts(graphs[_shapes(args)][0], args, settings, (rule, len(found))) for args in held]
+        found.append(int(OF[of](torch.cat(counts).double())))
+        if len(found) == max(len(settings.chosen(len(report.sites))) for report in reports):
             return found
 
 
-def _counts(gm: fx.GraphModule, args: Sequence[Any], settings: ToMeConfig, rule: str, before: int) -> Tensor:
-    """int64 [samples]: what the rule says of the tokens of the merge after `before` others in a graph; 0 where it is
-    not there, as its block cannot merge."""
+def _shapes(args: Sequence[Any]) -> tuple[Any, ...]:
+    """What a graph is made for."""
+    return tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in tree_leaves(args))
+
+
+def _counts(gm: fx.GraphModule, args: Sequence[Any], settings: ToMeConfig, asked: tuple[str, int]) -> Tensor:
+    """int64 [samples]: what a rule says of the tokens of the merge at one place of the list; 0 where it is not there,
+    as its block cannot merge. asked: the rule, the place."""
+    rule, place = asked
     recorder = MatchRecorder(gm)
     with torch.no_grad():
         recorder.run(*flat_inputs(gm, args, None), enable_io_processing=False)
-    if len(recorder.found) <= before:
+    here = [(node, given) for node, given, _ in recorder.found if node.meta["tome_turn"] == place]
+    names = list(dict.fromkeys(node.meta["tome_merge"] for node, _ in here))
+    if len(names) > 1:
+        why = f"{' and '.join(names)} are both block {place} of their chains, as the model has several towers"
+        raise ValueError(f"calibrate: {why}: calibrate each as a model of its own, and compile it with its own list")
+    if not here:
         return torch.zeros(1, dtype=torch.int64)
-    _, given, _ = recorder.found[-1]
-    metric, heads, prefix = given["metric"], given.get("heads", False), given["prefix"]
-    known, flags = (None, None, None, given.get("seen")), (heads, given.get("first", False))
-    tokens = ops.tokens_of(metric, known, (prefix, given["suffix"]), flags, dict(settings.numbers))
-    return _RULES[rule](tokens, settings)
+    return torch.cat([_of_match(given, settings, rule) for _, given in here])
 
 
-def _alike(tokens: Tokens, settings: ToMeConfig) -> Tensor:
-    sides = alternating(tokens, Order(tokens.positions[None], tokens.first % 2), 0)
-    similarity = settings.similarity if settings.similarity in ("cosine", "dot") else "cosine"
-    return PIECES["similarity"][str(similarity)].run(tokens, sides.sources, sides.destinations)
-
-
-def _votes(tokens: Tokens, settings: ToMeConfig) -> Tensor:
-    _, count = votes(_alike(tokens, settings), tokens.numbers["tau"])
-    return (count >= tokens.numbers["votes"]).sum(-1)
-
-
-def _threshold(tokens: Tokens, settings: ToMeConfig) -> Tensor:
-    return (_alike(tokens, settings).amax(-1) >= tokens.numbers["tau"]).sum(-1)
-
-
-_RULES: Mapping[str, Callable[[Tokens, ToMeConfig], Tensor]] = {"votes": _votes, "threshold": _threshold}
+def _of_match(given: Mapping[str, Any], settings: ToMeConfig, rule: str) -> Tensor:
+    own = How(similarity=str(settings.similarity), counts=rule, numbers=settings.numbers)
+    how = from_key(given["how"]) if "how" in given else own
+    known = [given.get(name) for name in ("size", "attention", "place", "seen", "still", "change")]
+    flags, ends = (given.get("heads", False), given.get("first", False)), (given["prefix"], given["suffix"])
+    return would_go(how, ops.tokens_of(given["metric"], known, ends, flags, dict(how.numbers)))
 
 
 __all__ = ["calibrate"]

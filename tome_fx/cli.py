@@ -37,8 +37,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 INNERS = ("inductor", "aot_eager", "eager")
 OPTIONS = (
     "method", "placement", "metric", "importance", "candidates", "similarity", "alpha", "partition", "matcher",
-    "merging", "prune", "blocks", "protect", "every", "multiple", "prop_attn", "padding_first", "drop_unread", "inner",
-    "strict",
+    "merging", "prune", "counts", "least", "blocks", "protect", "every", "multiple", "prop_attn", "padding_first",
+    "drop_unread", "inner", "strict",
 )  # fmt: skip
 """Options of `tome_backend` that are options of the command line by the same name."""
 DEFAULT_R = 16
@@ -217,6 +217,8 @@ def _add_model_options(parser: argparse.ArgumentParser, batch: int) -> None:
     parser.add_argument("--matcher", type=_names, help="who picks the pairs")
     parser.add_argument("--merging", type=_names, help="what becomes of a pair")
     parser.add_argument("--prune", type=float, help="share of the r tokens that is dropped, not merged")
+    parser.add_argument("--counts", help="how many of r merge, by the data: votes or threshold")
+    parser.add_argument("--least", type=float, help="share of the r tokens that goes in any case, with --counts")
     parser.add_argument("--blocks", type=parse_blocks, help="all, first half, last, 3,6,9 or 0.25,0.5 of the depth")
     parser.add_argument("--number", type=_number, action="append", default=[], metavar="NAME=VALUE", help="as tau=0.8")
     parser.add_argument("--protect", type=parse_protect, default="auto", help="auto, 1, 2/10 (of every 10) or 0,5,-1")

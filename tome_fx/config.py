@@ -12,7 +12,7 @@ from operator import index
 from typing import Any
 
 from tome_fx import matching
-from tome_fx.methods import DEFAULTS, MERGINGS, METHODS, NUMBERS, PIECES, How
+from tome_fx.methods import DEFAULTS, KINDS, MERGINGS, METHODS, NUMBERS, PIECES, How
 from tome_fx.methods.tokens import named
 
 INNER = ("inductor", "aot_eager", "eager")
@@ -21,7 +21,7 @@ PLACEMENTS = ("auto", "stream", "branch")
 PIECEWISE: dict[str, Any] = {
     "prop_attn": True, "metric": "key", "importance": "none", "candidates": "all", "similarity": "cosine",
     "partition": "alternating", "matcher": "bipartite", "merging": "mean", "placement": "auto", "blocks": "all",
-    "prune": 0.0, "alpha": None,
+    "prune": 0.0, "alpha": None, "counts": "none", "least": 0.0,
 }  # fmt: skip
 """What a method may say, and ToMe's own values, which hold where neither it nor the caller says another."""
 ALPHAS = {"rising": lambda at, n: at / max(n - 1, 1), "falling": lambda at, n: 1 - at / max(n - 1, 1),
@@ -62,8 +62,8 @@ class ToMeConfig:
     merges, in cross attention the queries (ToMe table 1). ToMe: "key"."""
     importance: str | None = None
     """How much a token matters, for pieces that go by it: "attention" (of the class token; without one, received),
-    "received", "norm", "energy" (PiToMe), "rare", "size". Attention is that of the tokens before they merge: there is
-    none in a branch that begins before it. ToMe: "none"."""
+    "received", "change" (by the block, on the stream), "norm", "energy" (PiToMe), "rare", "size". Attention is that of
+    the tokens before they merge: there is none in a branch that begins before it. ToMe: "none"."""
     candidates: str | None = None
     """Who takes part in the matching: "all", or "least", the 2r least important. ToMe: "all"."""
     similarity: str | None = None
@@ -75,9 +75,9 @@ class ToMeConfig:
     partition: str | tuple[str, ...] | None = None
     """The two sides of the matching: "alternating" positions, "sequential" halves, "random" halves, the same for one
     number of tokens, "importance" (the r least important go), or alternating with near pairs first: "band:8",
-    "window:2", "frame"; or "grid:2", one destination in each cell. The new order: protected tokens at their ends, what
-    is left of the first side, then the second, each in position order; sides that differ from sample to sample leave
-    tokens in position order. ToMe: "alternating"."""
+    "window:2", "frame"; or "grid:2", one destination in each cell, "grid_random:2" a random one. The new order:
+    protected tokens at their ends, what is left of the first side, then the second, each in position order; sides that
+    differ from sample to sample leave tokens in position order. ToMe: "alternating"."""
     matcher: str | tuple[str, ...] | None = None
     """Who picks the pairs: "bipartite" (soft matching, ToMe section 3), "votes" (SAINT), "both" directions (MCTF),
     "fuse" all into one (EViT), "greedy", "previous" frame (EVS), "random" (pairs of all tokens, the same for one number
@@ -91,6 +91,15 @@ class ToMeConfig:
     prune: float | tuple[int, ...] | None = None
     """How many of the r tokens, the least important of them, are dropped while the others merge (DiffRate): a share, or
     a list with one count per merging block. ToMe: 0."""
+    counts: str | None = None
+    """How many of the r pairs of a block merge, sample by sample: "votes" (SAINT), "threshold" (ALGM), or a name given
+    to `register_piece`; `tau` and `votes` are their numbers. The graph has one length for each block: rows that are
+    left over stand for nothing, and stay but for those of `least`. So it costs what `least` of the r tokens save.
+    "none": all r."""
+    least: float | tuple[int, ...] | None = None
+    """With `counts`: how many of the r tokens go whatever the data say, so that their rows are saved: a share, or a
+    list with one count per merging block. Rows that stand for nothing go first. 0: exactly what the rule says
+    merges."""
     blocks: str | tuple[int, ...] | tuple[float, ...] | None = None
     """Which blocks merge: "all", "first half", "last", a list of positions (negative ones from the end), or of shares
     of the depth (0.25: block 3 of 12). A schedule `r` is spread over these. ToMe: "all"."""
@@ -135,7 +144,7 @@ class ToMeConfig:
             ("metric", METRICS),
             ("placement", PLACEMENTS),
             ("inner", INNER),
-            *((name, _names(name)) for name in ("importance", "candidates", "similarity", "partition", "matcher")),
+            *((name, _names(name)) for name in KINDS),
             ("merging", MERGINGS),
         ):
             given = getattr(self, name)
@@ -171,10 +180,14 @@ class ToMeConfig:
     def _check_method(self) -> None:
         if not (self.alpha is None or self.alpha in ALPHAS or (_real(self.alpha) and 0 <= self.alpha <= 1)):  # type: ignore[operator]
             raise ValueError(f"alpha must be a number in [0, 1], or one of {', '.join(ALPHAS)}, got {self.alpha!r}")
-        prune: Any = self.prune
-        counts = isinstance(prune, tuple) and all(_whole(x) and x >= 0 for x in prune)
-        if not counts and not (_real(prune) and 0 <= prune <= 1):
-            raise ValueError(f"prune must be a share between 0 and 1, or a list of counts, got {prune!r}")
+        for name, share in (("prune", self.prune), ("least", self.least)):
+            listed = isinstance(share, tuple) and all(_whole(x) and x >= 0 for x in share)
+            if not listed and not (_real(share) and 0 <= share <= 1):  # type: ignore[operator]
+                raise ValueError(f"{name} must be a share between 0 and 1, or a list of counts, got {share!r}")
+        if self.counts == "none" and self.least:
+            raise ValueError("least says how many tokens go of those that counts lets go: give counts too")
+        if self.padded and self.multiple > 1:
+            raise ValueError("multiple rounds r, and with counts the rows that go are those of least: choose these")
         blocks = self.blocks
         listed = isinstance(blocks, tuple) and (all(map(_whole, blocks)) or
                                                 all(_real(x) and 0 <= x < 1 for x in blocks))  # fmt: skip
@@ -194,7 +207,7 @@ class ToMeConfig:
         for f in fields(self):
             if f.init:
                 object.__setattr__(self, f.name, _plain(getattr(self, f.name)))
-        for name in ("partition", "matcher", "merging", "blocks", "prune"):
+        for name in ("partition", "matcher", "merging", "blocks", "prune", "least"):
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
         if isinstance(self.r, list):
@@ -247,7 +260,7 @@ class ToMeConfig:
     def sided(self) -> bool:
         """Whether at every merge a source at an alternating position joins the destination at another that is most like
         it, and nothing else decides."""
-        alone = self.similarity != "joined" and not self.drops_some
+        alone = self.similarity != "joined" and not self.drops_some and not self.padded
         return alone and (self.candidates, self.partition, self.matcher) == ("all", "alternating", "bipartite")
 
     @property
@@ -260,6 +273,8 @@ class ToMeConfig:
     @property
     def choices(self) -> str:
         """The options that make it otherwise, as a message names them."""
+        if self.padded:
+            return f"counts={self.counts!r}"
         if self.method != "tome":
             return f"method={self.method!r}"
         return f"matcher={self.matcher!r} with partition={self.partition!r}"
@@ -280,7 +295,7 @@ class ToMeConfig:
         placed = isinstance(self.blocks, tuple) and all(isinstance(at, int) and at >= 0 for at in self.blocks)
         found = ["blocks"] if self.blocks != "all" and (anew or not placed) else []
         found += [name for name in ("partition", "matcher", "merging") if isinstance(getattr(self, name), tuple)]
-        found += ["prune"] if isinstance(self.prune, tuple) and anew else []
+        found += [name for name in ("prune", "least") if isinstance(getattr(self, name), tuple) and anew]
         found += ["alpha"] if isinstance(self.alpha, str) and self.alpha != "constant" else []
         return found + ["margin"] * (self.importance == "energy")
 
@@ -305,16 +320,21 @@ class ToMeConfig:
         alpha: Any = ALPHAS[self.alpha](at, blocks) if isinstance(self.alpha, str) else self.alpha
         numbers = {**dict(self.numbers), "depth": at / max(blocks, 1)}
         numbers["margin"] *= 1 - numbers["depth"]
-        pruned: Any = self.prune
-        if isinstance(pruned, tuple):
-            pruned = pruned[turn] if turn < len(pruned) else 0
+        shares = (self.prune, float(self.least) if isinstance(self.least, int) else self.least)
+        of_r = [(x[turn] if turn < len(x) else 0) if isinstance(x, tuple) else x for x in shares]
         return How(self.importance, self.candidates, own(self.partition), self.similarity, own(self.matcher),  # type: ignore[arg-type]
-                   own(self.merging), pruned, alpha, tuple(numbers.items()))
+                   self.counts, own(self.merging), of_r[0], of_r[1], alpha, tuple(numbers.items()))  # type: ignore[arg-type]
 
     @property
-    def counts(self) -> bool:
-        """Whether a merged token counts for all that it stands for, at any merge."""
-        return self._mergings != {"prune"}
+    def padded(self) -> bool:
+        """Whether rows are left that stand for nothing, since pairs are as many as the data say."""
+        return self.how(0, 1, (0, 1)).padded
+
+    @property
+    def sized(self) -> bool:
+        """Whether rows have sizes, at any merge: what they stand for, or, where rows are left that stand for nothing, 1
+        and 0."""
+        return self._mergings != {"prune"} or self.padded
 
     @property
     def _mergings(self) -> set[Any]:
@@ -322,8 +342,8 @@ class ToMeConfig:
 
     @property
     def proportional(self) -> bool:
-        """Whether log(size) joins the scores."""
-        return bool(self.prop_attn) and self.counts
+        """Whether log(size) joins the scores; -inf alone, of rows that stand for nothing, without `prop_attn`."""
+        return (bool(self.prop_attn) and self.sized) or self.padded
 
     @property
     def drops_some(self) -> bool:
@@ -333,7 +353,7 @@ class ToMeConfig:
     @property
     def drops(self) -> bool:
         """Whether some tokens are dropped while others merge, so that sizes do not add up to all tokens."""
-        return self.counts and (self.drops_some or "prune" in self._mergings)
+        return self.sized and (self.drops_some or "prune" in self._mergings)
 
     @property
     def tied(self) -> bool:
@@ -367,7 +387,7 @@ def _whole(value: Any) -> bool:
 
 def _names(kind: str) -> tuple[str, ...]:
     """The names of a kind of pieces; those that end in ":k" take a number."""
-    more = {"importance": ("none",), "matcher": matching.matchers()}.get(kind, ())
+    more = {"importance": ("none",), "counts": ("none",), "matcher": matching.matchers()}.get(kind, ())
     return tuple(dict.fromkeys([*more, *PIECES[kind]]))
 
 

@@ -244,8 +244,8 @@ class MergeStep:
 
     name: place in the model. tokens_before, tokens_after: lengths of the token axis. groups: int64 [*sample, N0], the
     index after this merge of each ORIGINAL token. similarity: float32 [*sample, r], of each merged pair (its cosine
-    unless the config says otherwise), most similar first. protected: leading tokens that never merge. There is always
-    at least one sample axis.
+    unless the config says otherwise), most similar first; inf of those that `counts` does not let merge. protected:
+    leading tokens that never merge. There is always at least one sample axis.
     """
 
     name: str
@@ -309,13 +309,13 @@ def trace_tokens(
         recorder.run(*flat_inputs(gm, args, kwargs), enable_io_processing=False)
     merges: list[MergeStep] = []
     known: dict[int, Tensor] = {}
-    for node, given, (assign, _, moved, similarity, *_) in recorder.found:
+    for node, given, (assign, keep, _, similarity, *_) in recorder.found:
         assign = assign[None] if assign.dim() == 1 else assign  # a batch of one has no axis in the graph
         before_it = known.get(node.meta["tome_prev"])
         groups = known[node.meta["tome_step"]] = assign if before_it is None else assign.gather(-1, before_it)
         before = assign.shape[-1]
         similarity = similarity[None] if similarity.dim() == 1 else similarity
-        after, prefix = before - moved.shape[-1], given["prefix"]
+        after, prefix = keep.shape[-1], given["prefix"]
         merges.append(MergeStep(node.meta["tome_merge"], before, after, groups, similarity, prefix))
     return TokenTrace(merges, report)
 

@@ -20,6 +20,7 @@ their gradients. `*_aten` are the same functions spelled out, for where fusing p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -28,8 +29,9 @@ from torch import Tensor
 
 from tome_fx import matching
 from tome_fx.kernels import cpu
+from tome_fx.methods.counts import padded_form
 from tome_fx.methods.how import from_key as how_from
-from tome_fx.methods.how import pick
+from tome_fx.methods.how import pick, pick_some
 from tome_fx.methods.similarity import blend
 from tome_fx.methods.similarity import place_code as code_of
 from tome_fx.methods.tokens import Tokens
@@ -295,36 +297,38 @@ def _index_form(
 
 def _match_pieces_fake(
     metric: Tensor, size: Tensor | None, attention: Tensor | None, place: Tensor | None, seen: Tensor | None, r: int,
-    pruned: int, prefix: int, suffix: int, heads: bool, first: bool, how: str,
+    pruned: int, prefix: int, suffix: int, heads: bool, first: bool, how: str, still: Tensor | None = None,
+    change: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return _match_fake(metric, r, prefix, suffix, heads)
 
 
 @_opaque(
     "match_pieces(Tensor metric, Tensor? size, Tensor? attention, Tensor? place, Tensor? seen, SymInt r, "
-    "SymInt pruned, int prefix, int suffix, bool heads, bool first, str how) -> (Tensor, Tensor, Tensor, Tensor)",
+    "SymInt pruned, int prefix, int suffix, bool heads, bool first, str how, Tensor? still=None, Tensor? change=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _match_pieces_fake,
     (torch.Tag.cudagraph_unsafe,),  # as `match_by`
 )
 def match_pieces(
     metric: Tensor, size: Tensor | None, attention: Tensor | None, place: Tensor | None, seen: Tensor | None, r: int,
-    pruned: int, prefix: int, suffix: int, heads: bool, first: bool, how: str,
+    pruned: int, prefix: int, suffix: int, heads: bool, first: bool, how: str, still: Tensor | None = None,
+    change: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`match` by the pieces of a method (`tome_fx.methods`).
 
-    Args: metric, prefix, suffix, heads as in `match`; size, attention float32 `[*sample, N]`, place float32
+    Args: metric, prefix, suffix, heads as in `match`; size, attention, change float32 `[*sample, N]`, place float32
         `[*sample, N, axes]`, where the pieces read them; seen: bool `[*sample, N]`, False where a mask of keys leaves a
-        token out; first: whether these go before all others; r: tokens that go, `pruned` of them, the last of `moved`,
-        the least important; how: `How.key`.
+        token out; first: whether these go before all others; still: bool `[*sample, N]`, True for tokens that never
+        merge; r: tokens that go, `pruned` of them, the last of `moved`, the least important; how: `How.key`.
 
     Returns as `match`; the similarity is the matcher's score. New order: prefix, the partition's sources that stay, its
     destinations, where these are the same in all samples, else what stays in position order; suffix.
     """
     with torch.autocast(metric.device.type, enabled=False), torch.no_grad():
         sample = metric.shape[: -3 if heads else -2]
-        source, destination, body, best = picked(
-            metric, (size, attention, place, seen), (r, pruned), (prefix, suffix), (heads, first), how
-        )
+        given = (size, attention, place, seen, still, change)
+        source, destination, body, best = picked(metric, given, (r, pruned), (prefix, suffix), (heads, first), how)
         form = _index_form(source, destination, body, prefix, suffix)
         return tuple(t.reshape(*sample, t.shape[-1]) for t in (*form, best))
 
@@ -342,12 +346,69 @@ def picked(
     return source + prefix, destination + prefix, order + prefix, best
 
 
+def _match_some_fake(
+    metric: Tensor, size: Tensor, attention: Tensor | None, place: Tensor | None, seen: Tensor | None, r: int,
+    least: int, prefix: int, suffix: int, heads: bool, first: bool, how: str, still: Tensor | None = None,
+    change: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    assign, _, moved, best = _match_fake(metric, r, prefix, suffix, heads)
+    return assign, assign.new_empty((*assign.shape[:-1], assign.shape[-1] - least)), moved, best
+
+
+@_opaque(
+    "match_some(Tensor metric, Tensor size, Tensor? attention, Tensor? place, Tensor? seen, SymInt r, SymInt least, "
+    "int prefix, int suffix, bool heads, bool first, str how, Tensor? still=None, Tensor? change=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _match_some_fake,
+    (torch.Tag.cudagraph_unsafe,),  # as `match_by`
+)
+def match_some(
+    metric: Tensor, size: Tensor, attention: Tensor | None, place: Tensor | None, seen: Tensor | None, r: int,
+    least: int, prefix: int, suffix: int, heads: bool, first: bool, how: str, still: Tensor | None = None,
+    change: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """`match_pieces` where of the r pairs found as many merge as the data say, sample by sample (`methods.counts`).
+
+    Args: as `match_pieces`; size: 0 for rows that stand for nothing; least: rows that go in any case, at most r.
+
+    Returns assign, int64 `[*sample, N]`; keep, int64 `[*sample, N - least]`; moved, int64 `[*sample, r]`, of pairs that
+    do not merge a token that stays; the score, float32 `[*sample, r]`, inf for such pairs. New order: as
+    `match_pieces`, and before the suffix the rows that stand for nothing.
+    """
+    with torch.autocast(metric.device.type, enabled=False), torch.no_grad():
+        sample = metric.shape[: -3 if heads else -2]
+        given = (size, attention, place, seen, still, change)
+        found = some_picked(metric, given, (r, least), (prefix, suffix), (heads, first), how)
+        return tuple(t.reshape(*sample, t.shape[-1]).contiguous() for t in found)
+
+
+def some_picked(
+    metric: Tensor, given: Sequence[Tensor | None], count: tuple[int, int], ends: tuple[int, int],
+    flags: tuple[bool, bool], how: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What `match_some` returns, without sample axes. Arguments as there; flags: heads, first."""
+    own, (prefix, suffix), (r, least) = how_from(how), ends, count
+    tokens = tokens_of(metric, given, ends, flags, dict(own.numbers))
+    live, batch = tokens.size > 0, tokens.metric.shape[0]
+    tokens = replace(tokens, live=live if tokens.live is None else live & tokens.live)
+    must = least - live.logical_not().sum(-1)
+    pairs, score, goes, body = pick_some(own, tokens, r, must)
+    n = tokens.count + prefix + suffix
+    place = torch.arange(n, device=metric.device)
+    order = torch.cat([place.narrow(0, 0, prefix), body + prefix, place.narrow(0, n - suffix, suffix)])
+    ones = live.new_ones((batch, 1))
+    stands = torch.cat([ones.expand(batch, prefix), live, ones.expand(batch, suffix)], 1)
+    form = padded_form((pairs[0] + prefix, pairs[1] + prefix), goes, stands, order, ends, least)
+    return *form, score.masked_fill(~goes, torch.inf)
+
+
 def tokens_of(
     metric: Tensor, given: Sequence[Tensor | None], ends: tuple[int, int], flags: tuple[bool, bool],
     numbers: dict[str, float],
 ) -> Tokens:  # fmt: skip
-    """The tokens that may merge, as pieces read them. given: size, attention, place and what is seen, where they are
-    known. flags: heads, and whether what is not seen goes first: it is all alike then."""
+    """The tokens that may merge, as pieces read them. given: size, attention, place, what is seen, what never merges
+    and how much each changed, where they are known. flags: heads, and whether what is not seen goes first: it is all
+    alike then."""
     (heads, first), (prefix, suffix) = flags, ends
     lead = metric.dim() - (3 if heads else 2)
     x = metric.to(torch.float32)
@@ -357,10 +418,11 @@ def tokens_of(
         held = None if held is None else held.reshape(-1, *held.shape[lead:])
         return None if held is None else held.narrow(1, prefix, held.shape[1] - prefix - suffix)
 
-    body, (size, attention, place, seen) = free(x), map(free, given)
+    body, (size, attention, place, seen, still, change) = free(x), map(free, given)
     size = body.new_ones(body.shape[:2]) if size is None else size
     body = body.masked_fill(~seen[..., None], 0.0) if first and seen is not None else body
-    return Tokens(body, prefix, size, attention, place, seen, first, numbers=numbers)
+    live = None if still is None else ~still
+    return Tokens(body, prefix, size, attention, place, seen, first, live=live, change=change, numbers=numbers)
 
 
 def _attention_fake(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None, at: int) -> Tensor:
@@ -503,13 +565,14 @@ def check_shapes(
     rows: by name, x and y `[*sample, N, *rest]` or grad `[*sample, N', *rest]`.
     """
     lead, n, r = assign.shape[:-1], assign.shape[-1], moved.shape[-1]
+    after = min(max(keep.shape[-1], n - r), n)
     _must_begin("moved", moved, (*lead, r), moved.dim())
-    _must_begin("keep", keep, (*lead, n - r), keep.dim())
-    for name, x, length in (("size", size, n), ("size_out", size_out, n - r)):
+    _must_begin("keep", keep, (*lead, after), keep.dim())
+    for name, x, length in (("size", size, n), ("size_out", size_out, after)):
         if x is not None:
             _must_begin(name, x, (*lead, length), x.dim())
     for name, x in rows.items():
-        _must_begin(name, x, (*lead, n - r if name == "grad" else n), assign.dim())
+        _must_begin(name, x, (*lead, after if name == "grad" else n), assign.dim())
 
 
 def _must_begin(name: str, x: Tensor, shape: tuple[int, ...], dims: int) -> None:

@@ -19,10 +19,11 @@ class MergedTokens(NamedTuple):
 
     output: as the model gives it, but for its tokens: [*batch, N', *rest] in the place of [*batch, N, *rest], each row
     where the token stood that represents its group, in the order of these. sizes: float32 [*batch, N'], how many
-    tokens each row stands for. source: int64 [*batch, N], the row that each token went into. place: int64 [*batch, N'],
-    the token that represents each row; it rises along the rows. N counts the tokens as the output has them: without a
-    class token that it leaves out. *batch: the dims before the tokens, if these are the samples; where tokens stand in
-    front of them ([N, B, D]), the samples alone, and nothing for a batch of one.
+    tokens each row stands for; 0 for rows that stand for nothing, which `counts` leaves: mask them. source: int64
+    [*batch, N], the row that each token went into. place: int64 [*batch, N'], the token that represents each row; it
+    rises along the rows. N counts the tokens as the output has them: without a class token that it leaves out. *batch:
+    the dims before the tokens, if these are the samples; where tokens stand in front of them ([N, B, D]), the samples
+    alone, and nothing for a batch of one.
     """
 
     output: Any
@@ -38,7 +39,7 @@ class MergedTokens(NamedTuple):
         return rows_at(self._each(x), self.place)
 
     def mean(self, x: Tensor) -> Tensor:
-        """Of what each token has, the mean over all tokens of each row.
+        """Of what each token has, the mean over all tokens of each row; 0 for rows that stand for nothing.
 
         x: [N, *rest], the same for all samples, or [*batch, N, *rest], floating. Returns [*batch, N', *rest].
         """
@@ -48,7 +49,7 @@ class MergedTokens(NamedTuple):
         total = x.new_zeros(shape).scatter_add(dim, self.source.reshape(*self.source.shape, *rest).expand_as(x), x)
         ones = torch.ones_like(self.source, dtype=x.dtype)
         count = torch.zeros_like(self.place, dtype=x.dtype).scatter_add(dim, self.source, ones)
-        return total / count.reshape(*count.shape, *rest)
+        return total / count.clamp_min(1).reshape(*count.shape, *rest)
 
     def columns(self, image: Tensor) -> Tensor:
         """Which columns of a prompt stay when its image tokens merge: all others, and those of the representatives.
@@ -59,7 +60,7 @@ class MergedTokens(NamedTuple):
         """
         if int(image.sum()) != self.source.numel():
             raise ValueError(f"the prompts have {int(image.sum())} image tokens, the images {self.source.numel()}")
-        stands = torch.zeros_like(self.source, dtype=torch.bool).scatter(-1, self.place, True)
+        stands = torch.zeros_like(self.source, dtype=torch.bool).scatter(-1, self.place, self.sizes > 0)
         stays = (~image).masked_scatter(image, stands)
         if len(set(stays.sum(1).tolist())) > 1:
             raise ValueError("the prompts keep different numbers of columns: take them one by one")

@@ -80,7 +80,8 @@ def _match(walk: Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
     """assign, keep, moved, similarity, size and log size, each [*sample, tokens]."""
     sample = walk.shape(tensors_read(node)[0])[: len(found) - 1]
     before, after = _before_and_after(walk, node)
-    return (*sample, (before, after, before - after, before - after, after, after)[k])
+    pairs = found[-1] if node.target is torch.ops.tome.match_some.default else before - after
+    return (*sample, (before, after, pairs, pairs, after, after)[k])
 
 
 def _before_and_after(walk: Walk, node: fx.Node) -> tuple[Expr, Expr]:
@@ -206,7 +207,7 @@ def _pad(walk: Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
 
 
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-_FINDERS = ("match", "match_by", "match_parts", "match_pieces", "match_size")
+_FINDERS = ("match", "match_by", "match_parts", "match_pieces", "match_some", "match_size")
 _MATCHES = tuple(getattr(torch.ops.tome, name).default for name in _FINDERS)
 _MERGES = tuple(getattr(torch.ops.tome, name).default for name in ("merge", "merge_add", "merge_size", "merge_bias"))
 _UNMERGES = (torch.ops.tome.unmerge.default, torch.ops.tome.merge_backward.default)
@@ -254,7 +255,8 @@ def _expand_sizes(walk: Walk, node: fx.Node, shapes: Sequence[Shape | None]) -> 
 
 def _merged_away(walk: Walk, node: fx.Node, shapes: Sequence[Shape | None]) -> None:
     before, after = _before_and_after(walk, node)
-    at = [argument.name for argument in node.target._schema.arguments].index("r")  # type: ignore[union-attr]
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    at = names.index("least" if "least" in names else "r")
     node.update_arg(at, walk.named(before - after))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from ..analysis.masks import KeyMask, token_dims
 from ..analysis.sites import Operand
 from ..building.trace import Traced, cat
 from .laid import Laid, dim_size, spot, token_spots
-from .steps import StepTensors, grown
+from .steps import SMALLEST, StepTensors, grown
 
 if TYPE_CHECKING:
     from ..plan import Merge
@@ -31,8 +32,6 @@ aten = torch.ops.aten
 tome = torch.ops.tome
 LEAST_ALPHA = 1e-3
 """Places alone are equally far in many pairs, which rounding would choose between: then the metric does."""
-SMALLEST = 1e-30
-"""What a token weighs at least that no query looks at."""
 
 
 class Groups:
@@ -45,24 +44,25 @@ class Groups:
 
     def find(self, merge: Merge, value: Laid | None) -> None:
         """Find the groups of a merge, and their sizes. value: what merges, before it does, if that is one value."""
-        step, call, block, config = merge.step, self.call, merge.block, self.config
+        step, call, block, config, how = merge.step, self.call, merge.block, self.config, merge.how
         if merge.groups is not None:
             self.steps.held[step] = self.steps.of(merge.groups)
             return
         own = self._own(merge)
         metric, heads = self._metric(merge, value)
-        metric = metric.detach()
+        metric, compared_by = metric.detach(), (config.similarity,) if config.similarity == "dot" else ()
         weight = self._weight(block, step.prev)
-        how, compared_by = merge.how, (config.similarity,) if config.similarity == "dot" else ()
+        classic = block.parts is not None or how.papers or how.classic
         if how.alpha is not None:
             code = self._code(block, own.prev)
             alpha = max(float(how.alpha), LEAST_ALPHA)
             metric, heads = call(tome.place_metric.default, metric, code, alpha, heads), False
-        if weight is not None and (block.parts is not None or how.papers or how.classic):  # pieces read what is seen
+        if weight is not None and classic:  # pieces read what is seen
             kind = call(tome.key_kinds.default, weight)
             metric, heads = call(tome.apart.default, metric, kind, heads, config.padding_first, *compared_by), False
-        if block.special.inner:  # they are unlike all others, whatever they hold
-            kind = call(tome.place_kinds.default, self._special(block, own.prev))
+        still = self._special(block, own.prev) if block.special.inner else None
+        if still is not None and (classic or not how.counted):  # they are unlike all others, whatever they hold
+            kind = call(tome.place_kinds.default, still)
             metric, heads = call(tome.apart.default, metric, kind, heads, True, *compared_by), False
         paid = self._paid(merge).detach() if how.needs & PAID else None
         ends = (own.prefix, own.suffix, heads)
@@ -74,16 +74,38 @@ class Groups:
         elif how.classic:
             found = call(tome.match_by.default, metric, merge.r, *ends, how.matcher, how.partition, how.similarity)
         else:
-            place = self._place(block, own.prev) if "place" in how.needs else None
-            counts = self.steps.of(own.prev).size if own.prev else None
-            seen = None if weight is None else call(aten.gt.Scalar, weight, 0.5)
-            given, first = (counts, paid, place, seen), config.padding_first
-            found = call(tome.match_pieces.default, metric, *given, merge.r, merge.pruned, *ends, first, how.key)
+            found = self._by_pieces(merge, value, (metric, heads), (own, weight, paid))
         assign, keep, moved, similarity = found
         prev = own.prev.site if own.prev is not None else None
-        similarity.node.args[0].meta.update(tome_merge=block.name, tome_step=step.site, tome_prev=prev)
+        told = {"tome_merge": block.name, "tome_step": step.site, "tome_prev": prev, "tome_turn": self._turn(block)}
+        similarity.node.args[0].meta.update(told)
         held = grown(StepTensors(assign, keep, moved, None), (-own.offset[0], -own.offset[1]))
-        self.steps.held[step] = self._counted(merge, held, weight, paid)
+        make = self._padded if how.padded else self._counted
+        self.steps.held[step] = make(merge, held, weight, paid)
+
+    def _turn(self, block: Block) -> int | None:
+        """The place of a block in a list of r; None of an MLP."""
+        (at, n), config = block.turn, self.config
+        return config.chosen(n).index(at) if not block.mlp and at in config.chosen(n) else None
+
+    def _by_pieces(
+        self, merge: Merge, value: Laid | None, metric: tuple[Traced, bool],
+        known: tuple[Step, Traced | None, Traced | None],
+    ) -> Any:  # fmt: skip
+        """What `tome::match_pieces` finds, or `match_some`. metric: with heads? known: the step as its attention sees
+        it, what tokens weigh, their attention."""
+        block, how, call, (own, weight, paid) = merge.block, merge.how, self.call, known
+        counts = self.steps.of(own.prev).size if own.prev else None
+        place = self._place(block, own.prev) if "place" in how.needs else None
+        seen = None if weight is None else call(aten.gt.Scalar, weight, 0.5)
+        if how.padded and counts is None:
+            counts = call(aten.new_ones.default, metric[0], metric[0].shape[: -2 if metric[1] else -1],
+                          dtype=torch.float32)  # fmt: skip
+        still = self._special(block, own.prev) if block.special.inner and how.counted else None
+        change = self._change(merge, value) if "change" in how.needs else None
+        op, of_r = (tome.match_some, merge.r) if how.padded else (tome.match_pieces, merge.pruned)
+        ends = (own.prefix, own.suffix, metric[1], self.config.padding_first)
+        return call(op.default, metric[0], counts, paid, place, seen, merge.pairs, of_r, *ends, how.key, still, change)
 
     def _counted(self, merge: Merge, held: StepTensors, weight: Traced | None, paid: Traced | None) -> StepTensors:
         """The groups of a merge with their sizes, and what its tokens weigh in means. paid: their attention."""
@@ -92,7 +114,7 @@ class Groups:
         before = self.steps.of(prev).size if prev else None
         form = (held.assign, held.keep, held.moved)
         drops = how.merging == "prune"
-        if not config.counts:
+        if not config.sized:
             keep, moved = call(tome.seen_first.default, weight, *form) if weight is not None else form[1:]
             return StepTensors(held.assign, keep, moved, None, weight, None, merging=how.merging)
         if drops or how.pruned:
@@ -113,6 +135,38 @@ class Groups:
             keep, moved = call(tome.seen_first.default, weight, *form)
         own = before if drops or how.pruned else None
         return StepTensors(held.assign, keep, moved, size, weight, seen, own, how.merging)
+
+    def _padded(self, merge: Merge, held: StepTensors, weight: Traced | None, paid: Traced | None) -> StepTensors:
+        """As `_counted`, where rows are left that stand for nothing: they have size 0, before and after."""
+        call, how, prev = self.call, merge.how, merge.step.prev
+        before = self.steps.of(prev).size if prev else None
+        if before is None:
+            before = call(aten.new_ones.default, held.assign, held.assign.shape, dtype=torch.float32)
+        live = call(aten.gt.Scalar, before, 0.0)
+        if how.merging == "prune":  # of each group the one that stands for it is left
+            dim = held.assign.dim() - 1
+            place = call(aten.arange.default, held.assign.shape[-1], device=held.assign.device)
+            before = before * call(aten.eq.Tensor, held.keep.gather(dim, held.assign), place)
+        if how.merging == "weighted":
+            assert paid is not None
+            own_share = call(aten.clamp_min.default, paid, SMALLEST)
+            weight = own_share if weight is None else own_share * weight
+        weight = weight if weight is None else weight * live
+        keep, moved = held.keep, held.moved
+        if weight is not None and how.merging == "keep":
+            keep, moved = call(tome.seen_first.default, weight, held.assign, keep, moved)
+        found = StepTensors(held.assign, keep, moved, None, weight, None, before, how.merging, padded=True)
+        after = None if weight is None else self.steps.summed(found, weight)
+        return replace(found, size=self.steps.summed(found, before), after=after)
+
+    def _change(self, merge: Merge, value: Laid | None) -> Traced:
+        """float32 [*sample, N]: how much the block changed each token, relative to what the stream was before."""
+        block, call = merge.block, self.call
+        assert value is not None
+        now, before = (self._rows(merge, node, None, value)[0].detach() for node in (block.merge, block.stream))
+        rows = (x.to(torch.float32) for x in (now - before, before))
+        long, short = (call(aten.linalg_vector_norm.default, x, 2, [-1]) for x in rows)
+        return (long / call(aten.clamp_min.default, short, SMALLEST))
 
     @staticmethod
     def _own(merge: Merge) -> Step:
@@ -211,8 +265,8 @@ class Groups:
                 at, before = self.steps.of(step), self._weight(block, step.prev)
                 if at.own is not None:  # what was dropped is seen no more
                     before = before * self.call(aten.gt.Scalar, at.own, 0.0)
-                if self.config.counts:
-                    weight = self.call(tome.merge_size.default, before, at.assign, at.keep, at.moved)
+                if self.config.sized:
+                    weight = self.steps.summed(at, before)
                 else:
                     weight = self.call(tome.unmerge.default, before, at.keep)
             self._weights[key] = weight
@@ -279,6 +333,13 @@ class Groups:
         block = merge.block
         operand = self._compared(block)
         source = operand.node if operand is not None else block.merge if self._merged_ones(block) else block.stream
+        return self._rows(merge, source, operand, value)
+
+    def _rows(
+        self, merge: Merge, source: fx.Node, operand: Operand | None, value: Laid | None
+    ) -> tuple[Traced, bool]:
+        """The tokens of a merge as `source` has them, an operand of the attention or what stands on the stream."""
+        block = merge.block
         dims = self.facts.dims(source)
         prev = merge.step.prev if operand is None else self._own(merge).prev
         place = self._standing(dims, operand.tokens if operand is not None else None, self._tokens(block, operand))

@@ -19,6 +19,8 @@ from .laid import Laid, spread
 
 aten = torch.ops.aten
 tome = torch.ops.tome
+SMALLEST = 1e-30
+"""What a row counts at least where it divides, and what a token weighs that no query looks at."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ class StepTensors:
 
     size: float32 [*sample, N'], None where tokens are pruned. before, after: where a mask gives some tokens no weight,
     or importance gives them another, the weights to average by, float32 [*sample, N] and [*sample, N']. own: where some
-    tokens are dropped, the sizes of the others, float32 [*sample, N]. merging: what becomes of a group.
+    tokens are dropped, the sizes of the others, float32 [*sample, N]. merging: what becomes of a group. padded: whether
+    rows of size 0 are left, which stand for nothing: assign may have no token for them, and of pairs that do not merge
+    moved has a token that joins itself.
     """
 
     assign: Traced
@@ -38,6 +42,7 @@ class StepTensors:
     after: Traced | None = None
     own: Traced | None = None
     merging: str = "mean"
+    padded: bool = False
 
 
 class Steps:
@@ -59,15 +64,36 @@ class Steps:
         return self.held[step]
 
     def size(self, step: Step) -> Traced:
+        """float32 [*sample, N']; 0 for rows that stand for nothing."""
         size = self.of(step).size
         assert size is not None, "pruned tokens have no size"
         return size
 
+    def divisor(self, step: Step) -> Traced:
+        """The size to divide by: sums over a row that stands for nothing are 0, and so are their gradients."""
+        size = self.size(step)
+        return self._some(size) if self.of(step).padded else size
+
+    def _some(self, size: Traced) -> Traced:
+        return self.builder.call(aten.clamp_min.default, size, SMALLEST)
+
+    def summed(self, held: StepTensors, x: Traced | None) -> Traced:
+        """float32 [*sample, N']: what each group has of a number for each row, [*sample, N], 0 where that stands for
+        nothing."""
+        call = self.builder.call
+        if not held.padded:
+            return call(tome.merge_size.default, x, held.assign, held.keep, held.moved)
+        none = call(aten.new_zeros.default, held.keep, held.keep.shape, dtype=torch.float32)
+        return call(aten.scatter_add.default, none, held.assign.dim() - 1, held.assign, x)
+
     def log_size(self, step: Step, dtype: torch.dtype) -> Traced:
+        size = self.size(step)
+        if not self.config.prop_attn:  # all rows alike, but for those that stand for nothing
+            size = self.builder.call(aten.gt.Scalar, size, 0.0).to(torch.float32)
         if dtype is torch.float64:  # sizes are whole numbers in float32, their logarithms are rounded
-            return self.builder.call(aten.log.default, self.size(step).to(torch.float64))
+            return self.builder.call(aten.log.default, size.to(torch.float64))
         if step not in self._log_sizes:
-            self._log_sizes[step] = self.builder.call(tome.log_size.default, self.size(step))
+            self._log_sizes[step] = self.builder.call(tome.log_size.default, size)
         return self._log_sizes[step]
 
     def index(self, step: Step, down_to: Step | None) -> Traced:
@@ -114,6 +140,11 @@ class Steps:
             rows = None
             if held.before is not None:
                 rows = call(tome.key_weight.default, call(aten.gt.Scalar, held.before, 0.5))
+            if held.padded:
+                live = call(aten.gt.Scalar, held.own, 0.0).to(torch.float32)
+                rows = live if rows is None else rows * live
+                self._met[step] = rows, self._some(self.summed(held, rows))
+                return self._met[step]
             first = rows is None and step.prev is None and held.size is not None
             total = held.size if first else call(tome.merge_size.default, rows, held.assign, held.keep, held.moved)
             assert total is not None
@@ -137,8 +168,8 @@ class Steps:
                 old, new = (next((run for run in runs[d] if run.key == key), None) for runs in (value.layout, want))
                 if old == new:
                     continue
-                if old is not None and old.extensive and not (new is not None and new.extensive) and self.config.counts:
-                    size = spread(self.size(old.step), value.dims, value.layout, d, old)
+                if old is not None and old.extensive and not (new is not None and new.extensive) and self.config.sized:
+                    size = spread(self.divisor(old.step), value.dims, value.layout, d, old)
                     value = Laid(value.x / size.to(value.x.dtype), value.dims, value.layout)
                 value = self._move(value, d, old, new, fill)
         return value.x
@@ -170,14 +201,28 @@ class Steps:
         form, merging = (held.assign, held.keep, held.moved), held.merging
         if fill is Fill.ROW or merging == "prune" or (fill in (Fill.MEAN, Fill.TOKENS) and merging == "keep"):
             return self.builder.call(tome.unmerge.default, x, held.keep)
+        if held.padded and fill is Fill.BIAS:
+            return self._padded_bias(x, held)
         if fill is Fill.BIAS:
             return self.builder.call(tome.merge_bias.default, x, size, held.size, *form)
         counted = held.after is None or fill is Fill.COUNT
         weighed = (size, held.size) if counted else (held.before, held.after)
+        if held.padded:
+            weighed = (weighed[0], self._some(weighed[1]))  # type: ignore[arg-type]
         if fill in (Fill.MEAN, Fill.TOKENS) and merging == "plain":
             weighed = self._rows_met(step)
         found = self.builder.call(tome.merge.default, x, *weighed, *form)
         return self._as_long(found, x, held) if fill is Fill.TOKENS and merging == "mlerp" else found
+
+    def _padded_bias(self, x: Traced, held: StepTensors) -> Traced:
+        """A score term of merged tokens; 0 for rows that stand for nothing, whose sizes leave them out as keys: a query
+        must see some key."""
+        assert held.size is not None
+        call = self.builder.call
+        form = (held.assign, held.keep, held.moved)
+        found = call(tome.merge_bias_aten.default, x, held.own, self._some(held.size), *form)
+        none = call(aten.le.Scalar, held.size, 0.0)
+        return found.masked_fill(none.reshape([*none.shape, *[1] * (found.dim() - none.dim())]), 0.0)
 
     def _as_long(self, found: Traced, x: Traced, held: StepTensors) -> Traced:
         """Each row as long as the longest of its group (MLERP: ToFu, arXiv 2312.01026, section 3.3)."""
@@ -211,7 +256,8 @@ def _trimmed(held: StepTensors, ends: tuple[Size, Size]) -> StepTensors:
         return x if x is None else x.narrow(-1, front, x.shape[-1] - front - back)
 
     index = (cut(held.assign) - front, cut(held.keep) - front, held.moved - front)
-    return StepTensors(*index, cut(held.size), cut(held.before), cut(held.after), cut(held.own), merging=held.merging)
+    return StepTensors(*index, cut(held.size), cut(held.before), cut(held.after), cut(held.own), held.merging,
+                       held.padded)  # fmt: skip
 
 
 def grown(held: StepTensors, ends: tuple[Size, Size]) -> StepTensors:
@@ -227,7 +273,7 @@ def grown(held: StepTensors, ends: tuple[Size, Size]) -> StepTensors:
     keep = _padded(held.keep, front, back, held.assign.shape[-1])
     moved = held.moved + front
     return StepTensors(assign, keep, moved, more(held.size), more(held.before), more(held.after), more(held.own),
-                       held.merging)  # fmt: skip
+                       held.merging, held.padded)  # fmt: skip
 
 
 def _padded(index: Traced, front: Size, back: Size, length: Size) -> Traced:

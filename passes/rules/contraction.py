@@ -59,7 +59,7 @@ class Contraction(SignatureRule):
         sig = self.signature(call, env.facts)
         operands = self.operands(call, env, decision)
         for letter, role in sig.roles.items():
-            if role is not Role.SUM or not env.config.counts:
+            if role is not Role.SUM or not env.config.sized:
                 continue
             places = [(i, d) for i, letters in enumerate(sig.ins) for d, name in enumerate(letters) if name == letter]
             for key in {run.key for i, d in places for run in decision.ins[i][d]}:

@@ -52,7 +52,7 @@ class WeightedReduce(SignatureRule):
     def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
         dims, layout = reduced_dims(call), decision.ins[0]
         (x,) = self.operands(call, env, decision)
-        if not any(layout[d] for d in dims) or not env.config.counts:
+        if not any(layout[d] for d in dims) or not env.config.sized:
             return env.run(call, [x])
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         for d in dims:
@@ -93,7 +93,7 @@ class Norm2(SignatureRule):
         (x,) = self.operands(call, env, decision)
         layout = decision.ins[0]
         for d in reduced_dims(call):
-            for run in layout[d] if env.config.counts else ():
+            for run in layout[d] if env.config.sized else ():
                 x = x * env.weight(call.nodes[0], layout, d, run).to(x.dtype).sqrt()
         return env.run(call, [x])
 
@@ -112,7 +112,7 @@ class Softmax(SignatureRule):
         if self.kind == "logsumexp":
             return _reduction(Role.NORM2)(call, facts)
         letters: tuple[Letter, ...] = tuple(range(call.vals[0].dim()))
-        role = Role.SOFTMAX if self.kind == "softmax" else Role.NORM2
+        role = Role.SOFTMAX if self.kind == "softmax" else Role.MIX if facts.config.padded else Role.NORM2
         return Signature((letters,), (letters,), {call.axis(call.args["dim"]): role} if letters else {})
 
     def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:

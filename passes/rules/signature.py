@@ -154,7 +154,8 @@ class _Settling:
         everything = [run for i, d in places for run in self.ins[i][d]]
         if not everything:
             return (), None
-        if self.sig.role(letter) is Role.MIX or (isinstance(letter, tuple) and letter and letter[0] == "own"):
+        padded = self.sig.role(letter) is Role.MAX and self.facts.config.padded
+        if padded or self.sig.role(letter) is Role.MIX or (isinstance(letter, tuple) and letter and letter[0] == "own"):
             return (), "needs every token"
         if len({leaves(self._dim(i, d)) for i, d in places}) > 1:
             return (), "its operands cut the axis differently"

@@ -307,19 +307,19 @@ void list_members(int64_t batch, int64_t m, int64_t count, F group, std::vector<
 }
 
 // For every new token the list of tokens that join it, in the order of `moved`.
-void joining(const int64_t* assign, const int64_t* moved, int64_t batch, int64_t n, int64_t r,
+void joining(const int64_t* assign, const int64_t* moved, int64_t batch, int64_t n, int64_t m, int64_t r,
              std::vector<int64_t>& first, std::vector<int64_t>& next) {
     const auto group = [=](int64_t b, int64_t j) { return assign[b * n + moved[b * r + j]]; };
-    list_members(batch, n - r, r, group, first, next);
+    list_members(batch, m, r, group, first, next);
 }
 
 // y, where it is not null, is added to x first; the sum is rounded to T, as the add of its own would round it.
 template <class T>
 void merge_rows(const T* x, const T* y, const float* size, const float* size_out, const int64_t* assign, const int64_t* keep,
-                const int64_t* moved, T* out, int64_t batch, int64_t n, int64_t r, int64_t width, int threads) {
-    const int64_t m = n - r;
+                const int64_t* moved, T* out, int64_t batch, int64_t n, int64_t m, int64_t r, int64_t width,
+                int threads) {
     std::vector<int64_t> first, next;
-    joining(assign, moved, batch, n, r, first, next);
+    joining(assign, moved, batch, n, m, r, first, next);
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> sum(width), own(width);
@@ -468,11 +468,11 @@ void load_row(const T* x, int64_t outer, int64_t inner, int64_t step_outer, int6
 
 template <class T>
 void merge_bias_rows(const T* x, const int64_t* steps, const float* size, const float* size_out, const int64_t* assign,
-                     const int64_t* keep, const int64_t* moved, T* out, int64_t batch, int64_t n, int64_t r,
+                     const int64_t* keep, const int64_t* moved, T* out, int64_t batch, int64_t n, int64_t m, int64_t r,
                      int64_t outer, int64_t inner, int threads) {
-    const int64_t m = n - r, width = outer * inner;
+    const int64_t width = outer * inner;
     std::vector<int64_t> first, next;
-    joining(assign, moved, batch, n, r, first, next);
+    joining(assign, moved, batch, n, m, r, first, next);
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> own(width), top(width), sum(width), joins(width);
@@ -676,10 +676,11 @@ void check_range(const Tensor& index, int64_t end) {
     }
 }
 
-// What a merge needs of a matching: assign [*sample, n], keep [*sample, n - r], moved [*sample, r].
+// What a merge needs of a matching: assign [*sample, n], keep [*sample, m], moved [*sample, r]; m is n - r, or more where
+// rows stay that stand for nothing.
 struct Index {
     Tensor assign, keep, moved;
-    int64_t lead, n, r, batch;
+    int64_t lead, n, r, m, batch;
 
     explicit Index(Arguments& given)
         : assign(indices("assign", given.tensor())),
@@ -688,11 +689,12 @@ struct Index {
           lead(assign.dim() - 1),
           n(assign.size(lead)),
           r(moved.size(lead)),
+          m(std::min(std::max(keep.size(lead), n - r), n)),
           batch(n ? assign.numel() / n : 0) {
         const int32_t whole = aoti_torch_dtype_int64();
         expect("moved", moved, rows(std::min(r, n)), whole);
-        expect("keep", keep, rows(n - r), whole);
-        check_range(assign, n - r);
+        expect("keep", keep, rows(m), whole);
+        check_range(assign, m);
         check_range(keep, n);
         check_range(moved, n);
     }
@@ -701,10 +703,10 @@ struct Index {
     Shape rows(int64_t length) const { return resized(assign, lead, length); }
     void expect_sizes(const Tensor& size, const Tensor& size_out) const {
         expect("size", size, rows(n), aoti_torch_dtype_float32());
-        expect("size_out", size_out, rows(n - r), aoti_torch_dtype_float32());
+        expect("size_out", size_out, rows(m), aoti_torch_dtype_float32());
     }
-    // [*sample, n - r, *rest] of an x [*sample, n, *rest].
-    Shape merged(const Tensor& x) const { return resized(x, lead, n - r); }
+    // [*sample, m, *rest] of an x [*sample, n, *rest].
+    Shape merged(const Tensor& x) const { return resized(x, lead, m); }
 };
 
 struct Axis {
@@ -777,7 +779,8 @@ void merge_of(const Tensor& x, const Tensor& y, Arguments given, StableIValue* s
         using T = decltype(element);
         merge_rows(x.data<const T>(), y.data<const T>(), size.data<const float>(), size_out.data<const float>(),
                    index.assign.data<const int64_t>(), index.keep.data<const int64_t>(),
-                   index.moved.data<const int64_t>(), out.data<T>(), index.batch, index.n, index.r, width, threads());
+                   index.moved.data<const int64_t>(), out.data<T>(), index.batch, index.n, index.m, index.r, width,
+                   threads());
     });
     *stack = std::move(out).result();
 }
@@ -799,10 +802,10 @@ void merge_backward(StableIValue* stack, uint64_t, uint64_t) {
     const Tensor grad = given.tensor().dense();
     const Tensor size = given.optional().dense(), size_out = given.tensor().dense();
     const Index index(given);
-    expect("grad", grad, index.rows(index.n - index.r), grad.dtype(), true);
+    expect("grad", grad, index.rows(index.m), grad.dtype(), true);
     index.expect_sizes(size, size_out);
     Tensor out = empty(resized(grad, index.lead, index.n), grad.dtype());
-    const int64_t m = index.n - index.r, rows = index.batch * m, width = rows ? grad.numel() / rows : 0;
+    const int64_t m = index.m, rows = index.batch * m, width = rows ? grad.numel() / rows : 0;
     by_dtype(grad, [&](auto element) {
         using T = decltype(element);
         share_rows(grad.data<const T>(), size.data<const float>(), size_out.data<const float>(),
@@ -876,7 +879,7 @@ void merge_bias(StableIValue* stack, uint64_t, uint64_t) {
         using T = decltype(element);
         merge_bias_rows(x.data<const T>(), steps, size.data<const float>(), size_out.data<const float>(),
                         index.assign.data<const int64_t>(), index.keep.data<const int64_t>(),
-                        index.moved.data<const int64_t>(), out.data<T>(), index.batch, index.n, index.r,
+                        index.moved.data<const int64_t>(), out.data<T>(), index.batch, index.n, index.m, index.r,
                         rest[0].length, rest[1].length, threads());
     });
     *stack = std::move(out).result();
@@ -889,7 +892,7 @@ void merge_size(StableIValue* stack, uint64_t, uint64_t) {
     expect("size", size, index.rows(index.n), aoti_torch_dtype_float32());
     Tensor out = empty(index.merged(index.assign), aoti_torch_dtype_float32());
     const float* before = size.data<const float>();
-    const int64_t m = index.n - index.r;
+    const int64_t m = index.m;
     for (int64_t b = 0; b < index.batch; ++b) {
         merge_sizes(before ? before + b * index.n : nullptr, index.assign.data<const int64_t>() + b * index.n,
                     index.keep.data<const int64_t>() + b * m, index.moved.data<const int64_t>() + b * index.r,

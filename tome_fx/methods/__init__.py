@@ -17,9 +17,9 @@ from .tokens import KINDS, PIECES, Order, Sides, Tokens, named, piece
 
 MERGINGS = ("mean", "plain", "keep", "prune", "mlerp", "weighted")
 NUMBERS = {
-    "tau": "SAINT: from which similarity on two tokens are close",
+    "tau": "SAINT, thresholds: from which similarity on two tokens are close",
     "gamma": "SAINT: how much more a closer token counts",
-    "votes": "SAINT: close partners from which a token counts as redundant (`calibrate`)",
+    "votes": "SAINT: close partners from which a token counts as redundant (`counts`, `calibrate`)",
     "margin": "PiToMe: from which similarity on tokens are close, at the first block; it falls to 0 with depth",
     "similarity_weight": "MCTF: exponent of the similarity",
     "information_weight": "MCTF: exponent of the little information",
@@ -45,7 +45,7 @@ METHODS: dict[str, Method] = {
     "tome": Method({}, "arXiv 2210.09461"),
     "saint": Method(
         {"matcher": "votes", "merging": "prune", "blocks": "first half"}, "arXiv 2503.11549, ViT mode",
-        note="r is static; calibrate(method='saint') finds a list by the paper's rule",
+        note="r is static; calibrate(method='saint') lists the paper's counts, counts='votes' takes each sample's",
     ),
     "tosa": Method(
         {"alpha": "rising"}, "arXiv 2506.20066",
@@ -79,11 +79,11 @@ METHODS: dict[str, Method] = {
     ),
     "grid": Method(
         {"partition": "grid:2", "merging": "plain", "prop_attn": False, "placement": "branch"}, "arXiv 2303.17604",
-        note="destinations are the first token of each cell, not a random one",
+        note="destinations are the first token of each cell; partition='grid_random:2' draws them once",
     ),
     "algm": Method(
         {"partition": ("window:2", "alternating"), "blocks": (0.0, 0.34)}, "CVPR 2024", verified=False,
-        note="counts are static; its thresholds are calibrate's",
+        note="counts are static; its thresholds are counts='threshold', or calibrate's",
     ),
     "local": Method({"partition": "band:8"}, "arXiv 2405.17951", verified=False, note="from the abstract"),
     "saint_vlm": Method(
@@ -109,12 +109,12 @@ def register_method(name: str, *, source: str = "", note: str = "", replace: boo
 def register_piece(kind: str, name: str, fn: Callable[..., Any] | None = None, **asks: Any) -> Any:
     """Give a piece of a method a name: `register_piece("importance", "mine", fn)`; without `fn`, a decorator.
 
-    kind: "importance", "candidates", "partition", "similarity" or "matcher"; what each gets and returns is in
-    `tome_fx.methods.tokens`. A name that ends in ":k" gets a number behind its other arguments ("window:8": 8).
-    asks: needs, a tuple of "attention" (the class token's), "received" (attention received), "place" (on the grid);
-    scored, whether it reads the importance; all_pairs, whether it compares all tokens with all; most(free, whole, grid,
-    k), how many of `free` tokens may go at most (else half of them; the least of a method's pieces holds); fixed,
-    overlaps, apart, alone: see `tome_fx.methods.tokens.Piece`.
+    kind: "importance", "candidates", "partition", "similarity", "matcher" or "counts"; what each gets and returns is in
+    `tome_fx.methods.tokens`. A name that ends in ":k" gets a number behind its other arguments ("window:8": 8). asks:
+    needs, a tuple of "attention" (the class token's), "received" (attention received), "change" (by the block), "place"
+    (on the grid); scored, whether it reads the importance; all_pairs, whether it compares all tokens with all;
+    most(free, whole, grid, k), how many of `free` tokens may go at most (else half of them; the least of a method's
+    pieces holds); fixed, overlaps, apart, alone, counted: see `tome_fx.methods.tokens.Piece`.
 
     Raises ValueError for another kind, or a name that is taken.
     """

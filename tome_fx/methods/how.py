@@ -13,13 +13,13 @@ from torch import Tensor
 
 from tome_fx import matching
 
-from . import importance, matcher, partition, similarity
+from . import counts, importance, matcher, partition, similarity
 from .partition import everyone
-from .tokens import KINDS, Found, Piece, Sides, Tokens, named, ranked, taken
+from .tokens import KINDS, Compare, Found, Piece, Sides, Tokens, named, ranked, taken
 
 _ = (importance, matcher, partition, similarity)
 
-PAPERS = ("none", "all", "alternating", "cosine", "bipartite")
+PAPERS = ("none", "all", "alternating", "cosine", "bipartite", "none")
 """The pieces of the paper, in the order of `KINDS`."""
 SIDES = ("candidates", "partition", "matcher")
 """The kinds that say which tokens may go."""
@@ -32,6 +32,7 @@ class How:
     """How one place merges: a piece of each kind, what becomes of a group, and numbers.
 
     pruned: the share (or an int, the number) of the r tokens, the least important, that is dropped instead of merged.
+    least: the share (or an int, the number) of the r tokens that go where `counts` says how many merge.
     alpha: the weight of the metric beside the place codes; None: no place codes. numbers: (name, value), as they are at
     this depth.
     """
@@ -41,8 +42,10 @@ class How:
     partition: str = "alternating"
     similarity: str = "cosine"
     matcher: str = "bipartite"
+    counts: str = "none"
     merging: str = "mean"
     pruned: int | float = 0.0
+    least: int | float = 0.0
     alpha: float | None = None
     numbers: tuple[tuple[str, float], ...] = ()
 
@@ -58,10 +61,20 @@ class How:
     @property
     def classic(self) -> bool:
         """Whether matcher, partition and similarity alone say which tokens merge (`tome::match_by`)."""
-        return self.importance == "none" and self.candidates == "all" and not self.pruned and (
+        return (self.importance, self.candidates, self.counts) == ("none", "all", "none") and not self.pruned and (
             self.partition in matching.PARTITIONS and self.similarity in matching.SIMILARITIES
             and self.matcher in matching.matchers()
         )  # fmt: skip
+
+    @property
+    def padded(self) -> bool:
+        """Whether pairs are as many as the data say, so that rows are left that stand for nothing."""
+        return self.counts != "none" and not (isinstance(self.least, float) and self.least == 1)
+
+    @property
+    def counted(self) -> bool:
+        """Whether all pieces hold where rows take no part."""
+        return all(self.pieces[kind].counted for kind in SIDES)
 
     @functools.cached_property
     def pieces(self) -> dict[str, Piece]:
@@ -128,6 +141,11 @@ class How:
                 return f'{own} takes the sides of {", ".join(matching.PARTITIONS)}, candidates="all"'
             if self.similarity not in matching.SIMILARITIES:
                 return f'{own} takes the similarity {" or ".join(matching.SIMILARITIES)}'
+        if self.padded and not self.counted:
+            names = " or ".join(f"{kind}={getattr(self, kind)!r}" for kind in SIDES if not self.pieces[kind].counted)
+            return f"counts={self.counts!r} leaves rows that stand for nothing, and {names} would take them for tokens"
+        if self.padded and self.pruned:
+            return f"counts={self.counts!r} says how many merge, and prune how many of r are dropped: give one of them"
         if self.merging == "weighted" and not any(need in self.needs for need in PAID):
             return 'merging="weighted" weighs by attention: say importance="attention" or "received"'
         return ""
@@ -163,10 +181,10 @@ def _registered(how: How, tokens: Tokens, sides: Sides, r: int, _: object) -> Fo
 def scores(how: How, tokens: Tokens) -> Tensor | None:
     if not how.scored:
         return None
-    found = how.pieces["importance"].run(tokens)
-    if tokens.seen is None or not tokens.padding_first:
-        return found
-    return torch.where(tokens.seen, found, found.amin(-1, keepdim=True) - 1)
+    found: Tensor = how.pieces["importance"].run(tokens)
+    if tokens.seen is not None and tokens.padding_first:
+        found = torch.where(tokens.seen, found, found.amin(-1, keepdim=True) - 1)
+    return found if tokens.live is None else found.masked_fill(~tokens.live, torch.finfo(found.dtype).max)
 
 
 def pick(how: How, tokens: Tokens, r: int, pruned: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -175,34 +193,80 @@ def pick(how: How, tokens: Tokens, r: int, pruned: int) -> tuple[Tensor, Tensor,
 
     Raises ValueError where a registered matcher returns what it must not.
     """
-    tokens = replace(tokens, importance=scores(how, tokens))
-    alone = _piece("matcher", how.matcher)[0].alone
-    order = everyone(tokens, r) if alone else how.pieces["candidates"].run(tokens, r)
-    (part, number), batch = named("partition", how.partition), tokens.metric.shape[0]
-    sides = part.run(tokens, order, r, number) if number else part.run(tokens, order, r)
-
-    def compare() -> Tensor:
-        alike, seen = how.pieces["similarity"].run(tokens, sides.sources, sides.destinations), tokens.seen
-        wanted = [] if sides.wanted is None else [(sides.wanted, False)]
-        kinds = []
-        if seen is not None:
-            own, other = taken(seen, sides.sources)[:, :, None], taken(seen, sides.destinations)[:, None]
-            kinds = [(own == other, False), (~(own | other), True)][: 1 + tokens.padding_first]
-        for chosen, more in kinds + wanted if part.overlaps else wanted + kinds:
-            most, least = (f(alike, (1, 2), keepdim=True) for f in (torch.amax, torch.amin))
-            step = most - least + 1
-            alike = torch.where(chosen, alike + step, alike) if more else torch.where(chosen, alike, alike - step)
-        return alike
-
-    run = functools.partial(_registered, how) if _is_registered(how.matcher) else how.pieces["matcher"].run
-    source, destination, score = run(tokens, sides, r, compare)
-    source, destination = source.expand(batch, -1), destination.expand(batch, -1)
-    if type(tokens.metric) is Tensor and (strange := how.strange):  # not while it is traced
-        matching.check_pairs(f"pieces {strange}", (source, destination, score), batch, tokens.count, r)
-    score = score.to(torch.float32)
+    tokens, sides, (source, destination, score), _ = _found(how, tokens, r)
     turn = score
     if pruned:
         turn = score.scatter(1, ranked(tokens.scores().gather(1, source), pruned, least=True), -torch.inf)
     turn = ranked(turn, r)
     body = torch.cat(sides[:2], -1)[0] if how.fixed else tokens.positions
     return source.gather(1, turn), destination.gather(1, turn), score.gather(1, turn), body
+
+
+def pick_some(how: How, tokens: Tokens, r: int, must: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor]:
+    """The r pairs of `pick` (source, destination), their score, and bool `[batch, r]`, which of them merge: as many as
+    `how.counts` says of the sample, at least `must`, int64 `[batch]`. Then the order, as `pick` has it."""
+    tokens, sides, (source, destination, score), compare = _found(how, tokens, r)
+    turn = score
+    if tokens.live is not None:
+        turn = turn.masked_fill(~(taken(tokens.live, source) & taken(tokens.live, destination)), -torch.inf)
+    turn = ranked(turn, r)
+    source, destination, score = (x.gather(1, turn) for x in (source, destination, score))
+    count = counts.wanted(how, tokens, sides, compare())
+    if tokens.live is not None and any(how.pieces[kind].most is None for kind in SIDES):  # as `How.most` has it
+        own = tokens.live if tokens.seen is None else tokens.live & tokens.seen
+        count = torch.minimum(count, own.sum(-1) // 2)
+    goes = counts.accepted(tokens, (source, destination), count, must)
+    return (source, destination), score, goes, torch.cat(sides[:2], -1)[0] if how.fixed else tokens.positions
+
+
+def would_go(how: How, tokens: Tokens) -> Tensor:
+    """int64 `[batch]`: how many tokens of each sample `how.counts` lets go, at most half of those that may merge."""
+    tokens, sides, compare = _sided(how, tokens, tokens.count // 2)
+    return counts.wanted(how, tokens, sides, compare())
+
+
+def _found(how: How, tokens: Tokens, r: int) -> tuple[Tokens, Sides, Found, Compare]:
+    """What the pieces find: the r pairs in any order, score float32, with what they were found by."""
+    tokens, sides, compare = _sided(how, tokens, r)
+    batch = tokens.metric.shape[0]
+    run = functools.partial(_registered, how) if _is_registered(how.matcher) else how.pieces["matcher"].run
+    source, destination, score = run(tokens, sides, r, compare)
+    source, destination = source.expand(batch, -1), destination.expand(batch, -1)
+    if type(tokens.metric) is Tensor and (strange := how.strange):  # not while it is traced
+        matching.check_pairs(f"pieces {strange}", (source, destination, score), batch, tokens.count, r)
+    return tokens, sides, (source, destination, score.to(torch.float32)), compare
+
+
+def _sided(how: How, tokens: Tokens, r: int) -> tuple[Tokens, Sides, Compare]:
+    """The tokens with their importance, the two sides, and how alike those are."""
+    tokens = replace(tokens, importance=scores(how, tokens))
+    alone = _piece("matcher", how.matcher)[0].alone
+    order = everyone(tokens, r) if alone else how.pieces["candidates"].run(tokens, r)
+    part, number = named("partition", how.partition)
+    sides = part.run(tokens, order, r, number) if number else part.run(tokens, order, r)
+
+    @functools.cache
+    def compare() -> Tensor:
+        alike: Tensor = how.pieces["similarity"].run(tokens, sides.sources, sides.destinations)
+        wanted = [] if sides.wanted is None else [(sides.wanted, False)]
+        kinds = _kinds(how, tokens, sides)
+        for chosen, more in kinds + wanted if part.overlaps else wanted + kinds:
+            most, least = (f(alike, (1, 2), keepdim=True) for f in (torch.amax, torch.amin))
+            step = most - least + 1
+            alike = torch.where(chosen, alike + step, alike) if more else torch.where(chosen, alike, alike - step)
+        if tokens.live is not None:
+            own, other = taken(tokens.live, sides.sources)[:, :, None], taken(tokens.live, sides.destinations)[:, None]
+            alike = alike.masked_fill(~(own & other), torch.finfo(alike.dtype).min)
+        return alike
+
+    return tokens, sides, compare
+
+
+def _kinds(how: How, tokens: Tokens, sides: Sides) -> list[tuple[Tensor, bool]]:
+    """Pairs of one kind by what a mask of keys leaves in come before others, or, True, before all. Where the data say
+    how many merge, pairs of what it leaves out say nothing."""
+    if tokens.seen is None:
+        return []
+    own, other = taken(tokens.seen, sides.sources)[:, :, None], taken(tokens.seen, sides.destinations)[:, None]
+    first = [(~(own | other), True)] if tokens.padding_first else [(own & other, False)] if how.padded else []
+    return [(own == other, False), *first]

@@ -22,6 +22,15 @@ def received(tokens: Tokens) -> Tensor:
     return tokens.attention
 
 
+@piece("importance", "change", needs=("change",))
+def change(tokens: Tokens) -> Tensor:
+    """How much the block changed the token: the length of what its attention added, over that of the residual stream
+    before (no one paper's: they compare a token across layers each in its own way). What merged before counts as one
+    token."""
+    assert tokens.change is not None
+    return tokens.change
+
+
 @piece("importance", "norm")
 def norm(tokens: Tokens) -> Tensor:
     """Length of what the token is compared by: its key, or the residual stream."""

@@ -13,7 +13,7 @@ from .partition import _all_but_one
 from .tokens import Compare, Found, Sides, Tokens, any_number, piece, ranked, take, taken, with_all
 
 
-@piece("matcher", "bipartite", most=any_number)
+@piece("matcher", "bipartite", most=any_number, counted=True)
 def bipartite(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
     """The r sources whose best destination is most like them (ToMe, arXiv 2210.09461, section 3)."""
     best, partner = compare().max(-1)
@@ -33,19 +33,28 @@ def votes(alike: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     return close, close.sum(-1)
 
 
-@piece("matcher", "votes", most=any_number)
+@piece("matcher", "votes", most=any_number, counted=True)
 def saint(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
     """SAINT (arXiv 2503.11549, ViT mode): of sources with n > 0 partners of at least `tau`, n * exp(gamma * (their mean
     similarity - tau)), of others the mean similarity to all; the r highest go, each to its best destination. Its r, the
-    mean over the batch of how many have n >= `votes`, makes a sample depend on its batch: `calibrate` gives a list."""
+    mean over the batch of how many have n >= `votes`, makes a sample depend on its batch: `calibrate` gives a list, and
+    counts="votes" the number of each sample."""
     alike, (tau, gamma) = compare(), (tokens.numbers[name] for name in ("tau", "gamma"))
     close, count = votes(alike, tau)
-    among = (alike * close).sum(-1) / count.clamp_min(1)
-    score = torch.where(count > 0, count * (gamma * (among - tau)).exp(), alike.mean(-1))
+    among = torch.where(close, alike, 0.0).sum(-1) / count.clamp_min(1)
+    others = alike.mean(-1) if tokens.live is None else _mean_of_live(tokens, sides, alike)
+    score = torch.where(count > 0, count * (gamma * (among - tau)).exp(), others)
     if sides.wanted is not None:  # a source that no wanted pair has comes last
         score = score.masked_fill(~sides.wanted.any(-1), torch.finfo(score.dtype).min)
     score, chosen = score.topk(r)
     return take(sides.sources, chosen), take(sides.destinations, alike.argmax(-1).gather(1, chosen)), score
+
+
+def _mean_of_live(tokens: Tokens, sides: Sides, alike: Tensor) -> Tensor:
+    """The mean similarity of each source to the destinations that take part; of one that does not, the least number."""
+    own, other = (taken(tokens.live, side) for side in sides[:2])  # type: ignore[arg-type]
+    mean = torch.where(other[:, None], alike, 0.0).sum(-1) / other.sum(-1, keepdim=True).clamp_min(1)
+    return mean.masked_fill(~own, torch.finfo(mean.dtype).min)
 
 
 @piece("matcher", "both", apart=True)

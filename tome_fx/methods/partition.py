@@ -18,13 +18,13 @@ LONGEST = 2**20
 # -- candidates --------------------------------------------------------------------------------------------------------
 
 
-@piece("candidates", "all", most=any_number, fixed=True)
+@piece("candidates", "all", most=any_number, fixed=True, counted=True)
 def everyone(tokens: Tokens, r: int) -> Order:
     """All, in position order."""
     return Order(tokens.positions[None], tokens.first % 2)
 
 
-@piece("candidates", "least", scored=True)
+@piece("candidates", "least", scored=True, counted=True)
 def least(tokens: Tokens, r: int) -> Order:
     """The 2r least important, the least first; all others stay as they are (PiToMe, arXiv 2405.16148, section 3.2)."""
     return Order(ranked(tokens.scores(), 2 * r, least=True))
@@ -33,7 +33,7 @@ def least(tokens: Tokens, r: int) -> Order:
 # -- partition ---------------------------------------------------------------------------------------------------------
 
 
-@piece("partition", "alternating", fixed=True)
+@piece("partition", "alternating", fixed=True, counted=True)
 def alternating(tokens: Tokens, order: Order, r: int) -> Sides:
     """In turn a source and a destination (ToMe, arXiv 2210.09461, table 1)."""
     return Sides(order.positions[:, order.first :: 2], order.positions[:, 1 - order.first :: 2])
@@ -57,18 +57,24 @@ def _all_but_one(free: int, *_: object) -> int:
     return free - 1
 
 
-@piece("partition", "importance", scored=True, most=_all_but_one)
+@piece("partition", "importance", scored=True, most=_all_but_one, counted=True)
 def importance(tokens: Tokens, order: Order, r: int) -> Sides:
     """The r least important of the candidates are sources, the others destinations, in position order (DiffRate, arXiv
     2305.17997; MSTM, arXiv 2306.04897, of which the abstract was read: its crucial tokens are the destinations)."""
-    scores = tokens.scores()
+    scores = tokens.scores() if tokens.live is None else _one_stays(tokens.scores(), tokens.live)
     held = order.positions.expand(scores.shape[0], -1)
     goes = torch.zeros_like(held, dtype=torch.bool)
     goes = goes.scatter(1, ranked(scores.gather(1, held), r, least=True), True)
     return Sides(take(held, in_place(goes, r)), take(held, in_place(~goes, held.shape[1] - r)))
 
 
-@piece("partition", "band:k", fixed=True)
+def _one_stays(scores: Tensor, live: Tensor) -> Tensor:
+    """The importance with that of the most important row that takes part beyond all others, so that it is no source."""
+    most = scores.masked_fill(~live, -torch.inf).argmax(-1, keepdim=True)
+    return scores.scatter(1, most, torch.inf)
+
+
+@piece("partition", "band:k", fixed=True, counted=True)
 def band(tokens: Tokens, order: Order, r: int, k: int) -> Sides:
     """Alternating; tokens at most k apart first (local merging, arXiv 2405.17951, equation 1)."""
     sides = alternating(tokens, order, r)
@@ -76,13 +82,13 @@ def band(tokens: Tokens, order: Order, r: int, k: int) -> Sides:
     return sides._replace(wanted=apart.abs() <= k)
 
 
-@piece("partition", "window:k", needs=("place",), fixed=True)
+@piece("partition", "window:k", needs=("place",), fixed=True, counted=True)
 def window(tokens: Tokens, order: Order, r: int, k: int) -> Sides:
     """Alternating; tokens of one k x k window of the grid, in one frame, first (ALGM, CVPR 2024: k = 2)."""
     return _inside(alternating(tokens, order, r), _cells(tokens, k))
 
 
-@piece("partition", "frame", needs=("place",), fixed=True)
+@piece("partition", "frame", needs=("place",), fixed=True, counted=True)
 def frame(tokens: Tokens, order: Order, r: int) -> Sides:
     """Alternating; tokens of one frame first (of one row, where there are no frames)."""
     return _inside(alternating(tokens, order, r), tokens.places()[..., 0])
@@ -100,9 +106,35 @@ def _after_cells(free: int, whole: int, grid: Sequence[int], k: int) -> int:
 def grid(tokens: Tokens, order: Order, r: int, k: int) -> Sides:
     """Destinations are the first token of each k x k cell of the grid, all others sources (Token Merging for Stable
     Diffusion, arXiv 2303.17604, section 3.2, whose cells of 2 x 2 have a random one)."""
-    cells, place = _cells(tokens, k), tokens.positions
+    return _by_cell(tokens, k, tokens.positions[None])
+
+
+@piece("partition", "grid_random:k", needs=("place",), all_pairs=True, most=_after_cells, overlaps=True)
+def grid_random(tokens: Tokens, order: Order, r: int, k: int) -> Sides:
+    """Destinations are a random token of each k x k cell of the grid, all others sources (Token Merging for Stable
+    Diffusion, arXiv 2303.17604, section 3.2, which draws anew in each call: here one draw, by the places alone)."""
+    return _by_cell(tokens, k, _shuffled(tokens.places()) * LONGEST + tokens.positions)
+
+
+PRIME = 2**31 - 1
+"""Products of two numbers below it are whole numbers of 64 bits."""
+
+
+def _shuffled(place: Tensor) -> Tensor:
+    """int64 `[batch, N]`, below `PRIME`: a number that says nothing of the place `[batch, N, axes]` it is made of, the
+    same in every process and runtime."""
+    found = torch.full_like(place[..., 0], 1, dtype=torch.int64)
+    for at in place.to(torch.int64).unbind(-1):
+        found = (found * 48271 + at * 69621 + 1) % PRIME
+        found = found * found % PRIME  # no longer linear in the place
+    return found
+
+
+def _by_cell(tokens: Tokens, k: int, turn: Tensor) -> Sides:
+    """The token of each cell whose `turn` `[1 or batch, N]` is least is a destination."""
+    cells = _cells(tokens, k)
     same = cells[:, :, None] == cells[:, None]
-    first = ~(same & (place[None, :] < place[:, None])).any(-1)
+    first = ~(same & (turn[:, None] < turn[:, :, None])).any(-1)
     everyone = tokens.positions[None]
     return Sides(everyone, everyone, ~first[:, :, None] & first[:, None])
 

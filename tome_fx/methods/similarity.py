@@ -32,6 +32,7 @@ def joined(tokens: Tokens, i: Tensor, j: Tensor) -> Tensor:
     light = torch.ones_like(tokens.size)
     for value, name in ((tokens.scores(), "information_weight"), (tokens.size, "size_weight")):
         value = value.clamp_min(1e-12)
+        value = value if tokens.live is None else value.masked_fill(~tokens.live, torch.inf)
         light = light * (value.amin(-1, keepdim=True) / value) ** tokens.numbers[name]
     return alike * taken(light, i)[:, :, None] * taken(light, j)[:, None]
 

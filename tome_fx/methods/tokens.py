@@ -8,10 +8,13 @@ they run in this order:
     partition(tokens, order, r)                 -> Sides, sources and destinations, and which pairs are wanted
     similarity(tokens, i, j)                    -> float32 [batch, n, m], the more alike the larger
     matcher(tokens, sides, r, compare)          -> source, destination int64 [batch, r], score floating [batch, r]
+    counts(tokens, sides, alike)                -> bool [batch, S], the sources that a rule lets go
 
 compare() is the similarity of all sources with all destinations; pairs that the partition does not want come after all
-others, and after these pairs of a token that a mask of keys leaves out with one that it does not. All pieces are plain
-functions of tensors, run outside autograd and autocast, and hold for any batch: a sample does not depend on the others.
+others, and after these pairs of a token that a mask of keys leaves out with one that it does not; alike is what it
+returns. Of the pairs of a sample as many merge, the best first, as the rule lets sources go; without one all do. All
+pieces are plain functions of tensors, run outside autograd and autocast, and hold for any batch: a sample does not
+depend on the others.
 """
 
 from __future__ import annotations
@@ -36,7 +39,9 @@ class Tokens:
     on the grid of patches the token that stands for a group is (frame, row, column; one axis where no grid is known),
     for pieces that ask for it. seen: bool `[batch, N]`, False where a mask of keys leaves out all that is behind a
     token; None without a mask. padding_first: whether such tokens go before all others (their metric is zeros then).
-    importance: what the importance piece found. numbers: the method's numbers by name, those that change with depth as
+    importance: what the importance piece found. live: bool `[batch, N]`, False for rows that take no part, since they
+    stand for nothing (see `counts`) or never merge; None: all do. change: float32 `[batch, N]`, how much the block
+    changed each, for pieces that ask for it. numbers: the method's numbers by name, those that change with depth as
     they are here.
     """
 
@@ -48,6 +53,8 @@ class Tokens:
     seen: Tensor | None = None
     padding_first: bool = False
     importance: Tensor | None = None
+    live: Tensor | None = None
+    change: Tensor | None = None
     numbers: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -90,18 +97,20 @@ Found = tuple[Tensor, Tensor, Tensor]
 """source, destination: int64 `[batch, r]`; score: floating `[batch, r]`, the best first or in any order."""
 Compare = Callable[[], Tensor]
 
-KINDS = ("importance", "candidates", "partition", "similarity", "matcher")
+KINDS = ("importance", "candidates", "partition", "similarity", "matcher", "counts")
 PIECES: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A function with what it asks for: needs, of "attention" (of the class token), "received" (attention received) and
-    "place"; scored, whether it reads the importance; all_pairs, whether it compares all tokens with all; most, (free
-    tokens now, at first, grid, number) -> how many may go at most, None: half of them; fixed, of candidates and
-    partitions, whether they are the same in all samples; overlaps, of a partition, whether tokens stand on both
+    """A function with what it asks for: needs, of "attention" (of the class token), "received" (attention received),
+    "change" and "place"; scored, whether it reads the importance; all_pairs, whether it compares all tokens with all;
+    most, (free tokens now, at first, grid, number) -> how many may go at most, None: half of them; fixed, of candidates
+    and partitions, whether they are the same in all samples; overlaps, of a partition, whether tokens stand on both
     sides, and `wanted` alone says which of them go; apart, of a matcher, whether its two sides must not overlap; alone,
-    of a matcher, whether candidates and partition do not matter to it."""
+    of a matcher, whether candidates and partition do not matter to it; counted, of these three, whether any part of the
+    pairs can merge alone, and rows that are not `Tokens.live` come last: all pairs of one go after all others, and its
+    importance is the greatest."""
 
     run: Callable[..., Any]
     needs: tuple[str, ...] = ()
@@ -112,6 +121,7 @@ class Piece:
     overlaps: bool = False
     apart: bool = False
     alone: bool = False
+    counted: bool = False
 
 
 def piece(kind: str, name: str, **asks: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -125,15 +135,18 @@ def piece(kind: str, name: str, **asks: Any) -> Callable[[Callable[..., Any]], C
 
 
 def with_all(tokens: Tokens) -> tuple[Tensor, Tensor | None]:
-    """The cosine of all tokens with all, float32 `[batch, N, N]`; bool, the pairs that a mask of keys does not part."""
-    seen = tokens.seen
+    """The cosine of all tokens with all, float32 `[batch, N, N]`; bool, the pairs that a mask of keys does not
+    part, of a token with one that takes part."""
+    seen, live = tokens.seen, tokens.live
     kin = None if seen is None else seen[:, :, None] == seen[:, None]
+    if live is not None:
+        kin = live[:, None].expand(-1, tokens.count, -1) if kin is None else kin & live[:, None]
     return cosine(tokens.metric, tokens.metric), kin
 
 
 def mean_of(x: Tensor, kin: Tensor | None) -> Tensor:
     """`[batch, N, N]` -> `[batch, N]`: the mean over the tokens that count for each."""
-    return x.mean(-1) if kin is None else (x * kin).sum(-1) / kin.sum(-1)
+    return x.mean(-1) if kin is None else (x * kin).sum(-1) / kin.sum(-1).clamp_min(1)
 
 
 def any_number(free: int, *_: object) -> int:
