@@ -30,7 +30,7 @@ Its folders are what they are made of. Each imports only from those before it:
 | `normal/`   | the parts of `capture` and `normalize`                                                     |
 
 and, after all passes, `inner/`: what runs between AOTAutograd and Inductor. Token counts become symbols there, so that
-layers share kernels.
+layers are the same, and what is the same is compiled once.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
-from torch._inductor import compile_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 import tome_fx
@@ -38,7 +37,7 @@ class Seen:
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
     """Runs each graph both ways in the place of Inductor, after a run over fake tensors as Inductor makes it."""
     found, plain = Seen(), []
-    rewrite, inductor = Lengths.__call__, compile_fx.compile_fx_inner
+    rewrite = Lengths.__call__
 
     def keep(self: Lengths, gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
         before = copy.deepcopy(gm)
@@ -46,9 +45,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
         plain.append(before)
         return values
 
-    def compile_both(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-        if not plain:  # a graph without lengths
-            return inductor(gm, inputs, **kwargs)
+    def compile_both(gm: fx.GraphModule, inputs: Sequence[Any], *_: Any, **kwargs: Any) -> Any:
         gm.graph.lint()
         mode, with_numbers = detect_fake_mode(inputs), plain.pop()
         found.symbolic.append(sum(has_symbol(node) for node in gm.graph.nodes))
@@ -70,7 +67,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
         return run
 
     monkeypatch.setattr(Lengths, "__call__", keep)
-    monkeypatch.setattr(compile_fx, "compile_fx_inner", compile_both)
+    monkeypatch.setattr(tome_fx.backend, "compile_shared", compile_both)
     with torch._functorch.config.patch(enable_autograd_cache=False):
         yield found
     torch._dynamo.reset()

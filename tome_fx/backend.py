@@ -27,6 +27,7 @@ from tome_fx.config import ToMeConfig, config_from, from_environment, updated
 from tome_fx.kernels import cpu
 from tome_fx.passes import KeptError, PortableError, Result, Target, run_pipeline
 from tome_fx.passes.inner import lengths
+from tome_fx.passes.inner.shared import compile_shared
 from tome_fx.passes.lower import KERNELS, call_kernels
 from tome_fx.passes.normal.wrappers import closed_input
 from tome_fx.pieces import Piece, compilations, piece_of
@@ -461,14 +462,18 @@ def _by_length(
     # layers of other lengths share few entries, each is kept, and to copy a symbolic shape out costs more than the op
     mode.cache_enabled = False
 
+    bundled = torch._functorch.config.bundled_autograd_cache
+
     def inner_compile(graph: fx.GraphModule, values: Sequence[Any], **kwargs: Any) -> Any:
-        return _compile_traced(graph, with_symbols(graph, values), **kwargs)
+        with torch._functorch.config.patch(bundled_autograd_cache=bundled):  # a layer has an entry of its own
+            return compile_shared(graph, with_symbols(graph, values), with_symbols.number, _compile_traced, **kwargs)
 
     context = TracingContext(mode)
     if (outer := TracingContext.try_get()) is not None:
         context.guards_context = outer.guards_context
     fakes = [mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in inputs]
-    with tracing(context):
+    # the whole of the layers is one entry of AOTAutograd's cache
+    with tracing(context), torch._functorch.config.patch(bundled_autograd_cache=True):
         run = cast(Callable[..., Any], compile_fx(gm, [*fakes, *counts], inner_compile, config_patches=patches))
     return lambda *args: run(*args, *counts)
 
