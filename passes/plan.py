@@ -472,9 +472,23 @@ def site_reports(facts: Facts, plan: Plan, skipped: list[SkipReason]) -> list[Si
         else:
             placement, asked = "branch" if merge.step.branch else "stream", plan.asked.get(merge.step.site)
             kept = merge.block.special.count
-            found = row(tokens=_pair(merge), protected=kept, placement=placement, asked=asked)
+            by = _compared(merge.block, str(facts.config.metric)) if merge.step.branch else ""
+            found = row(tokens=_pair(merge), protected=kept, placement=placement, asked=asked, compared=by)
         rows.append(found)
     return rows
+
+
+def _compared(block: Block, metric: str) -> str:
+    """What the tokens of a branch are compared by, where that is not what was asked for."""
+    made, named = block.projected, {"key": "keys", "query": "queries", "value": "values"}.get(metric)
+    if named is None or block.operands:
+        return ""
+    own = "queries" if block.crossed else named
+    if made is None:
+        return "all channels of what merges"
+    if made.later is not None:
+        return f"its {own} as they are projected"
+    return f"the mean of its {own} over heads, normed after" if made.norm is not None else ""
 
 
 __all__ = ["Merge", "Plan", "make_plan", "site_reports"]

@@ -58,8 +58,10 @@ class ToMeConfig:
     metric: str | None = None
     """What tokens are compared by: "key", "query", "value" (mean over heads of the attention's), "input" (the residual
     stream before the attention) or "token" (what merges itself, after it). Where those do not hold the
-    tokens in one dim (pooled, joined with others) it is the stream, in a branch that begins before them the value that
-    merges, in cross attention the queries (ToMe table 1). ToMe: "key"."""
+    tokens in one dim (pooled, joined with others) it is the stream, in cross attention the queries (ToMe table 1). In a
+    branch that begins before them, their mean over heads is made for it by the product that will make them (a norm of
+    each head is done to the mean, rotations come after it); where no one product does, or the mean is no narrower, it
+    is the value that merges. ToMe: "key"."""
     importance: str | None = None
     """How much a token matters, for pieces that go by it: "attention" (of the class token; without one, received),
     "received", "norm", "energy" (PiToMe), "rare", "size". Attention is that of the tokens before they merge: there is
