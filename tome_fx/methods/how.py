@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tome_fx import matching
 
-from . import importance, matcher, partition, similarity
+from . import importance, matcher, near, partition, similarity
 from .partition import everyone
 from .tokens import KINDS, Found, Piece, Sides, Tokens, named, ranked, taken
 
@@ -160,6 +160,12 @@ def _registered(how: How, tokens: Tokens, sides: Sides, r: int, _: object) -> Fo
     return matching.checked(how.matcher, tokens.metric, r, sides.sources[0], sides.destinations[0], similarity)
 
 
+def _in_blocks(how: How, tokens: Tokens, sides: Sides) -> bool:
+    """Whether pairs are found without a matrix of all: what reads it whole, or is traced, has one."""
+    plain = how.matcher == "bipartite" and how.similarity in matching.SIMILARITIES
+    return plain and tokens.seen is None and sides.wanted is None and type(tokens.metric) is Tensor
+
+
 def scores(how: How, tokens: Tokens) -> Tensor | None:
     if not how.scored:
         return None
@@ -183,7 +189,7 @@ def pick(how: How, tokens: Tokens, r: int, pruned: int) -> tuple[Tensor, Tensor,
 
     def compare() -> Tensor:
         alike, seen = how.pieces["similarity"].run(tokens, sides.sources, sides.destinations), tokens.seen
-        wanted = [] if sides.wanted is None else [(sides.wanted, False)]
+        wanted = [] if (pairs := sides.pairs()) is None else [(pairs, False)]
         kinds = []
         if seen is not None:
             own, other = taken(seen, sides.sources)[:, :, None], taken(seen, sides.destinations)[:, None]
@@ -194,8 +200,11 @@ def pick(how: How, tokens: Tokens, r: int, pruned: int) -> tuple[Tensor, Tensor,
             alike = torch.where(chosen, alike + step, alike) if more else torch.where(chosen, alike, alike - step)
         return alike
 
-    run = functools.partial(_registered, how) if _is_registered(how.matcher) else how.pieces["matcher"].run
-    source, destination, score = run(tokens, sides, r, compare)
+    if _in_blocks(how, tokens, sides):
+        source, destination, score = near.bipartite(tokens, sides, r, matching.SIMILARITIES[how.similarity])
+    else:
+        run = functools.partial(_registered, how) if _is_registered(how.matcher) else how.pieces["matcher"].run
+        source, destination, score = run(tokens, sides, r, compare)
     source, destination = source.expand(batch, -1), destination.expand(batch, -1)
     if type(tokens.metric) is Tensor and (strange := how.strange):  # not while it is traced
         matching.check_pairs(f"pieces {strange}", (source, destination, score), batch, tokens.count, r)

@@ -42,8 +42,8 @@ def saint(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
     close, count = votes(alike, tau)
     among = (alike * close).sum(-1) / count.clamp_min(1)
     score = torch.where(count > 0, count * (gamma * (among - tau)).exp(), alike.mean(-1))
-    if sides.wanted is not None:  # a source that no wanted pair has comes last
-        score = score.masked_fill(~sides.wanted.any(-1), torch.finfo(score.dtype).min)
+    if (wanted := sides.pairs()) is not None:  # a source that no wanted pair has comes last
+        score = score.masked_fill(~wanted.any(-1), torch.finfo(score.dtype).min)
     score, chosen = score.topk(r)
     return take(sides.sources, chosen), take(sides.destinations, alike.argmax(-1).gather(1, chosen)), score
 
