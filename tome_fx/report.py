@@ -40,7 +40,8 @@ class SiteReport:
     good), "branch" (merged around this attention alone) or "mlp" (merged in its MLP alone). mlp: (before, after) of the
     MLP after it, where it merges on its own because the stream keeps its length. asked: the tokens that the schedule
     asked it to merge away, where it could not merge so many (half of the free ones at most); else None. compared: of a
-    branch, what its tokens are compared by where that is not quite the option `metric`, in words."""
+    branch, what its tokens are compared by where that is not quite the option `metric`, in words; with `reuse`, whose
+    groups it has."""
 
     name: str
     tokens: tuple[int, int]

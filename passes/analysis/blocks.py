@@ -76,6 +76,18 @@ class Block:
         """Whether the merge ends where its values meet the stream."""
         return self.spot.branch
 
+    def compared(self, metric: str) -> str:
+        """What the tokens of a branch are compared by, in words, where that is not quite the metric asked for."""
+        made, named = self.projected, {"key": "keys", "query": "queries", "value": "values"}.get(metric)
+        if named is None or not self.branch or self.operands or self.mlp:
+            return ""
+        own = "queries" if self.crossed else named
+        if made is None:
+            return "all channels of what merges"
+        if made.later is not None:
+            return f"its {own} as they are projected"
+        return f"the mean of its {own} over heads, normed after" if made.norm is not None else ""
+
     @property
     def operands(self) -> tuple[tuple[int, int], ...]:
         return self.spot.operands

@@ -97,10 +97,12 @@ class How:
         place = [] if self.alpha is None else ["place"]
         return frozenset([*(need for p in self.pieces.values() for need in p.needs), *place])
 
-    @property
-    def compares(self) -> int:
-        """How many pairs are compared, in those of one half of the tokens with the other."""
-        return 1 + 4 * sum(p.all_pairs for p in self.pieces.values())
+    def compares(self, tokens: int) -> float:
+        """How many pairs of so many tokens are compared: one half with the other, or with those near it."""
+        part, number = _piece("partition", self.partition)
+        least = self.matcher == "bipartite" and part.near is not None
+        each = min(tokens / 2, part.near(number)) if least and part.near else tokens / 2
+        return tokens / 2 * each + tokens**2 * sum(p.all_pairs for p in self.pieces.values())
 
     def most(self, free: int, whole: int, grid: Sequence[Any]) -> int:
         """How many of `free` tokens may go at most; there were `whole` before any merge, on this grid."""

@@ -26,7 +26,8 @@ def bipartite(tokens: Tokens, sides: Sides, r: int, similarity: Similarity) -> F
         if r > int((best > -torch.inf).sum(-1).min()):
             best, partner = _others(tokens.metric, sides, similarity, (best, partner))
     else:
-        best, partner = best_of(*(taken(tokens.metric, side) for side in sides[:2]), similarity)
+        rows = [taken(tokens.metric, side) for side in sides[:2]]
+        best, partner = best_of(rows[0], rows[1], similarity)
     best, chosen = best.topk(r)
     return take(sides.sources, chosen), take(sides.destinations, partner.gather(1, chosen)), best
 

@@ -50,7 +50,8 @@ def sequential(tokens: Tokens, order: Order, r: int) -> Sides:
 def random(tokens: Tokens, order: Order, r: int) -> Sides:
     """A random half are sources, for one number of tokens always the same (table 1)."""
     halves = random_halves(order.positions.shape[1], order.first, tokens.metric.device)
-    return Sides(*(take(order.positions, half) for half in halves))
+    sources, destinations = (take(order.positions, half) for half in halves)
+    return Sides(sources, destinations)
 
 
 def _all_but_one(free: int, *_: object) -> int:
@@ -68,14 +69,14 @@ def importance(tokens: Tokens, order: Order, r: int) -> Sides:
     return Sides(take(held, in_place(goes, r)), take(held, in_place(~goes, held.shape[1] - r)))
 
 
-@piece("partition", "band:k", fixed=True)
+@piece("partition", "band:k", fixed=True, near=lambda k: k + 1)
 def band(tokens: Tokens, order: Order, r: int, k: int) -> Sides:
     """Alternating; tokens at most k apart first (local merging, arXiv 2405.17951, equation 1)."""
     sides = alternating(tokens, order, r)._replace(reach=k)
     return sides if order.everyone else sides._replace(wanted=sides.pairs(), reach=None)
 
 
-@piece("partition", "window:k", needs=("place",), fixed=True)
+@piece("partition", "window:k", needs=("place",), fixed=True, near=lambda k: k * k)
 def window(tokens: Tokens, order: Order, r: int, k: int) -> Sides:
     """Alternating; tokens of one k x k window of the grid, in one frame, first (ALGM, CVPR 2024: k = 2)."""
     return alternating(tokens, order, r)._replace(label=_cells(tokens, k))

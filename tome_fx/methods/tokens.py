@@ -122,7 +122,8 @@ class Piece:
     tokens now, at first, grid, number) -> how many may go at most, None: half of them; fixed, of candidates and
     partitions, whether they are the same in all samples; overlaps, of a partition, whether tokens stand on both
     sides, and `wanted` alone says which of them go; apart, of a matcher, whether its two sides must not overlap; alone,
-    of a matcher, whether candidates and partition do not matter to it."""
+    of a matcher, whether candidates and partition do not matter to it; near, of a partition whose wanted pairs are near
+    ones, (number) -> how many destinations are near a source at most."""
 
     run: Callable[..., Any]
     needs: tuple[str, ...] = ()
@@ -133,6 +134,7 @@ class Piece:
     overlaps: bool = False
     apart: bool = False
     alone: bool = False
+    near: Callable[[int], int] | None = None
 
 
 def piece(kind: str, name: str, **asks: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
