@@ -168,7 +168,7 @@ class Bill:
             inner = heads = 0
         elif made is not None:
             inner = heads = made.width[0]
-            make = 2.0 * tokens * inner * made.reads
+            make = (2.0 * tokens + costs.touch * made.heads[0]) * inner * made.reads
         elif block.branch and (block.mlp or not block.operands):
             inner = heads = wide
         else:
