@@ -171,6 +171,32 @@ def test_one_wide_head_is_compared_by_what_merges() -> None:
     assert site.compared == "all channels of what merges"
 
 
+@pytest.mark.parametrize("tokens", [N, 60])
+@torch.no_grad()
+def test_any_batch_and_length(tokens: int) -> None:
+    """Sizes are symbols in one graph for all."""
+    model, x = block(by_head)
+    batch, n = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("n", min=32, max=512)
+    graph = tome_fx.rewrite(model, (x,), r=R, placement="branch", plain=False, dynamic_shapes=({0: batch, 1: n},))
+    other = torch.randn(5, tokens, D)
+    with Compared() as mode:
+        graph(other)
+    assert torch.allclose(mode.found[0], model.keys(other).mean(1), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_stands_before_the_product_is_done_once_more() -> None:
+    """Where tokens merge before a half is taken and made longer, both are done at full length too."""
+
+    def halves(m: Any, y: Tensor) -> Any:
+        first, second = y.chunk(2, -1)
+        return by_block(m, torch.cat([second * 2, first], -1).view(y.shape))
+
+    model, x = block(halves)
+    metric, site = compared(model, x)
+    assert torch.allclose(metric, model.keys(x).mean(1), rtol=1e-5, atol=1e-5) and site.compared == ""
+
+
 def test_random_numbers_are_drawn_once() -> None:
     """Dropout between the norm and the projection is not done again for the matching."""
     model, x = block(by_block)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -319,13 +320,13 @@ class Groups:
     def _again(self, start: fx.Node, end: fx.Node, value: Laid) -> Traced:
         """A value of the old graph at full length, computed once more from what merges, `start`."""
         held: dict[fx.Node, Any] = {start: self.steps.convert(value, plain(len(value.dims)))}
-        between = self.facts.reach.between(start, end)[1:]
-        for node in between:
+        for node in self.facts.reach.between(start, end)[1:]:
             for other in node.all_input_nodes:
                 held[other] = held[other] if other in held else self._whole(other)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), held.__getitem__)
             target = aten.reshape.default if node.target is aten.view.default else node.target
-            held[node] = self.env.builder.copy(target, *fx.map_arg((node.args, node.kwargs), held.__getitem__),
-                                               node.meta.get("val"))  # fmt: skip
+            picked = target is operator.getitem
+            held[node] = args[0][args[1]] if picked else self.env.builder.copy(target, args, kwargs, node.meta["val"])
         return held[end]
 
     def _projected(self, x: Traced, made: Projection) -> Traced:
