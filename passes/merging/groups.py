@@ -6,7 +6,7 @@ import functools
 import operator
 from collections.abc import Callable
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx
@@ -323,7 +323,7 @@ class Groups:
         for node in self.facts.reach.between(start, end)[1:]:
             for other in node.all_input_nodes:
                 held[other] = held[other] if other in held else self._whole(other)
-            args, kwargs = fx.map_arg((node.args, node.kwargs), held.__getitem__)
+            args, kwargs = cast(Any, fx.map_arg((node.args, node.kwargs), held.__getitem__))
             target = aten.reshape.default if node.target is aten.view.default else node.target
             picked = target is operator.getitem
             held[node] = args[0][args[1]] if picked else self.env.builder.copy(target, args, kwargs, node.meta["val"])
