@@ -46,10 +46,10 @@ from .analysis.grid import grid_of, side_fits
 from .analysis.masks import KeyMask, key_masks, masked_by_place, score_terms, token_dims
 from .analysis.mlps import mlp_blocks, told_before
 from .analysis.partition import Room, parted, same_mask
-from .analysis.projections import projection
+from .analysis.projections import Projection, projection
 from .analysis.sites import TELLS_PAIRS, AttentionSite, tells_pairs
 from .analysis.special import Before, before, special
-from .analysis.streams import Spot, branch_point, length_of, merge_point, pooled, residuals, stream_beside
+from .analysis.streams import Spot, branch_point, holds, length_of, merge_point, pooled, residuals, stream_beside
 from .analysis.values import size_hint
 from .rules.facts import Facts
 
@@ -215,13 +215,17 @@ def _placed(site: AttentionSite, facts: Facts, tokens: Dim, spot: Spot) -> Block
         why = "a mask tells its tokens apart, and it has no softmax that the mask could leave them out of"
         raise _Left("unclear mask", why)
     parts, room = pairs or (None, ())
-    named = projection(site, str(facts.config.metric), crossed, spot.merge, facts) if _before_keys(spot) else None
-    return replace(block, masks=masks, parts=parts, room=room, projected=named)
+    return replace(block, masks=masks, parts=parts, room=room, projected=_projected(block, facts))
 
 
-def _before_keys(spot: Spot) -> bool:
-    """Whether tokens merge before the operands of the attention are made."""
-    return spot.branch and not spot.operands
+def _projected(block: Block, facts: Facts) -> Projection | None:
+    """What makes the metric of a block whose tokens merge before the operands of its attention are there."""
+    if not block.branch or block.operands:
+        return None
+    found = projection(block.site, str(facts.config.metric), block.crossed, block.merge, facts)
+    if found is None or not holds(facts, found.node, block.tokens):
+        return None
+    return found if set(leaves(block.sample)) <= facts.leaves_of(found.node) else None
 
 
 def _sample(site: AttentionSite, facts: Facts, tokens: Dim, node: fx.Node) -> Dim:
