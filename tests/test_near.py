@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,6 +46,24 @@ def test_the_same_pairs(partition: str, grid: tuple[int, int, int], monkeypatch:
             with monkeypatch.context() as patched:
                 patched.setattr(hows, "_in_blocks", lambda *_: False)
                 assert found == pairs(how, tokens, r)
+
+
+@pytest.mark.parametrize("partition", ["window:2", "band:1"])
+def test_a_sample_does_not_depend_on_its_batch(partition: str) -> None:
+    """Pairs and scores, where samples have different numbers of tokens that nothing is near."""
+    tokens = some_tokens((1, 8, 8), 0.4, 0)
+    alone = replace(tokens, metric=tokens.metric[:1], size=tokens.size[:1], place=tokens.place[:1])
+    for r in (1, tokens.count // 2):
+        whole, own = (pick(How(partition=partition), of, r, 0) for of in (tokens, alone))
+        assert all(torch.allclose(a[:1], b, atol=1e-6) for a, b in zip(whole[:3], own[:3], strict=True))
+
+
+def test_a_metric_that_is_no_number_is_matched_all_the_same() -> None:
+    """As by the matrix of all pairs: some r pairs, and no error of ours."""
+    tokens = some_tokens((1, 8, 8), 0.0, 0)
+    tokens.metric[0, :9] = float("nan")
+    source, *_ = pick(How(partition="window:2"), tokens, 32, 0)
+    assert all(len(set(row)) == 32 for row in source.tolist())
 
 
 class Largest(TorchDispatchMode):

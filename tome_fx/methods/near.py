@@ -23,7 +23,7 @@ def bipartite(tokens: Tokens, sides: Sides, r: int, similarity: Similarity) -> F
     all destinations, and comes after all others."""
     if sides.near:
         best, partner = nearest(tokens.metric, sides, similarity)
-        if r > int((best > -torch.inf).sum(-1).min()):
+        if r > best.shape[1] - int((best == -torch.inf).sum(-1).max()):
             best, partner = _others(tokens.metric, sides, similarity, (best, partner))
     else:
         rows = [taken(tokens.metric, side) for side in sides[:2]]
@@ -41,9 +41,10 @@ def _others(
     lone = ranked(alone.to(torch.float32), int(alone.sum(-1).max()))
     rows = taken(metric, take(sides.sources, lone))
     far, rank = best_of(rows, taken(metric, sides.destinations), similarity)
+    own = alone.gather(1, lone)  # another sample may have more
+    most = far.masked_fill(~own, -torch.inf).amax(-1, keepdim=True)
     least = best.masked_fill(alone, torch.inf).amin(-1, keepdim=True).clamp_max(1.0)
-    behind = far - (far.amax(-1, keepdim=True) - least).clamp_min(0) - 1
-    own = alone.gather(1, lone)
+    behind = far - (most - least).clamp_min(0) - 1
     best = best.scatter(1, lone, torch.where(own, behind, best.gather(1, lone)))
     return best, partner.scatter(1, lone, torch.where(own, rank, partner.gather(1, lone)))
 
