@@ -138,17 +138,22 @@ def growth_lines(name: str, result: Mapping[str, Any], folder: str) -> list[str]
     return [f"### {name}", "", f"![overhead over the oracle]({folder}/{name}.png)", "", *table(titles, rows)]
 
 
+def three(x: float) -> str:
+    """A number with three digits or more."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
 def match_lines(name: str, result: Mapping[str, Any], folder: str) -> list[str]:
     """The curves of match_growth.py."""
     names = [*result["points"][0]["forms"]]
     rows = [
-        [f"{point['tokens']:,}", *(f"{of['seconds'] * 1e3:.3g} ms, {of['bytes'] / 2**20:.0f} MiB"
+        [f"{point['tokens']:,}", *(f"{three(of['seconds'] * 1e3)} ms, {of['bytes'] / 2**20:.0f} MiB"
                                    for of in point["forms"].values())]
         for point in result["points"]
     ]  # fmt: skip
     first, last = result["points"][0], result["points"][-1]
     more = last["tokens"] / first["tokens"]
-    grown = (f"`{n}` {last['forms'][n]['seconds'] / first['forms'][n]['seconds']:.3g}" for n in names)
+    grown = (f"`{n}` {three(last['forms'][n]['seconds'] / first['forms'][n]['seconds'])}" for n in names)
     about = f"One sample of 64 channels, a quarter of the tokens merges. With {more:g} times the tokens a call takes "
     about += f"so many times as long: {', '.join(grown)}. MiB: the most that a call holds above what was there."
     image = f"![time and memory]({folder}/{name}.png)"

@@ -425,7 +425,7 @@ def test_the_report(tmp_path: Path) -> None:
     assert "| new-cpu | patch | 0.50 | - | 4200 (4000) |" in page
     assert "- new-cpu, patch: has one" in page
     assert "| 197 | 1 | 24 | +25.0 % | 2.00 | 2.50 |" in page
-    assert "| 4,096 | 250 ms, 1 MiB | 1e+03 ms, 1 MiB |" in page and "`match` 1, `window:8` 4." in page
+    assert "| 4,096 | 250 ms, 1 MiB | 1,000 ms, 1 MiB |" in page and "`match` 1, `window:8` 4." in page
     assert "| some:1 | tome_fx | 1.50 | 20.0 % |" in page
     assert "| every=2 | 2 | 769 | 0.75 | 2.00 | 0.80 | 3.00 |" in page
     assert page.count(torch.__version__) == 1  # one machine, once
