@@ -41,7 +41,7 @@ bench: $(VENV)/.stamp-bench
 # Hours on two cores. Stopped, it goes on where it was; a setting that fails does not keep the others from running.
 bench-all: $(VENV)/.stamp-bench
 	$(PY) benchmarks/speed.py --all $(ARGS); status=$$?; \
-	$(PY) benchmarks/growth.py $(ARGS) && $(PY) benchmarks/shares.py $(ARGS) && \
+	$(PY) benchmarks/growth.py $(ARGS) && $(PY) benchmarks/match_growth.py $(ARGS) && $(PY) benchmarks/shares.py $(ARGS) && \
 	$(PY) benchmarks/schedules.py $(ARGS) && $(PY) benchmarks/report.py && exit $$status
 
 MODES := reduce-overhead max-autotune

@@ -33,6 +33,8 @@ tome_fx over the oracle's. **patch**: speed over ToMe as a patch of the model's 
 cold compile and peak memory of one call, over Inductor's (below 1: less). **ms**: median (least) of a call of tome_fx.
 **pass s**: what the passes of tome_fx took in a cold compile.
 """
+OTHERS = ("growth", "match_growth", "shares", "schedules")
+"""Benchmarks whose results have other forms than variants."""
 COLUMNS = ("inductor", "limit", "oracle", "patch", "cold", "memory")
 TITLES = ("Inductor", "limit", "of limit", "patch", "cold", "memory")
 
@@ -136,6 +138,28 @@ def growth_lines(name: str, result: Mapping[str, Any], folder: str) -> list[str]
     return [f"### {name}", "", f"![overhead over the oracle]({folder}/{name}.png)", "", *table(titles, rows)]
 
 
+def three(x: float) -> str:
+    """A number with three digits or more."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def match_lines(name: str, result: Mapping[str, Any], folder: str) -> list[str]:
+    """The curves of match_growth.py."""
+    names = [*result["points"][0]["forms"]]
+    rows = [
+        [f"{point['tokens']:,}", *(f"{three(of['seconds'] * 1e3)} ms, {of['bytes'] / 2**20:.0f} MiB"
+                                   for of in point["forms"].values())]
+        for point in result["points"]
+    ]  # fmt: skip
+    first, last = result["points"][0], result["points"][-1]
+    more = last["tokens"] / first["tokens"]
+    grown = (f"`{n}` {three(last['forms'][n]['seconds'] / first['forms'][n]['seconds'])}" for n in names)
+    about = f"One sample of 64 channels, a quarter of the tokens merges. With {more:g} times the tokens a call takes "
+    about += f"so many times as long: {', '.join(grown)}. MiB: the most that a call holds above what was there."
+    image = f"![time and memory]({folder}/{name}.png)"
+    return [f"### {name}", "", about, "", image, "", *table(("tokens", *names), rows)]
+
+
 def share_lines(name: str, result: Mapping[str, Any], folder: str) -> list[str]:
     """The shares of shares.py."""
     rows = []
@@ -170,6 +194,7 @@ def render(results: Mapping[str, Mapping[str, Any]], folder: str) -> str:
         lines += table(titles, [case_row(name, timed[name], folder) for name in names])
     sections = (
         ("Growth", "growth", growth_lines),
+        ("Matching alone", "match_growth", match_lines),
         ("Shares of time", "shares", share_lines),
         ("Schedules", "schedules", schedule_lines),
     )
@@ -190,7 +215,7 @@ def read(folder: Path) -> dict[str, Any]:
     """The results of the timing benchmarks, and of no other: file stem -> JSON."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     return {
-        n: r for n, r in found.items() if "variants" in r or r.get("benchmark") in ("growth", "shares", "schedules")
+        n: r for n, r in found.items() if "variants" in r or r.get("benchmark") in OTHERS
     }
 
 

@@ -9,10 +9,11 @@ to it, the later add is taken.
 
 Where there is no such add (windows, per-frame attention, tokens over two dims), or with `placement="branch"`, the merge
 is a branch: around this attention alone, at the first value that both q and k are computed from, that the residual
-stream is not computed from, and that holds the tokens in one dim. Its metric is that value itself (ToMe for Stable
-Diffusion, arXiv 2303.17604, merges there).
+stream is not computed from, and that holds the tokens in one dim (ToMe for Stable Diffusion, arXiv 2303.17604, merges
+there). Keys are not there yet: their mean over heads is made for the matching alone (`projections.py`), and where that
+is not possible tokens are compared by that value itself.
 
-    y  = reshape(windows of norm(x))                       <- merge here, by y itself
+    y  = reshape(windows of norm(x))                       <- merge here, by the mean of the keys that y gives
     x1 = add(x, unwindow(unmerge(proj(attention(y)))))
 
 Where no value holds the tokens of queries and keys in one dim (projections by convolution), or nothing stands between
@@ -45,9 +46,10 @@ from .analysis.grid import grid_of, side_fits
 from .analysis.masks import KeyMask, key_masks, masked_by_place, score_terms, token_dims
 from .analysis.mlps import mlp_blocks, told_before
 from .analysis.partition import Room, parted, same_mask
+from .analysis.projections import Projection, projection
 from .analysis.sites import TELLS_PAIRS, AttentionSite, tells_pairs
 from .analysis.special import Before, before, special
-from .analysis.streams import Spot, branch_point, length_of, merge_point, pooled, residuals, stream_beside
+from .analysis.streams import Spot, branch_point, holds, length_of, merge_point, pooled, residuals, stream_beside
 from .analysis.values import size_hint
 from .rules.facts import Facts
 
@@ -217,7 +219,17 @@ def _placed(site: AttentionSite, facts: Facts, tokens: Dim, spot: Spot) -> Block
         why = "a mask tells its tokens apart, and it has no softmax that the mask could leave them out of"
         raise _Left("unclear mask", why)
     parts, room = pairs or (None, ())
-    return replace(block, masks=masks, parts=parts, room=room)
+    return replace(block, masks=masks, parts=parts, room=room, projected=_projected(block, facts))
+
+
+def _projected(block: Block, facts: Facts) -> Projection | None:
+    """What makes the metric of a block whose tokens merge before the operands of its attention are there."""
+    if not block.branch or block.operands:
+        return None
+    found = projection(block.site, str(facts.config.metric), block.crossed, block.merge, facts)
+    if found is None or not holds(facts, found.node, block.tokens):
+        return None
+    return found if set(leaves(block.sample)) <= facts.leaves_of(found.node) else None
 
 
 def _sample(site: AttentionSite, facts: Facts, tokens: Dim, node: fx.Node) -> Dim:

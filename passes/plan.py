@@ -186,7 +186,8 @@ def _profitable(facts: Facts, blocks: list[Block], schedule: Any) -> Plan:
         plan = _Walk(facts, blocks, active, wanted, hows).run()
         losing = plan.losing()
         if facts.config.placement != "auto" or not losing:
-            plan.skipped = dropped + plan.skipped
+            unused = facts.config.reuse and not any(m.groups is not None and not m.block.mlp for m in plan.every)
+            plan.skipped = dropped + plan.skipped + ([UNUSED] if unused else [])
             return plan
         # Branches do not depend on each other. Of merges on the stream the worst first: the others may pay without it.
         branches = [site for site in losing if blocks[site].branch]
@@ -322,7 +323,7 @@ class _Walk:
 
     def _take(self, node: fx.Node, merge: Merge) -> None:
         self.plan.merges.setdefault(node, []).append(merge)
-        compared = merge.how.compares if merge.groups is None else 0
+        compared = merge.how.compares(size_hint(merge.length)) if merge.groups is None else 0
         self.plan.bill.merge(merge.block, merge.step, merge.length, compared=compared)
 
     def _merged(self, node: fx.Node, layout: Layout) -> list[tuple[Dim, Step]]:
@@ -364,7 +365,7 @@ class _Walk:
         ends, how = (lo + special.prefix, hi + special.suffix), self.hows[index]
         goes = _share(how.least, r) if how.padded else r
         step = Step(index, prev, block.sample, before, before - goes, prefix, suffix, ends, block.branch)
-        groups, even = self._groups(block, step, r) if block.alike else None, not isinstance(wanted, float)
+        groups, even = self._groups(block, step, r), not isinstance(wanted, float)
         return Merge(block=block, dim=dim, key=key, step=step, length=part.length, r=goes, pairs=r, groups=groups,
                      even=even, how=how)  # fmt: skip
 
@@ -404,13 +405,23 @@ class _Walk:
         return why + f", counts in multiples of {self.multiple}" * (self.multiple > 1)
 
     def _groups(self, block: Block, step: Step, r: int) -> Step | None:
-        """The step of an MLP's attention, where it merges the same tokens in the same samples, and as many."""
+        """The step of an MLP's attention, or of a branch up to `reuse` blocks before, where it merges the same tokens
+        in the same samples, and as many."""
         tokens = _tokens(block, step, r)
-        for merge in self.plan.every:
-            own = merge.block.site is block.site and not merge.block.mlp
-            if own and _tokens(merge.block, merge.step, merge.pairs) == tokens:
-                return merge.step
+        for merge in reversed(self.plan.every):
+            own = merge.block.site is block.site and block.alike and not merge.block.mlp
+            before = not block.mlp and self._serves(merge, block)
+            if (own or before) and _tokens(merge.block, merge.step, merge.pairs) == tokens:
+                return merge.groups or merge.step
         return None
+
+    def _serves(self, merge: Merge, block: Block) -> bool:
+        """Whether the groups that a merge found are near enough to serve a later branch."""
+        found = merge.groups is None and not merge.block.mlp and merge.step.branch and block.branch
+        apart = block.turn[0] - merge.block.turn[0]
+        kinds = [(how.names, how.merging, how.pruned) for how in (merge.how, self.hows[self.blocks.index(block)])]
+        alike = kinds[0] == kinds[1] and merge.block.crossed == block.crossed
+        return found and alike and not merge.how.padded and 0 < apart <= self.facts.config.reuse
 
     def _rounded(self, r: int, before: int, most: int, chain: int) -> int:
         """r and what earlier merges of the chain left over, so that a multiple of `multiple` tokens is left."""
@@ -423,6 +434,7 @@ class _Walk:
         self.plan.skipped.append(SkipReason(kind, block.name, detail))
 
 
+UNUSED = SkipReason("reuse", "", "no branch merges the tokens of one before it, and as many of them")
 NO_SHARE = "its share of the schedule is 0"
 
 
@@ -480,7 +492,9 @@ def site_reports(facts: Facts, plan: Plan, skipped: list[SkipReason]) -> list[Si
         else:
             placement, asked = "branch" if merge.step.branch else "stream", plan.asked.get(merge.step.site)
             kept = merge.block.special.count
-            found = row(tokens=_pair(merge), protected=kept, placement=placement, asked=asked)
+            led = next((m.block.name for m in plan.every if m.step is merge.groups), None)
+            by = f"what {led} was" if led else merge.block.compared(str(facts.config.metric))
+            found = row(tokens=_pair(merge), protected=kept, placement=placement, asked=asked, compared=by)
         rows.append(found)
     return rows
 

@@ -20,11 +20,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # its scri
 
 from rich.console import Console  # noqa: E402
 
+import against  # noqa: E402
 import attention_forms  # noqa: E402
 import cases  # noqa: E402
 import growth  # noqa: E402
 import harness  # noqa: E402
 import language  # noqa: E402
+import match_growth  # noqa: E402
 import models  # noqa: E402
 import oracle  # noqa: E402
 import report  # noqa: E402
@@ -386,10 +388,17 @@ def made_up() -> dict[str, Any]:
         "new-cpu": new,
         "old-cpu": old,
         "growth-cpu": {"benchmark": "growth", "machine": info, "points": [point]},
+        "match_growth-cpu": {"benchmark": "match_growth", "machine": info, "points": matched()},
         "shares-cpu": {"benchmark": "shares", "machine": info, "cases": {"some:1": {"seconds": seconds}}},
         "schedules-cpu": {"benchmark": "schedules", "machine": info, "settings": about | {"batch": 2},
                           "schedules": [scheduled()]},
     }  # fmt: skip
+
+
+def matched() -> list[dict[str, Any]]:
+    """Two numbers of tokens as match_growth.py finds them."""
+    form = {"seconds": 0.25, "bytes": 2**20}
+    return [{"tokens": n, "forms": {"match": form, "window:8": {**form, "seconds": n / 4096}}} for n in (1024, 4096)]
 
 
 def scheduled() -> dict[str, Any]:
@@ -416,10 +425,29 @@ def test_the_report(tmp_path: Path) -> None:
     assert "| new-cpu | patch | 0.50 | - | 4200 (4000) |" in page
     assert "- new-cpu, patch: has one" in page
     assert "| 197 | 1 | 24 | +25.0 % | 2.00 | 2.50 |" in page
+    assert "| 4,096 | 250 ms, 1 MiB | 1,000 ms, 1 MiB |" in page and "`match` 1, `window:8` 4." in page
     assert "| some:1 | tome_fx | 1.50 | 20.0 % |" in page
     assert "| every=2 | 2 | 769 | 0.75 | 2.00 | 0.80 | 3.00 |" in page
     assert page.count(torch.__version__) == 1  # one machine, once
     assert "zoo" not in page
+
+
+def test_matching_alone_is_measured_in_every_form() -> None:
+    """The local ones hold less than the matrix of all pairs; the paper's is its ATen form's equal."""
+    with torch.no_grad():
+        found = {name: fn() for name, fn in match_growth.forms(16, "cpu").items()}
+    assert {x[2].shape for x in found.values()} == {(1, 64)}
+    assert torch.equal(found["match"][0], found["match, ATen"][0])
+    point = match_growth.point(8, 1, "cpu")
+    assert point["tokens"] == 64 and all(of["seconds"] > 0 <= of["bytes"] for of in point["forms"].values())
+
+
+def test_builds_take_turns() -> None:
+    """A call of each row a round, in one order."""
+    asked: list[str] = []
+    calls = {row: (lambda name: (asked.append(name) or (1.0, 2.0)), row) for row in ("this", "other")}
+    assert against.rounds(calls, 2) == {"this": [(1.0, 2.0)] * 2, "other": [(1.0, 2.0)] * 2}
+    assert asked == ["this", "other"] * 2
 
 
 def test_points_of_growth_are_measured_once() -> None:
@@ -473,7 +501,8 @@ def test_curves_and_shares_are_drawn(tmp_path: Path) -> None:
     curves = [{"settings": {"tokens": tokens, "batch": batch}, "variants": variants} for tokens, batch in places]
     growth.plot(curves, "curves", tmp_path / "growth.png")
     shares.plot(made_up()["shares-cpu"]["cases"], "shares", tmp_path / "shares.png")
-    for name in ("growth", "shares"):
+    match_growth.plot(matched(), "matching", tmp_path / "match_growth.png")
+    for name in ("growth", "shares", "match_growth"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 

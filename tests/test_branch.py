@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import tome_fx
 from tests import strategies
+from tests.laws import MATCHES
 from tests.models import ATTENTION, LAYOUT, MASK, Spec, build, redraw
 from tests.palette import LossyMatch, assert_lossless, equalize, palette_grid, palette_input, palette_tokens, run
 
@@ -332,3 +333,43 @@ def test_a_branch_ends_where_its_output_meets_the_stream(name: str) -> None:
     assert tome_fx.check(model, (x,), r=8, placement="branch").error < 1e-9
     apart = torch.cdist(out[0], out[0]).fill_diagonal_(1.0)
     assert apart.min() > 1e-6
+
+
+# -- groups of a block before ------------------------------------------------------------------------------------------
+
+
+def matches(model: nn.Module, x: Tensor, **config: Any) -> int:
+    """How many times a graph matches."""
+    graph = tome_fx.rewrite(model, (x,), r=R, placement="branch", plain=False, **config)
+    return sum(node.target in MATCHES for node in graph.graph.nodes)
+
+
+@pytest.fixture(scope="module")
+def deep() -> tuple[nn.Module, Tensor]:
+    spec = Spec(depth=5, readout="tokens")
+    model, args = build(spec)
+    return model.eval(), args[0]
+
+
+@pytest.mark.parametrize(("k", "found"), [(0, 5), (1, 3), (2, 2), (9, 1)])
+def test_groups_serve_the_next_blocks(deep: tuple[nn.Module, Tensor], k: int, found: int) -> None:
+    """Each branch has groups of its own, or those of one at most k blocks before; MLPs have their attention's."""
+    model, x = deep
+    assert matches(model, x, reuse=k) == found
+    own = tome_fx.check(model, (x,), r=R, placement="branch", reuse=k)
+    assert own.holds, own
+    sites = own.report.sites
+    assert [site.compared for site in sites] == [
+        f"what {sites[i - i % (k + 1)].name} was" if i % (k + 1) else "" for i in range(5)
+    ]
+
+
+def test_groups_serve_as_many_tokens_alone(deep: tuple[nn.Module, Tensor]) -> None:
+    """Other counts are other groups, and nobody is told that they were shared."""
+    model, x = deep
+    report = tome_fx.explain(model, (x,), r=[6, 5, 4, 3, 2], placement="branch", reuse=4)
+    assert [s.kind for s in report.skipped] == ["reuse"]
+    with pytest.raises(ValueError, match="reuse is of branches"):
+        tome_fx.tome_backend(r=R, reuse=1, placement="stream")
+    with pytest.raises(ValueError, match="reuse must be an int of 0 or more"):
+        tome_fx.tome_backend(r=R, reuse=-1)

@@ -78,7 +78,7 @@ def test_the_configuration_reaches_the_backend() -> None:
     expected = {"r": (16, -1.0), "placement": "stream", "metric": "input", "inner": "inductor", "strict": True}
     unsaid = ("importance", "candidates", "similarity", "alpha", "partition", "matcher", "merging", "prune", "blocks")
     defaults = {**dict.fromkeys((*unsaid, "prop_attn")), "method": "tome"}
-    defaults |= {"protect": "auto", "every": 1, "multiple": 1, "padding_first": False}
+    defaults |= {"protect": "auto", "every": 1, "reuse": 0, "multiple": 1, "padding_first": False}
     assert cli._config(args) == {**expected, **defaults, "drop_unread": True}
     choices = {"similarity": "dot", "partition": "random", "matcher": "random", "merging": "prune", "method": "saint"}
     words = [word for name, value in choices.items() for word in (f"--{name}", value)]
@@ -87,6 +87,7 @@ def test_the_configuration_reaches_the_backend() -> None:
     several = arguments("explain", "m", "--merging", "prune,mlerp", "--blocks", "0.25,0.5", "--number", "tau=0.5")
     wanted = {"merging": ("prune", "mlerp"), "blocks": (0.25, 0.5), "tau": 0.5}
     assert wanted.items() <= cli._config(several).items()
+    assert [cli._config(arguments("explain", "m", "--reuse", k))["reuse"] for k in ("0", "2")] == [0, 2]
     flops = cli._config(arguments("bench", "m", "--flops", "0.5", "--inner", "eager"))
     assert (flops["flops"], flops["inner"], "r" in flops) == (0.5, "eager", False)
 

@@ -101,6 +101,7 @@ def tome_backend(
     flops: float | None = None,
     method: str = "tome",
     every: int = 1,
+    reuse: int = 0,
     multiple: int = 1,
     prop_attn: bool | None = None,
     metric: str | None = None,
@@ -135,6 +136,7 @@ def tome_backend(
             "evit" and others (docs/methods.md), or a name given to `register_method`; what is given beside it replaces
             its piece. What stands first below is ToMe's, which holds where no method says otherwise.
         every: merge at every k-th block only, what the schedule gives to the k blocks up to it.
+        reuse: the groups of one branch serve those of the next k blocks too.
         multiple: keep token counts at multiples of this number; what is left over is merged by a later block.
         prop_attn: proportional attention, equation 1 of the paper.
         metric: what tokens are compared by, "key", "query", "value", "input" (the residual stream) or "token" (what
@@ -174,8 +176,8 @@ def tome_backend(
     if r is None and flops is None:
         r, flops = map(from_environment().get, ("r", "flops"))
     options = {
-        "method": method, "every": every, "multiple": multiple, "prop_attn": prop_attn, "metric": metric,
-        "importance": importance, "candidates": candidates, "similarity": similarity, "alpha": alpha,
+        "method": method, "every": every, "reuse": reuse, "multiple": multiple, "prop_attn": prop_attn,
+        "metric": metric, "importance": importance, "candidates": candidates, "similarity": similarity, "alpha": alpha,
         "partition": partition, "matcher": matcher, "merging": merging, "prune": prune, "counts": counts,
         "least": least, "blocks": blocks, "protect": protect, "placement": placement, "padding_first": padding_first,
         "drop_unread": drop_unread, "inner": inner, "strict": strict,

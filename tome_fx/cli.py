@@ -37,7 +37,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 INNERS = ("inductor", "aot_eager", "eager")
 OPTIONS = (
     "method", "placement", "metric", "importance", "candidates", "similarity", "alpha", "partition", "matcher",
-    "merging", "prune", "counts", "least", "blocks", "protect", "every", "multiple", "prop_attn", "padding_first",
+    "merging", "prune", "counts", "least", "blocks", "protect", "every", "reuse", "multiple", "prop_attn",
+    "padding_first",
     "drop_unread", "inner", "strict",
 )  # fmt: skip
 """Options of `tome_backend` that are options of the command line by the same name."""
@@ -223,6 +224,7 @@ def _add_model_options(parser: argparse.ArgumentParser, batch: int) -> None:
     parser.add_argument("--number", type=_number, action="append", default=[], metavar="NAME=VALUE", help="as tau=0.8")
     parser.add_argument("--protect", type=parse_protect, default="auto", help="auto, 1, 2/10 (of every 10) or 0,5,-1")
     parser.add_argument("--every", type=_positive, default=1, help="merge at every k-th block (default %(default)s)")
+    parser.add_argument("--reuse", type=_count, default=0, help="blocks that a branch's groups serve after it")
     parser.add_argument("--multiple", type=_positive, default=1, help="token counts in multiples (default %(default)s)")
     parser.add_argument("--no-prop-attn", dest="prop_attn", action="store_const", const=False,
                         help="no proportional attention")  # fmt: skip
@@ -231,6 +233,11 @@ def _add_model_options(parser: argparse.ArgumentParser, batch: int) -> None:
     parser.add_argument("--inner", choices=INNERS, default="inductor", help="compiler behind (default %(default)s)")
     parser.add_argument("--strict", action="store_true", help="an error instead of a warning when nothing is merged")
     parser.add_argument("--json", type=_output, metavar="FILE", help="write the numbers there as well")
+
+
+def _count(text: str) -> int:
+    """A whole number, 0 or more."""
+    return 0 if text.strip() == "0" else _positive(text)
 
 
 def _positive(text: str) -> int:

@@ -45,6 +45,9 @@ class ToMeConfig:
     """Instead of `r`: the share of the model's FLOPs to aim at, by the constant r that comes nearest from below."""
     every: int = 1
     """Merge at every k-th block only, what the schedule gives to the k blocks up to it: fewer, larger merges."""
+    reuse: int = 0
+    """The groups that one branch finds serve the branches of the next k blocks too, where these merge the same tokens,
+    and as many of them. On the stream each merge leaves other tokens, so there it does nothing."""
     multiple: int = 1
     """Keep token counts at multiples of this number (8, 16, 32: what a device's matrix units like). What a block cannot
     merge for it, the next one does. Protected tokens count; symbolic lengths are not rounded."""
@@ -58,8 +61,10 @@ class ToMeConfig:
     metric: str | None = None
     """What tokens are compared by: "key", "query", "value" (mean over heads of the attention's), "input" (the residual
     stream before the attention) or "token" (what merges itself, after it). Where those do not hold the
-    tokens in one dim (pooled, joined with others) it is the stream, in a branch that begins before them the value that
-    merges, in cross attention the queries (ToMe table 1). ToMe: "key"."""
+    tokens in one dim (pooled, joined with others) it is the stream, in cross attention the queries (ToMe table 1). In a
+    branch that begins before them, their mean over heads is made for it by the product that will make them (a norm of
+    each head is done to the mean, rotations come after it); where no one product does, or the mean is no narrower, it
+    is the value that merges. ToMe: "key"."""
     importance: str | None = None
     """How much a token matters, for pieces that go by it: "attention" (of the class token; without one, received),
     "received", "change" (by the block, on the stream), "norm", "energy" (PiToMe), "rare", "size". Attention is that of
@@ -152,9 +157,11 @@ class ToMeConfig:
                 _one_of(name, one, allowed)
         self._check_method()
         self._check_protect()
-        for name in ("every", "multiple"):
-            if not _whole(getattr(self, name)) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be an int of 1 or more, got {getattr(self, name)!r}")
+        for name, least in (("every", 1), ("multiple", 1), ("reuse", 0)):
+            if not _whole(getattr(self, name)) or getattr(self, name) < least:
+                raise ValueError(f"{name} must be an int of {least} or more, got {getattr(self, name)!r}")
+        if self.reuse and self.placement == "stream":
+            raise ValueError('reuse is of branches, and placement="stream" has none: leave one of them out')
         for name in ("prop_attn", "padding_first", "drop_unread", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")

@@ -77,6 +77,24 @@ def permutation(n: int, device: torch.device) -> Tensor:
 PARTITIONS: dict[str, Partition] = {"alternating": alternating, "sequential": sequential, "random": random_halves}
 
 
+# -- in blocks ---------------------------------------------------------------------------------------------------------
+
+AT_ONCE = 2**24
+"""Similarities that are held at a time: those of 8,192 tokens are fewer, and one product is as fast as any."""
+
+
+def best_of(a: Tensor, b: Tensor, similarity: Similarity) -> tuple[Tensor, Tensor]:
+    """float32 and int64 `[batch, n]`: how like each of `[batch, n, d]` its best of `[batch, m, d]` is, and the rank of
+    that one. Memory is linear in n and m."""
+    pairs = a.shape[0] * a.shape[1] * b.shape[1]
+    if not isinstance(pairs, int) or pairs <= AT_ONCE:  # a number that is free while tracing is compared with nothing
+        best, partner = similarity(a, b).max(-1)
+        return best, partner
+    step = max(AT_ONCE // (a.shape[0] * b.shape[1]), 1)
+    found = [similarity(some, b).max(-1) for some in a.split(step, 1)]
+    return torch.cat([best for best, _ in found], 1), torch.cat([partner for _, partner in found], 1)
+
+
 # -- matchers ----------------------------------------------------------------------------------------------------------
 
 
@@ -84,7 +102,7 @@ def bipartite(
     metric: Tensor, r: int, sources: Tensor, destinations: Tensor, similarity: Similarity
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Bipartite soft matching (section 3): the r sources whose best destination is most like them."""
-    best, partner = similarity(metric[:, sources], metric[:, destinations]).max(-1)
+    best, partner = best_of(metric[:, sources], metric[:, destinations], similarity)
     best, chosen = best.topk(r)
     return sources[chosen], destinations[partner.gather(1, chosen)], best
 

@@ -137,8 +137,12 @@ def directions(metric: Tensor, prefix: int, suffix: int) -> Tensor:
 
 def best_partner_aten(unit: Tensor, first: int) -> tuple[Tensor, Tensor]:
     """Cosine and rank of each source's best destination; sources are the rows `first`, `first` + 2, ... of `unit`."""
-    best, partner = torch.bmm(unit[:, first::2], unit[:, 1 - first :: 2].transpose(1, 2)).max(-1)
-    return best, partner
+    return matching.best_of(unit[:, first::2], unit[:, 1 - first :: 2], _product)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`matching.dot` as one bmm, which torch.export guards on least."""
+    return torch.bmm(a, b.transpose(1, 2))
 
 
 def pair_nulls(unit: Tensor, first: int, best: Tensor, partner: Tensor) -> tuple[Tensor, Tensor]:

@@ -253,6 +253,16 @@ def pass_seconds() -> dict[str, float]:
     return total
 
 
+def extra_memory(fn: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """Bytes that one call of `fn` holds at most above what was held before it."""
+    where = torch.device(device)
+    _reset_peak_memory(where)
+    before = _peak_memory(where)
+    fn()
+    synchronize(where)
+    return max(_peak_memory(where) - before, 0)
+
+
 def _reset_peak_memory(device: torch.device) -> None:
     """Start the peak afresh; where the system cannot (no /proc/self/clear_refs), the old peak stays."""
     if device.type == "cuda":

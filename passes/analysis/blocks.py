@@ -13,6 +13,7 @@ from tome_fx.report import SkipReason
 from ..algebra.axes import Dim, Size
 from .masks import KeyMask
 from .partition import Room
+from .projections import Projection
 from .sites import AttentionSite
 from .special import Special
 from .streams import Spot
@@ -32,7 +33,8 @@ class Block:
     mlp: what merges is the MLP that reads the stream of the site.
     masks: the masks of keys, which give a token no weight. parts: the mask of pairs within whose parts tokens merge.
     room: how many of them may. turn: the sites that merge before it along its chain, and all of the chain.
-    alike: of an MLP, whether tokens that its attention saw as equal are still equal.
+    alike: of an MLP, whether tokens that its attention saw as equal are still equal. projected: of a branch, how what
+    its tokens are compared by comes from them.
     """
 
     site: AttentionSite
@@ -49,6 +51,7 @@ class Block:
     room: Room = ()
     turn: tuple[int, int] = (0, 1)
     alike: bool = False
+    projected: Projection | None = None
 
     @property
     def name(self) -> str:
@@ -72,6 +75,18 @@ class Block:
     def branch(self) -> bool:
         """Whether the merge ends where its values meet the stream."""
         return self.spot.branch
+
+    def compared(self, metric: str) -> str:
+        """What the tokens of a branch are compared by, in words, where that is not quite the metric asked for."""
+        made, named = self.projected, {"key": "keys", "query": "queries", "value": "values"}.get(metric)
+        if named is None or not self.branch or self.operands or self.mlp:
+            return ""
+        own = "queries" if self.crossed else named
+        if made is None:
+            return "all channels of what merges"
+        if made.later is not None:
+            return f"its {own} as they are projected"
+        return f"the mean of its {own} over heads, normed after" if made.norm is not None else ""
 
     @property
     def operands(self) -> tuple[tuple[int, int], ...]:

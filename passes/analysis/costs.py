@@ -150,9 +150,10 @@ class Bill:
                     share = size_hint(goal[shared].before) / max(size_hint(step.full), 1) / len(goal[shared:])
                     self.spent[step.site][each] += getattr(self.costs[step.site], each) * elements * grown * share
 
-    def merge(self, block: Block, step: Step, length: Size, *, compared: int) -> None:
-        """Matching compares half of the tokens with the other half; merging reads every element once. length: of the
-        tokens that it sees. compared: how many times as many pairs; 0 where the groups are another step's."""
+    def merge(self, block: Block, step: Step, length: Size, *, compared: float) -> None:
+        """Matching compares half of the tokens with the other half, in a branch once the mean of the keys is made;
+        merging reads every element once. length: of the tokens that it sees. compared: how many pairs of each
+        sample; 0 where the groups are another step's."""
         costs = self.costs[step.site]
         before, full = size_hint(length), max(size_hint(step.full), 1)
         k, wide = block.site.k, width(block, self.facts)
@@ -162,14 +163,18 @@ class Bill:
         if block.operands and not block.mlp:  # queries, keys and values
             count = sum(elements_of(self.facts.calls[block.merge].nodes[i]) for i, _ in block.operands)
         elements = count * before // full
+        made, make = block.projected, 0.0
         if not compared:
             inner = heads = 0
+        elif made is not None:
+            inner = heads = made.width[0]
+            make = (2.0 * tokens + costs.touch * made.heads[0]) * inner * made.reads
         elif block.branch and (block.mlp or not block.operands):
             inner = heads = wide
         else:
             inner = prod(size_hint(k.node.meta["val"].shape[d]) for d in k.features)
             heads = elements_of(k.node) * before // max(size_hint(block.length), 1) // tokens
-        compare = 2.0 * compared * samples * (before / 2) ** 2 * inner
+        compare = 2.0 * compared * samples * inner + make
         self.spent[step.site]["match"] += compare + costs.match * tokens * heads
         self.spent[step.site]["merge"] += costs.merge * elements
         self.compared[step.site] = compare + BY_FLOPS.merge * elements * (1 + step.branch)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx
@@ -19,6 +20,7 @@ from ..algebra.layout import Run, Step, plain
 from ..analysis.blocks import Block
 from ..analysis.grid import grid_of
 from ..analysis.masks import KeyMask, token_dims
+from ..analysis.projections import Projection
 from ..analysis.sites import Operand
 from ..building.trace import Traced, cat
 from .laid import Laid, dim_size, spot, token_spots
@@ -238,8 +240,7 @@ class Groups:
     def _side(self, block: Block) -> Traced:
         """float32 [*sample, N, c]: the code of what the caller says of each token; of others nothing."""
         assert self.facts.side is not None
-        self.env.visit(self.facts.side)
-        x = self.env.whole(self.facts.side)
+        x = self._whole(self.facts.side)
         x = self.call(tome.side_code.default, x.flatten(1) if x.dim() > 2 else x, dict(self.config.numbers)["levels"])
         grid = grid_of(self.facts, block.tokens)
         sizes = [*map(self.env.builder.size, grid.sizes)]
@@ -302,10 +303,9 @@ class Groups:
         return x - self.call(aten.amax.default, x, [-1], True)
 
     def _by_sample(self, block: Block, node: fx.Node) -> Traced:
-        """A mask as [*sample, N] or, a mask of pairs, [*sample, N, N]. It may stand further on in the old graph."""
-        self.env.visit(node)
+        """A mask as [*sample, N] or, a mask of pairs, [*sample, N, N]."""
         dims, tokens = self.facts.dims(node), leaves(block.tokens)
-        x, factors = Laid(self.env.whole(node), dims, plain(len(dims))).factored()
+        x, factors = Laid(self._whole(node), dims, plain(len(dims))).factored()
         spots = token_dims(node, self.facts, block.tokens)
         sample = [next((i for i, (_, f) in enumerate(factors) if f is leaf), None) for leaf in leaves(block.sample)]
         token = [i for d in spots for i, (e, f) in enumerate(factors) if e == d and f in tokens]
@@ -328,18 +328,21 @@ class Groups:
         """What tokens are compared by, and whether it has an axis of heads.
 
         The keys, queries or values of the block's attention (its queries, where those alone merge), [*sample, N, h, d],
-        or the residual stream, in a branch the merged value itself, [*sample, N, d].
+        or the residual stream, [*sample, N, d]. In a branch, where these are not there yet, the mean over heads as the
+        product that makes them would have it, or the merged value itself, [*sample, N, d].
         """
         block = merge.block
-        operand = self._compared(block)
+        operand, made = self._compared(block), block.projected
         source = operand.node if operand is not None else block.merge if self._merged_ones(block) else block.stream
+        source = made.node if made is not None else source
         return self._rows(merge, source, operand, value)
 
     def _rows(
         self, merge: Merge, source: fx.Node, operand: Operand | None, value: Laid | None
     ) -> tuple[Traced, bool]:
         """The tokens of a merge as `source` has them, an operand of the attention or what stands on the stream."""
-        block = merge.block
+        block, made = merge.block, merge.block.projected
+        made = made if made is not None and made.node is source else None
         dims = self.facts.dims(source)
         prev = merge.step.prev if operand is None else self._own(merge).prev
         place = self._standing(dims, operand.tokens if operand is not None else None, self._tokens(block, operand))
@@ -350,6 +353,10 @@ class Groups:
         if source is block.merge:
             assert value is not None
             whole = self.steps.convert(value, want)
+        elif made is not None:
+            assert value is not None
+            again = self._again(block.merge, source, value)
+            whole = self.steps.convert(Laid(again, dims, plain(len(dims))), want)
         else:
             whole = self.env.fetch(source, want)
         if {size_expr(size) for size in ends} != {0}:
@@ -370,7 +377,56 @@ class Groups:
         x = x.flatten(lead + 1, lead + len(heads)) if len(heads) > 1 else x
         at = lead + 1 + bool(heads)
         x = x.flatten(at) if len(inner) > 1 else x if inner else x.unsqueeze(-1)
-        return x, bool(heads)
+        return (self._projected(x, made), False) if made is not None else (x, bool(heads))
+
+    def _again(self, start: fx.Node, end: fx.Node, value: Laid) -> Traced:
+        """A value of the old graph at full length, computed once more from what merges, `start`."""
+        held: dict[fx.Node, Any] = {start: self.steps.convert(value, plain(len(value.dims)))}
+        for node in self.facts.reach.between(start, end)[1:]:
+            for other in node.all_input_nodes:
+                held[other] = held[other] if other in held else self._whole(other)
+            args, kwargs = cast(Any, fx.map_arg((node.args, node.kwargs), held.__getitem__))
+            target = aten.reshape.default if node.target is aten.view.default else node.target
+            picked = target is operator.getitem
+            held[node] = args[0][args[1]] if picked else self.env.builder.copy(target, args, kwargs, node.meta["val"])
+        return held[end]
+
+    def _projected(self, x: Traced, made: Projection) -> Traced:
+        """The mean over heads of an operand of the attention, [*sample, N, d], from what its product reads, [*sample,
+        N, c]."""
+        whole, letters = self._whole, made.sig.ins[made.weight]
+        weight = whole(made.call.nodes[made.weight])
+        order = [letters.index(letter) for letter in (*made.apart, *made.summed)]
+        weight = weight.permute(order) if order != sorted(order) else weight
+        weight = weight.flatten(0, len(made.apart) - 1) if len(made.apart) > 1 else weight
+        weight = weight.flatten(1) if len(made.summed) > 1 else weight
+        weight = self._mean_of_heads(weight, made)
+        bias = None if made.bias is None else self._mean_of_heads(whole(made.call.nodes[made.bias]).flatten(0), made)
+        x = self.call(aten.linear.default, x, weight, bias)
+        if made.norm is None:
+            return x
+        left = {k: v for k, v in made.norm.args.items() if k not in ("input", "normalized_shape")}
+        left = fx.map_arg(left, whole)
+        return self.call(made.norm.target, x, list(made.norm.args["normalized_shape"]), *left.values())
+
+    def _mean_of_heads(self, rows: Traced, made: Projection) -> Traced:
+        """[channels, ...] -> [d, ...]"""
+        (heads, apart), (width, step) = made.heads, made.width
+        if step == 1 and (apart == width or heads == 1):
+            rows = rows.narrow(0, made.first, heads * width)
+        else:
+            each = (self.call(aten.arange.start_step, 0, n * by, by, device=rows.device) for n, by in
+                    ((heads, apart), (width, step)))  # fmt: skip
+            first, second = each
+            index = (first.unsqueeze(1) + second + made.first).flatten(0)
+            rows = self.call(aten.index_select.default, rows, 0, index)
+        rows = rows.reshape([heads, width, *rows.shape[1:]])
+        return self.call(aten.mean.dim, rows, [0])
+
+    def _whole(self, node: fx.Node) -> Any:
+        """A value at full length. It may stand further on in the old graph."""
+        self.env.visit(node)
+        return self.env.whole(node)
 
     def _compared(self, block: Block) -> Operand | None:
         """The operand of the attention that the metric is made of; None where it is the stream itself."""

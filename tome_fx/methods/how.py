@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tome_fx import matching
 
-from . import counts, importance, matcher, partition, similarity
+from . import counts, importance, matcher, near, partition, similarity
 from .partition import everyone
 from .tokens import KINDS, Compare, Found, Piece, Sides, Tokens, named, ranked, taken
 
@@ -110,10 +110,12 @@ class How:
         place = [] if self.alpha is None else ["place"]
         return frozenset([*(need for p in self.pieces.values() for need in p.needs), *place])
 
-    @property
-    def compares(self) -> int:
-        """How many pairs are compared, in those of one half of the tokens with the other."""
-        return 1 + 4 * sum(p.all_pairs for p in self.pieces.values())
+    def compares(self, tokens: int) -> float:
+        """How many pairs of so many tokens are compared: one half with the other, or with those near it."""
+        part, number = _piece("partition", self.partition)
+        least = self.matcher == "bipartite" and part.near is not None
+        each = min(tokens / 2, part.near(number)) if least and part.near else tokens / 2
+        return tokens / 2 * each + tokens**2 * sum(p.all_pairs for p in self.pieces.values())
 
     def most(self, free: int, whole: int, grid: Sequence[Any]) -> int:
         """How many of `free` tokens may go at most; there were `whole` before any merge, on this grid."""
@@ -178,6 +180,12 @@ def _registered(how: How, tokens: Tokens, sides: Sides, r: int, _: object) -> Fo
     return matching.checked(how.matcher, tokens.metric, r, sides.sources[0], sides.destinations[0], similarity)
 
 
+def _in_blocks(how: How, tokens: Tokens, sides: Sides) -> bool:
+    """Whether pairs are found without a matrix of all: what reads it whole, or is traced, has one."""
+    plain = how.matcher == "bipartite" and how.similarity in matching.SIMILARITIES
+    return plain and not how.padded and tokens.seen is None and sides.wanted is None and type(tokens.metric) is Tensor
+
+
 def scores(how: How, tokens: Tokens) -> Tensor | None:
     if not how.scored:
         return None
@@ -229,8 +237,11 @@ def _found(how: How, tokens: Tokens, r: int) -> tuple[Tokens, Sides, Found, Comp
     """What the pieces find: the r pairs in any order, score float32, with what they were found by."""
     tokens, sides, compare = _sided(how, tokens, r)
     batch = tokens.metric.shape[0]
-    run = functools.partial(_registered, how) if _is_registered(how.matcher) else how.pieces["matcher"].run
-    source, destination, score = run(tokens, sides, r, compare)
+    if _in_blocks(how, tokens, sides):
+        source, destination, score = near.bipartite(tokens, sides, r, matching.SIMILARITIES[how.similarity])
+    else:
+        run = functools.partial(_registered, how) if _is_registered(how.matcher) else how.pieces["matcher"].run
+        source, destination, score = run(tokens, sides, r, compare)
     source, destination = source.expand(batch, -1), destination.expand(batch, -1)
     if type(tokens.metric) is Tensor and (strange := how.strange):  # not while it is traced
         matching.check_pairs(f"pieces {strange}", (source, destination, score), batch, tokens.count, r)
@@ -248,7 +259,7 @@ def _sided(how: How, tokens: Tokens, r: int) -> tuple[Tokens, Sides, Compare]:
     @functools.cache
     def compare() -> Tensor:
         alike: Tensor = how.pieces["similarity"].run(tokens, sides.sources, sides.destinations)
-        wanted = [] if sides.wanted is None else [(sides.wanted, False)]
+        wanted = [] if (pairs := sides.pairs()) is None else [(pairs, False)]
         kinds = _kinds(how, tokens, sides)
         for chosen, more in kinds + wanted if part.overlaps else wanted + kinds:
             most, least = (f(alike, (1, 2), keepdim=True) for f in (torch.amax, torch.amin))

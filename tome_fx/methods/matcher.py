@@ -44,8 +44,8 @@ def saint(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
     among = torch.where(close, alike, 0.0).sum(-1) / count.clamp_min(1)
     others = alike.mean(-1) if tokens.live is None else _mean_of_live(tokens, sides, alike)
     score = torch.where(count > 0, count * (gamma * (among - tau)).exp(), others)
-    if sides.wanted is not None:  # a source that no wanted pair has comes last
-        score = score.masked_fill(~sides.wanted.any(-1), torch.finfo(score.dtype).min)
+    if (wanted := sides.pairs()) is not None:  # a source that no wanted pair has comes last
+        score = score.masked_fill(~wanted.any(-1), torch.finfo(score.dtype).min)
     score, chosen = score.topk(r)
     return take(sides.sources, chosen), take(sides.destinations, alike.argmax(-1).gather(1, chosen)), score
 

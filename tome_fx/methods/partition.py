@@ -21,7 +21,7 @@ LONGEST = 2**20
 @piece("candidates", "all", most=any_number, fixed=True, counted=True)
 def everyone(tokens: Tokens, r: int) -> Order:
     """All, in position order."""
-    return Order(tokens.positions[None], tokens.first % 2)
+    return Order(tokens.positions[None], tokens.first % 2, everyone=True)
 
 
 @piece("candidates", "least", scored=True, counted=True)
@@ -50,7 +50,8 @@ def sequential(tokens: Tokens, order: Order, r: int) -> Sides:
 def random(tokens: Tokens, order: Order, r: int) -> Sides:
     """A random half are sources, for one number of tokens always the same (table 1)."""
     halves = random_halves(order.positions.shape[1], order.first, tokens.metric.device)
-    return Sides(*(take(order.positions, half) for half in halves))
+    sources, destinations = (take(order.positions, half) for half in halves)
+    return Sides(sources, destinations)
 
 
 def _all_but_one(free: int, *_: object) -> int:
@@ -74,24 +75,23 @@ def _one_stays(scores: Tensor, live: Tensor) -> Tensor:
     return scores.scatter(1, most, torch.inf)
 
 
-@piece("partition", "band:k", fixed=True, counted=True)
+@piece("partition", "band:k", fixed=True, counted=True, near=lambda k: k + 1)
 def band(tokens: Tokens, order: Order, r: int, k: int) -> Sides:
     """Alternating; tokens at most k apart first (local merging, arXiv 2405.17951, equation 1)."""
-    sides = alternating(tokens, order, r)
-    apart = sides.sources[..., :, None] - sides.destinations[..., None, :]
-    return sides._replace(wanted=apart.abs() <= k)
+    sides = alternating(tokens, order, r)._replace(reach=k)
+    return sides if order.everyone else sides._replace(wanted=sides.pairs(), reach=None)
 
 
-@piece("partition", "window:k", needs=("place",), fixed=True, counted=True)
+@piece("partition", "window:k", needs=("place",), fixed=True, counted=True, near=lambda k: k * k)
 def window(tokens: Tokens, order: Order, r: int, k: int) -> Sides:
     """Alternating; tokens of one k x k window of the grid, in one frame, first (ALGM, CVPR 2024: k = 2)."""
-    return _inside(alternating(tokens, order, r), _cells(tokens, k))
+    return alternating(tokens, order, r)._replace(label=_cells(tokens, k))
 
 
 @piece("partition", "frame", needs=("place",), fixed=True, counted=True)
 def frame(tokens: Tokens, order: Order, r: int) -> Sides:
     """Alternating; tokens of one frame first (of one row, where there are no frames)."""
-    return _inside(alternating(tokens, order, r), tokens.places()[..., 0])
+    return alternating(tokens, order, r)._replace(label=tokens.places()[..., 0].to(torch.int64))
 
 
 def _after_cells(free: int, whole: int, grid: Sequence[int], k: int) -> int:
@@ -145,9 +145,3 @@ def _cells(tokens: Tokens, k: int) -> Tensor:
     *frames, row, column = [torch.zeros_like(place[..., 0]), *place.unbind(-1)]
     cell = row // k * LONGEST + column // k
     return sum((at * LONGEST**2 for at in frames), cell)
-
-
-def _inside(sides: Sides, label: Tensor) -> Sides:
-    """Pairs of one label `[batch, N]` first."""
-    own, other = (label.gather(1, side.expand(label.shape[0], -1)) for side in sides[:2])
-    return sides._replace(wanted=own[:, :, None] == other[:, None])

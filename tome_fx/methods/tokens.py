@@ -78,19 +78,40 @@ class Tokens:
 
 class Order(NamedTuple):
     """positions: int64 `[1 or batch, C]`, the tokens that may take part. first: whether the first of them is in turn
-    to be a source (0) or a destination (1)."""
+    to be a source (0) or a destination (1). everyone: whether they are all tokens in position order."""
 
     positions: Tensor
     first: int = 0
+    everyone: bool = False
 
 
 class Sides(NamedTuple):
-    """sources, destinations: int64 `[1 or batch, S]` and `[1 or batch, D]`, positions among the tokens. wanted: bool
-    `[1 or batch, S, D]`, the pairs that come before all others; None: all."""
+    """sources, destinations: int64 `[1 or batch, S]` and `[1 or batch, D]`, positions among the tokens.
+
+    Which pairs come before all others, where not all are alike: wanted, bool `[1 or batch, S, D]`; or, so that no
+    matrix of all pairs need be made, label, int64 `[batch, N]`, the same for both of them, or reach, how many positions
+    they are apart at most, of sources and destinations that take turns.
+    """
 
     sources: Tensor
     destinations: Tensor
     wanted: Tensor | None = None
+    label: Tensor | None = None
+    reach: int | None = None
+
+    @property
+    def near(self) -> bool:
+        """Whether a label or the reach says which pairs are wanted."""
+        return self.label is not None or self.reach is not None
+
+    def pairs(self) -> Tensor | None:
+        """`wanted`, whatever says it."""
+        if self.label is not None:
+            own, other = (self.label.gather(1, side.expand(len(self.label), -1)) for side in self[:2])
+            return own[:, :, None] == other[:, None]
+        if self.reach is not None:
+            return (self.sources[..., :, None] - self.destinations[..., None, :]).abs() <= self.reach
+        return self.wanted
 
 
 Found = tuple[Tensor, Tensor, Tensor]
@@ -110,7 +131,8 @@ class Piece:
     sides, and `wanted` alone says which of them go; apart, of a matcher, whether its two sides must not overlap; alone,
     of a matcher, whether candidates and partition do not matter to it; counted, of these three, whether any part of the
     pairs can merge alone, and rows that are not `Tokens.live` come last: all pairs of one go after all others, and its
-    importance is the greatest."""
+    importance is the greatest; near, of a partition whose wanted pairs are near ones, (number) -> how many destinations
+    are near a source at most."""
 
     run: Callable[..., Any]
     needs: tuple[str, ...] = ()
@@ -122,6 +144,7 @@ class Piece:
     apart: bool = False
     alone: bool = False
     counted: bool = False
+    near: Callable[[int], int] | None = None
 
 
 def piece(kind: str, name: str, **asks: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -1,0 +1,131 @@
+"""This build beside another one, a checkout of another commit: speed of a case in both, interleaved.
+
+    python benchmarks/against.py --other PATH sam_base_4096 [dit_base_4096 ...] [--dtype bfloat16] [--rounds 5]
+
+Each build runs in a process of its own, which calls when it is asked to, so that no two are busy at once. Beside the
+medians over rounds stand ratios of the least times, which say more where others use the machine, and of the time that
+the processor spent. Writes results/against-CASE-DTYPE-cpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import cases
+import harness
+from tome_fx import timing
+
+HERE = Path(__file__).parent
+Times = tuple[float, float]
+"""Seconds of a call, and those that the processor spent on it."""
+ROWS = {"inductor": "this", "tome_fx": "this", "oracle": "this", "other": "other"}
+"""Variant -> the build that runs it; "other" is tome_fx of the other build."""
+WORKER = """
+import json, sys, time
+import cases
+from tome_fx import timing
+setting = json.loads(sys.argv[1])
+held = {}
+for line in sys.stdin:
+    name = line.strip()
+    if name not in held:
+        held[name] = cases.build(name, **setting)
+        held[name]()
+    spent = time.process_time()
+    seconds = timing.seconds_of(held[name], setting["device"])
+    print("seconds", seconds, time.process_time() - spent, flush=True)
+"""
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = harness.parser(__doc__, claims=False)
+    parser.add_argument("cases", nargs="+", choices=cases.CASES, metavar="CASE", help="as speed.py --list prints")
+    parser.add_argument("--other", type=Path, required=True, help="the other checkout")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--depth", type=int, help="blocks; default: the case's")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default %(default)s)")
+    return parser.parse_args()
+
+
+@contextmanager
+def worker(root: Path, setting: str) -> Iterator[Any]:
+    """A process of a build that runs a variant whenever it gets its name, and says how many seconds it took."""
+    path = os.pathsep.join([str(root), str(root / "benchmarks")])
+    command = [sys.executable, "-c", WORKER, setting]
+    process = subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None and process.stdout is not None
+
+    def seconds(name: str) -> tuple[float, float]:
+        process.stdin.write(f"{name}\n")
+        process.stdin.flush()
+        for line in process.stdout:
+            if line.startswith("seconds "):
+                wall, spent = map(float, line.split()[1:])
+                return wall, spent
+        raise timing.ChildError(f"the build in {root} ended while it ran {name}")
+
+    try:
+        yield seconds
+    finally:
+        process.stdin.close()
+        process.wait()
+
+
+def times(case: str, args: argparse.Namespace) -> dict[str, list[Times]]:
+    """Seconds of each row, a call a round."""
+    options = {"depth": args.depth} if args.depth else {}
+    setting = json.dumps({"case": case, "batch": 1, "device": args.device, "dtype": args.dtype, "options": options})
+    with worker(HERE.parent, setting) as this, worker(args.other, setting) as other:
+        calls = {name: (this, name) if of == "this" else (other, "tome_fx") for name, of in ROWS.items()}
+        for run, name in calls.values():
+            run(name)  # compiles
+        return rounds(calls, args.rounds)
+
+
+def rounds(calls: Mapping[str, tuple[Callable[[str], Times], str]], count: int) -> dict[str, list[Times]]:
+    """Seconds of each row in each round."""
+    found: dict[str, list[Times]] = {row: [] for row in calls}
+    for _ in range(count):
+        for row, (run, name) in calls.items():
+            found[row].append(run(name))
+    return found
+
+
+def main() -> int:
+    """Measure every case and write what it gave."""
+    args, console = arguments(), Console()
+    harness.require(args.device)
+    commit = subprocess.run(["git", "-C", args.other, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    for case in args.cases:
+        info = harness.machine(args.device, args.dtype, console)
+        held = times(case, args)
+        wall, spent = ({row: [each[i] for each in of] for row, of in held.items()} for i in (0, 1))
+        rivals = [name for name in ROWS if name != "tome_fx"]
+        ratios = {f"over {name}": {
+            "median": round(timing.ratio(wall["tome_fx"], wall[name]), 3),
+            "least": round(min(wall[name]) / min(wall["tome_fx"]), 3),
+            "processor": round(min(spent[name]) / min(spent["tome_fx"]), 3),
+        } for name in rivals}  # fmt: skip
+        result = {"benchmark": "against", "machine": info, "case": case, "other": commit.stdout.strip(),
+                  "depth": args.depth, "ratios": ratios, "seconds": wall, "processor": spent}  # fmt: skip
+        path = harness.result_path(args.out, f"against-{case}-{args.dtype}", args.device)
+        path.write_text(json.dumps(result, indent=2) + "\n")
+        console.print(case, args.dtype, ratios)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

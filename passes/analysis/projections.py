@@ -1,0 +1,206 @@
+"""projections: the product that makes the keys of a branch, and which rows of its weights make which head.
+
+A branch merges before keys exist. Their mean over heads, what ToMe compares tokens by (section 3), is linear in what
+the product reads, so the mean of the heads' rows of its weights makes it without making the keys:
+
+    y [B, N, D] -> linear(y, W, b) -> view [B, N, 3, h, d] -> ... -> k [B, h, N, d]
+
+    mean over h of k  =  y @ (mean over h of the rows of W that make k)^T + the mean of those entries of b
+
+Which rows these are is found by doing to the numbers of the product's channels what the graph does to the channels:
+views, slices, splits. A norm of each head that stands between is done to the mean instead; what else stands there
+(rotations by place) comes after what is compared.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..algebra.axes import Atom, count_of, leaves
+from ..rules import Call, find
+from ..rules.base import Letter, Role, Signature
+from ..rules.contraction import Attention, Contraction, Convolution
+from ..rules.facts import Facts
+from ..rules.slices import SelectRule, SliceRule, SplitRule
+from ..rules.views import ExpandRule, PermuteRule, ViewRule
+from .sites import AttentionSite, Operand
+from .values import size_hint
+
+aten = torch.ops.aten
+_PLACING = (ViewRule, PermuteRule, ExpandRule, SliceRule, SelectRule, SplitRule)
+_SAME = {aten.clone.default, aten._to_copy.default, aten.contiguous.default}
+_BY_A_NUMBER = {aten.mul.Tensor, aten.div.Tensor}
+_NORMS = {aten.layer_norm.default, aten.rms_norm.default}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """Queries, keys or values of an attention as a product of what merges and weights.
+
+    call, sig: the product. source, weight, bias: which of its operands are which. first: the channel that makes the
+    first feature of the first head. heads, width: how many there are, and how many channels lie from one to the next.
+    norm: a norm of each head, which is done to their mean. later: what is done to the operand after what is compared.
+    """
+
+    call: Call
+    sig: Signature
+    source: int
+    weight: int
+    bias: int | None
+    first: int = 0
+    heads: tuple[int, int] = (1, 0)
+    width: tuple[int, int] = (1, 1)
+    norm: Call | None = None
+    later: fx.Node | None = None
+
+    @property
+    def node(self) -> fx.Node:
+        """What the product reads."""
+        return self.call.nodes[self.source]
+
+    @property
+    def summed(self) -> list[Letter]:
+        """The letters that the product sums over, as what it reads has them."""
+        return [x for x in self.sig.ins[self.source] if x is not None and self.sig.role(x) is Role.SUM]
+
+    @property
+    def apart(self) -> list[Letter]:
+        """The letters of the weight that make channels, as the result has them."""
+        own = self.sig.ins[self.weight]
+        return [x for x in self.sig.outs[0] if x is not None and x in own]
+
+    @property
+    def reads(self) -> int:
+        """How many channels the product sums over."""
+        return prod(self._sizes(self.summed))
+
+    def _sizes(self, letters: Sequence[Letter]) -> list[int]:
+        own, shape = self.sig.ins[self.weight], self.call.vals[self.weight].shape
+        return [shape[own.index(x)] for x in letters]
+
+    def numbers(self) -> Tensor:
+        """int64, of the shape of the product: the number of each channel. It takes no memory along all else."""
+        out, shape = self.sig.outs[0], [size_hint(size) for size in self.call.node.meta["val"].shape]
+        own = [size if x in self.apart else 1 for size, x in zip(shape, out, strict=True)]
+        return torch.arange(prod(own)).reshape(own).expand(shape)
+
+
+def projection(site: AttentionSite, metric: str, crossed: bool, merge: fx.Node, facts: Facts) -> Projection | None:
+    """How the operand that a metric names comes from what merges; None where it does not by one product with weights,
+    by more than passing over it once more, or where its heads are no narrower."""
+    named = site.compared(metric) if metric in ("key", "query", "value") else None
+    operand = site.q if crossed and named is not None else named
+    if operand is None or not facts.leads(merge, operand.node):
+        return None
+    way = facts.reach.passages(merge, operand.node)
+    products = [i for i, n in enumerate(way) if n in facts.calls and type(find(facts.calls[n])) is Contraction]
+    found = _product(facts.calls[way[products[0]]], merge, facts) if products else None
+    if found is None or any(map(_dear, facts.reach.between(merge, found.node)[1:])):
+        return None
+    with _disable_current_modes():
+        found = _followed(found, way[: products[0]][::-1], operand, facts)
+    return found if found is not None and found.width[0] < found.reads else None
+
+
+def _product(call: Call, merge: fx.Node, facts: Facts) -> Projection | None:
+    """A product of what is computed from `merge` and of weights, if it is one."""
+    sources = [i for i, n in enumerate(call.nodes) if facts.leads(merge, n)]
+    others = [i for i, n in enumerate(call.nodes) if n in facts.constant]
+    if len(sources) != 1 or len(sources) + len(others) != len(call.nodes):
+        return None
+    rule = find(call)
+    assert isinstance(rule, Contraction)
+    sig = rule.signature(call, facts)
+    summed = {x for x in sig.ins[sources[0]] if sig.role(x) is Role.SUM}
+    weights, biases = ([i for i in others if bool(summed & {*sig.ins[i]}) is own] for own in (True, False))
+    if len(weights) != 1 or len(biases) > 1:
+        return None
+    found = Projection(call=call, sig=sig, source=sources[0], weight=weights[0], bias=biases[0] if biases else None)
+    shared = {*found.apart} & {*sig.ins[found.source]} or {*sig.ins[found.weight]} != {*found.summed, *found.apart}
+    return None if shared or any(list(sig.ins[i]) != found.apart for i in biases) else found
+
+
+def _followed(found: Projection, way: list[fx.Node], operand: Operand, facts: Facts) -> Projection | None:
+    """With the channels that make each head: those that views leave when they are done to the numbers of all. way:
+    what all that leads from the product to the operand passes."""
+    own = frozenset(leaf for d in operand.features for leaf in leaves(facts.dims(operand.node)[d]))
+    last, state = found.call.node, found.numbers()
+    for node in way:
+        moved = _moved(node, last, state, facts)
+        if moved is None and found.norm is None and _of_features(node, last, own, facts):
+            found, moved = replace(found, norm=facts.calls[node]), state
+        if moved is None:
+            found = replace(found, later=node)
+            break
+        last, state = node, moved
+    return _by_head(found, state, last, own, facts)
+
+
+def _moved(node: fx.Node, last: fx.Node, state: Any, facts: Facts) -> Any:
+    """What a node does to channels, done to their numbers; None where it does more than place them."""
+    if last not in node.all_input_nodes:
+        return None
+    if node.target is operator.getitem:
+        return state[node.args[1]]
+    call = facts.calls.get(node)
+    if call is not None and isinstance(find(call), _PLACING):
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: state if n is last else size_hint(n.meta["val"]))
+        target: Any = aten.reshape.default if node.target is aten.view.default else node.target
+        return target(*args, **kwargs)
+    # A number makes vectors longer and turns none.
+    numeric = call is not None and node.target in _BY_A_NUMBER and call.nodes == [last]
+    return state if numeric or node.target in _SAME else None
+
+
+def _of_features(node: fx.Node, last: fx.Node, own: frozenset[Atom], facts: Facts) -> bool:
+    """Whether a node is a norm that sees all features of one head, and nothing else."""
+    if node.target not in _NORMS or last not in node.all_input_nodes:
+        return False
+    seen = facts.dims(node)[-len(facts.calls[node].args["normalized_shape"]) :]
+    return bool(own) and {leaf for dim in seen for leaf in leaves(dim)} == own
+
+
+def _by_head(
+    found: Projection, state: Tensor, last: fx.Node, own: frozenset[Atom], facts: Facts
+) -> Projection | None:
+    """With the channels of each head in a value that has these numbers; None where they do not lie evenly. own: the
+    leaves of its features."""
+    dims = facts.dims(last)
+    for d, dim in enumerate(dims):
+        if state.stride(d) == 0 or not leaves(dim):
+            state = state.narrow(d, 0, 1)
+        elif prod(map(count_of, leaves(dim))) != state.shape[d]:
+            return None
+    atoms = [leaf for dim in dims for leaf in leaves(dim)]
+    sizes = [count_of(x) if n > 1 else 1 for n, dim in zip(state.shape, dims, strict=True) for x in leaves(dim)]
+    feature = [i for i, leaf in enumerate(atoms) if leaf in own]
+    head = [i for i, leaf in enumerate(atoms) if leaf not in own and sizes[i] > 1]
+    if not own <= {*atoms} or {atoms[i] for i in head} & facts.leaves_of(found.node):
+        return None
+    rest = [i for i in range(len(atoms)) if i not in (*head, *feature)]
+    state = state.reshape(sizes).permute([*rest, *head, *feature])
+    state = state.reshape(prod(sizes[i] for i in head), prod(sizes[i] for i in feature))
+    heads, width = state.shape
+    first, far, next_ = (int(x) for x in (state[0, 0], state[min(1, heads - 1), 0], state[0, min(1, width - 1)]))
+    even = first + torch.arange(heads)[:, None] * (far - first) + torch.arange(width) * (next_ - first)
+    if not bool((state == even).all()):
+        return None
+    return replace(found, first=first, heads=(heads, far - first), width=(width, next_ - first))
+
+
+def _dear(node: fx.Node) -> bool:
+    """Whether to compute a value twice would cost more than to pass over it, or draw other random numbers."""
+    drawn = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    computed = node.op == "call_function" and node.target is not operator.getitem
+    return drawn or (computed and isinstance(find(Call(node)), (Contraction, Convolution, Attention)))
+
+
+__all__ = ["Projection", "projection"]
