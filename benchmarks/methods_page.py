@@ -226,7 +226,7 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
 
 
 def where_table() -> list[str]:
-    """How many sites of each model merge with each method, and why others do not."""
+    """How many sites of each model merge with each method, and the kinds of reasons where none does."""
     if not WHERE_RUN.exists():
         return []
     held = json.loads(WHERE_RUN.read_text())
@@ -240,10 +240,10 @@ def where_table() -> list[str]:
     for row in rows.values():
         for method, told in row.items():
             for reason in told["reasons"] if not told["merged"] else ():
-                reasons.setdefault(reason, []).append(method)
+                reasons.setdefault(reason.partition(":")[0], []).append(method)
     why = ([reason, ", ".join(f"`{m}`" for m in dict.fromkeys(held))] for reason, held in reasons.items())
     text = WHERE.format(r=held["r"], wrong=wrong)
-    return [text, *table(("method", *rows), counts), "Where nothing merges, the report says:\n",
+    return [text, *table(("method", *rows), counts), "Where nothing merges, the report says why; the kinds of reasons:\n",
             *table(("reason", "methods"), why)]  # fmt: skip
 
 
