@@ -1,0 +1,145 @@
+"""The end of a search: what was found is compiled, timed against the unmerged model, and judged on data held out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from tome_fx import timing
+from tome_fx.backend import tome_backend
+
+from .costs import walk
+from .judge import Batch, Judge, Metric
+from .result import Tried, Tuned, TunedBlock
+from .search import Point, Search, runner
+from .targets import Loss, Speed, spelled
+
+ROUNDS = 9
+"""Timed rounds of the compiled models."""
+SHORT = 0.98
+"""Share of a speed asked for from which on it counts as reached: timing has its noise."""
+
+
+@dataclass(kw_only=True)
+class Final:
+    """From a search to its result."""
+
+    model: torch.nn.Module
+    search: Search
+    held_out: Sequence[Batch]
+    metric: Metric | None
+    inner: str
+    told: Any
+
+    def report(self, notes: Sequence[str], seconds: float) -> Tuned:
+        search = self.search
+        chosen, family = search.finalists(), search.family()
+        reached = chosen is not None
+        chosen = chosen or search.nearest()
+        figures: dict[str, dict[str, Any]] = {}
+        interrupted: list[str] = []
+        try:
+            figures = self._measured([chosen] if family is None or family == chosen else [chosen, family])
+            if family is not None and self._slower(figures, chosen, family):
+                notes = [*notes, f"what was proposed ({chosen.name}) was no faster than {family.name} when measured"]
+                chosen = family
+            self.told("the samples held out")
+            self._hold_out(figures)
+        except KeyboardInterrupt:
+            interrupted = ["the report was stopped by hand: what it lacks is not measured"]
+        own = figures.get(_id(chosen), {})
+        speed = own.get("speed")
+        target = search.task.target
+        if speed is not None and speed < 1:
+            notes = [*notes, "merging makes this model slower here: it is best left as it is"]
+        reached = reached and not (isinstance(target, Speed) and speed is not None and speed < SHORT * target.least)
+        return Tuned(
+            options={"r": list(chosen.r), **chosen.options},
+            target=spelled(target),
+            reached=reached,
+            unit="1 - cosine" if self.metric is None else "points",
+            tuned_loss=chosen.loss,
+            loss=own.get("loss"),
+            low=own.get("low"),
+            high=own.get("high"),
+            distance=own.get("distance"),
+            speed=speed,
+            predicted=chosen.speed,
+            flops=chosen.flops,
+            family=None if family is None else self._family(family, figures),
+            blocks=self._blocks(chosen),
+            front=[self._tried(point) for point in search.front()],
+            tried=[self._tried(point) for point in search.points.values()],
+            samples=(self._samples(search.task.judge.batches), self._samples(self.held_out)),
+            seconds=seconds,
+            notes=[*notes, *search.notes, *interrupted],
+            model=type(self.model).__name__,
+            machine=timing.machine_info(next((x.device for x in self.held_out[0].tensors), "cpu")),
+        )
+
+    @staticmethod
+    def _samples(batches: Sequence[Batch]) -> int:
+        return sum(batch.samples for batch in batches)
+
+    def _slower(self, figures: Mapping[str, Mapping[str, Any]], chosen: Point, family: Point) -> bool:
+        """Whether what was proposed for its speed has none over the best of the families."""
+        if not isinstance(self.search.task.target, Loss) or chosen == family:
+            return False
+        return bool(figures[_id(chosen)]["speed"] < figures[_id(family)]["speed"])
+
+    def _measured(self, points: Sequence[Point]) -> dict[str, dict[str, Any]]:
+        """Throughput of each compiled candidate over the compiled model's, from interleaved rounds."""
+        self.told(f"compiling {len(points) + 1} models to time them")
+        batch = self.held_out[0]
+        backends = {"": self.inner} | {_id(p): tome_backend(r=list(p.r), inner=self.inner, **p.options) for p in points}
+        with torch._dynamo.config.patch(recompile_limit=10_000):
+            runs = {name: runner(torch.compile(self.model, backend=backend, dynamic=False))
+                    for name, backend in backends.items()}  # fmt: skip
+            steps = {name: (lambda run=run: run(batch)) for name, run in runs.items()}
+            device = next((x.device for x in batch.tensors), None)
+            times = timing.interleaved(steps, ROUNDS, warmup=2, device=device)
+        return {_id(p): {"speed": timing.ratio(times[_id(p)], times[""]), "point": p} for p in points}
+
+    def _hold_out(self, figures: dict[str, dict[str, Any]]) -> None:
+        """Losses on the batches held out, with their intervals."""
+        judge = Judge(runner(self.model), self.held_out, self.metric)
+        for own in figures.values():
+            point: Point = own["point"]
+            judged, _ = self.search.judged(point.r, point.options, None, judge)
+            low, high = judge.interval(judged, self.search.task.seed)
+            own.update(loss=judge.loss(judged), low=low, high=high, distance=judged.distance)
+
+    def _family(self, point: Point, figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        own = figures.get(_id(point), {})
+        measured = {name: own.get(name) for name in ("speed", "loss", "low", "high", "distance")}
+        return {"name": point.name, "r": list(point.r), "tuned_loss": point.loss, "predicted": point.speed, **measured}
+
+    def _tried(self, point: Point) -> Tried:
+        samples = self._samples(self.search.task.judge.batches[: point.batches])
+        return Tried(point.name, list(point.r), dict(point.options), point.speed, point.flops, point.distance,
+                     point.loss, samples)  # fmt: skip
+
+    def _blocks(self, chosen: Point) -> list[TunedBlock]:
+        costs, surrogate = self.search.costs, self.search.surrogate
+        r = np.array([chosen.r])
+        (before,), (after,) = walk(costs.sites, r)
+        own = surrogate.terms(r)[0] * surrogate.weights[surrogate.turns] if surrogate is not None else None
+        rows = []
+        for s, site in enumerate(costs.sites):
+            without = r * (np.arange(r.shape[1]) != site.turn)
+            seconds = costs.of(np.concatenate([without, r]))[0]
+            loss = None if own is None else float(own[surrogate.turns.index(site.turn)])
+            saves = float((seconds[0] - seconds[1]) / costs.plain)
+            rows.append(TunedBlock(site.name, int(before[s] - after[s]), int(before[s]), int(after[s]), loss, saves))
+        return rows
+
+
+def _id(point: Point) -> str:
+    return json.dumps([list(point.r), sorted(point.options.items())], default=str)
+
+
