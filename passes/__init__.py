@@ -143,8 +143,9 @@ class Target:
 
 
 @contextmanager
-def _no_collector() -> Iterator[None]:
-    """Little of what passes make is garbage before they end, and a collection walks all that the process holds."""
+def no_collector() -> Iterator[None]:
+    """Little of what passes make is garbage before they end, and a collection walks all that the process holds: it would
+    also fall on one of several things that are timed."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -163,7 +164,7 @@ class Read:
     seconds: dict[str, float]
 
 
-@_no_collector()
+@no_collector()
 def read_graph(
     gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig, known: Mapping[int, Before] | None = None
 ) -> Read:
@@ -211,7 +212,7 @@ def _new_report(config: ToMeConfig) -> ToMeReport:
     return ToMeReport(graphs=1, r=config.schedule if config.flops is None else None, method=config.described)
 
 
-@_no_collector()
+@no_collector()
 def run_config(read: Read, config: ToMeConfig, target: Target | None = None) -> Result:
     """The passes after `read_graph`, for one config of many: what was read is not changed, but that its facts have this
     config from now on. Raises as `run_pipeline`."""
@@ -278,6 +279,6 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 __all__ = [
-    "PIPELINE", "CaptureError", "KeptError", "PortableError", "Read", "Result", "Target", "VerifyError", "read_graph",
-    "run_config", "run_pipeline",
+    "PIPELINE", "CaptureError", "KeptError", "PortableError", "Read", "Result", "Target", "VerifyError", "no_collector",
+    "read_graph", "run_config", "run_pipeline",
 ]  # fmt: skip

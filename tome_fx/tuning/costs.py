@@ -20,16 +20,19 @@ from torch import fx
 from tome_fx import timing
 from tome_fx.config import ToMeConfig
 from tome_fx.explain import Source, flat_inputs
-from tome_fx.passes import Result
+from tome_fx.passes import Result, no_collector
 from tome_fx.passes.analysis.values import size_hint
 from tome_fx.passes.plan import Merge
 
 from .judge import Batch, rising
 
-ROUNDS = 3
-"""Of the probes, of which the fastest counts; fewer where they are slow."""
-PATIENCE = 30.0
+ROUNDS, MOST_ROUNDS = 5, 30
+"""Of the probes: so many, more as long as they take no second, fewer where they are slow."""
+PATIENCE = 25.0
 """Seconds after which no further round of probes is begun."""
+
+ALIKE = 0.05
+"""How far apart the FLOPs of two blocks may be, relative, that share a curve."""
 
 
 @dataclass(frozen=True)
@@ -101,18 +104,19 @@ def clocked(gm: fx.GraphModule, batch: Batch) -> dict[int | None, list[float]]:
     return clock.spent
 
 
-def fastest(graphs: Sequence[fx.GraphModule], batch: Batch) -> list[dict[int | None, list[float]]]:
-    """Of each graph the least seconds at each site over interleaved rounds."""
-    found: list[dict[int | None, list[float]]] = [{} for _ in graphs]
+@no_collector()
+def spent(graphs: Sequence[fx.GraphModule], batch: Batch) -> list[dict[int | None, list[float]]]:
+    """Of each graph the median seconds at each site over interleaved rounds, the first of which does not count."""
+    found: list[dict[int | None, list[list[float]]]] = [defaultdict(list) for _ in graphs]
     begun = time.perf_counter()
-    for turn in range(ROUNDS + 1):
-        for best, gm in zip(found, graphs, strict=True):
-            for site, spent in clocked(gm, batch).items():
-                held = best.get(site, spent)
-                best[site] = [min(a, b) for a, b in zip(held, spent, strict=True)]
-        if turn and time.perf_counter() - begun > PATIENCE:
+    for turn in range(MOST_ROUNDS):
+        for held, gm in zip(found, graphs, strict=True):
+            for site, seconds in clocked(gm, batch).items():
+                held[site] += [seconds] if turn else []
+        took = time.perf_counter() - begun
+        if (turn >= ROUNDS and took > 1) or (turn > 1 and took > PATIENCE):
             break
-    return found
+    return [{site: np.median(rows, axis=0).tolist() for site, rows in held.items()} for held in found]
 
 
 class Costs:
@@ -128,14 +132,18 @@ class Costs:
         self.sites = sites_of(probe, config)
         self.length = length_of(self.sites)
         made = [source.rewritten({**options, "r": r}) for r in self._probes()]
-        *spent, plain = fastest([*(gm for gm, _ in made), source.module], batch)
-        self.plain = sum(sum(pair) for pair in plain.values())
-        self.base = min(sum(of.get(None, [0.0])) for of in spent)
+        *took, plain = spent([*(gm for gm, _ in made), source.module], batch)
+        self.plain = sum(plain[None])
+        self.base = float(np.median([sum(of.get(None, [0.0])) for of in took]))
         results = [result for _, result in made]
         self.flops_plain = probe.plan.bill.before
         self.flops_base = float(np.median([_rest(result) for result in results]))
-        tables = [self._tables(site, spent, results) for site in self.sites]
-        self.seconds, self.merging, self.flops = zip(*tables, strict=True)
+        seen = {site: self._seen(site, took, results) for site in self.sites}
+        self.flops = [_table(seen[site], (1, 4), site.tokens) for site in self.sites]
+        alike = self._alike({merge.step.site for merge in probe.plan.unread})
+        pooled = [np.concatenate([seen[self.sites[s]] for s in group]) for group in alike]
+        self.seconds = [_table(of, (1, 2), site.tokens) for of, site in zip(pooled, self.sites, strict=True)]
+        self.merging = [_table(of, (0, 3), site.tokens) for of, site in zip(pooled, self.sites, strict=True)]
 
     def _probes(self) -> list[list[int]]:
         """Lists that merge one token everywhere, but at the first blocks more."""
@@ -144,21 +152,25 @@ class Costs:
         first = [[n, *ones[1:]] for n in dict.fromkeys((1, free // 4, free // 2))]
         return first + [[free // 2, free // 4, *ones[2:]]] * (self.length > 2)
 
-    def _tables(self, site: Site, spent: Sequence[Mapping[int | None, list[float]]], results: Sequence[Result]) -> Any:
-        """Seconds by tokens after, of merging by tokens before, and FLOPs by tokens after: one entry for each count."""
-        after, before, flops, own, ours = [], [], [], [], []
-        for of, result in zip(spent, results, strict=True):
-            merges = [*result.plan.every, *result.plan.unread]
-            merge = next((m for m in merges if m.step.site == site.index), None)
-            if merge is not None:
-                length = size_hint(merge.length)
-                before.append(length)
-                after.append(length - size_hint(merge.r))
-                flops.append(result.plan.bill.at[site.index][1])
-                mine = of.get(site.index, [0.0, 0.0])
-                own.append(mine[0])
-                ours.append(mine[1])
-        return tuple(_table(x, y, site.tokens) for x, y in ((after, own), (before, ours), (after, flops)))
+    def _seen(
+        self, site: Site, took: Sequence[Mapping[int | None, list[float]]], results: Sequence[Result]
+    ) -> np.ndarray:
+        """A row for each probe in which a site merges: tokens before and after, seconds of the model's ops and of
+        merging, FLOPs."""
+        rows = []
+        for of, result in zip(took, results, strict=True):
+            for merge in (m for m in (*result.plan.every, *result.plan.unread) if m.step.site == site.index):
+                length, flops = size_hint(merge.length), result.plan.bill.at[site.index][1]
+                rows.append([length, length - size_hint(merge.r), *of.get(site.index, [0.0, 0.0]), flops])
+        return np.array(rows, dtype=np.float64).reshape(-1, 5)
+
+    def _alike(self, unread: set[int]) -> list[list[int]]:
+        """For each site those that compute as much as it does: what is timed of one holds for all, with less noise.
+        What follows a merge that nobody reads is counted to the site before."""
+        last = [any(site.index in unread for site in self.sites[s + 1 :][:1]) for s in range(len(self.sites))]
+        kinds = [(end, site.index in unread, site.tokens) for end, site in zip(last, self.sites, strict=True)]
+        return [[s for s, of in enumerate(self.flops) if kinds[s] == kind and np.allclose(of, own, rtol=ALIKE)]
+                for kind, own in zip(kinds, self.flops, strict=True)]  # fmt: skip
 
     def of(self, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Seconds and share of FLOPs of some lists [lists, blocks]: float64 [lists] each."""
@@ -189,18 +201,18 @@ def _rest(result: Result) -> float:
     return result.plan.bill.after - sum(after for _, after in result.plan.bill.at.values())
 
 
-def _table(tokens: Sequence[int], values: Sequence[float], most: int) -> np.ndarray:
-    """A rising curve through some points at every count up to `most`, straight on below the least: float64 [most + 1].
-    """
-    if not tokens:
+def _table(seen: np.ndarray, columns: tuple[int, int], most: int) -> np.ndarray:
+    """A rising curve through two columns of what was seen, at every count up to `most`, straight on below the least:
+    float64 [most + 1]."""
+    if not len(seen):
         return np.zeros(most + 1)
-    xs, ys = rising(tokens, values)
-    kept = np.append(np.flatnonzero(np.diff(xs)), len(xs) - 1)
-    xs, ys = xs[kept], ys[kept]
+    tokens = np.unique(seen[:, columns[0]])
+    means = [seen[seen[:, columns[0]] == n, columns[1]].mean() for n in tokens]
+    xs, ys = rising(tokens.tolist(), means)
     counts = np.arange(most + 1)
     found = np.interp(counts, xs, ys)
     if len(xs) > 1:
-        slope = (ys[1] - ys[0]) / (xs[1] - xs[0])
+        slope = (ys[-1] - ys[0]) / (xs[-1] - xs[0])
         below = counts < xs[0]
         found[below] = np.maximum(ys[0] - slope * (xs[0] - counts[below]), 0.0)
     return found
