@@ -144,8 +144,8 @@ class Target:
 
 @contextmanager
 def no_collector() -> Iterator[None]:
-    """Little of what passes make is garbage before they end, and a collection walks all that the process holds: it would
-    also fall on one of several things that are timed."""
+    """Little of what passes make is garbage before they end, and a collection walks all that the process holds; where
+    several things are timed it would fall on one of them."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -597,7 +597,8 @@ def _tune(args: argparse.Namespace, _: Sequence[str], console: Console) -> None:
 
     model, x = _load(args)
     _check_runs(model, x)
-    options = {"protect": args.protect, "placement": args.placement, "inner": args.inner}
+    said = {"protect": args.protect, "placement": args.placement, "inner": args.inner}
+    options = {name: value for name, value in said.items() if value not in (None, "auto")}
     try:
         metric, batches = _measure_of(args, model), _data(args, model, x)
         found = tome_fx.tune(

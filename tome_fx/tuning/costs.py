@@ -31,6 +31,8 @@ ROUNDS, MOST_ROUNDS = 5, 30
 PATIENCE = 25.0
 """Seconds after which no further round of probes is begun."""
 
+DRAWN = 0.1
+"""Share of its tokens that each block merges to see which do: one that does not pay with a token may with some."""
 ALIKE = 0.05
 """How far apart the FLOPs of two blocks may be, relative, that share a curve."""
 
@@ -79,44 +81,50 @@ def walk(sites: Sequence[Site], r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Clock(fx.Interpreter):
-    """Seconds of a run, by the site whose matching came last (None before the first): [the model's ops, merging's]."""
+    """Seconds of each node of a run."""
 
     def __init__(self, gm: fx.GraphModule, device: torch.device) -> None:
         super().__init__(gm)
-        self.device, self.site = device, None
-        self.spent: dict[int | None, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self.device, self.seconds = device, list[float]()
 
     def run_node(self, n: fx.Node) -> Any:
         start = time.perf_counter()
         value = super().run_node(n)
         timing.synchronize(self.device)
-        self.site = n.meta.get("tome_step", self.site)
-        ours = n.op == "call_function" and getattr(n.target, "namespace", "").startswith("tome")
-        self.spent[self.site][ours] += time.perf_counter() - start
+        self.seconds.append(time.perf_counter() - start)
         return value
 
 
-def clocked(gm: fx.GraphModule, batch: Batch) -> dict[int | None, list[float]]:
-    """Seconds of one run of a graph by site."""
+def clocked(gm: fx.GraphModule, batch: Batch) -> list[float]:
+    """Seconds of each node in one run of a graph."""
     clock = _Clock(gm, next((x.device for x in batch.tensors), torch.device("cpu")))
     with torch.no_grad():
         clock.run(*flat_inputs(gm, batch.args, batch.kwargs), enable_io_processing=False)
-    return clock.spent
+    return clock.seconds
 
 
 @no_collector()
 def spent(graphs: Sequence[fx.GraphModule], batch: Batch) -> list[dict[int | None, list[float]]]:
-    """Of each graph the median seconds at each site over interleaved rounds, the first of which does not count."""
-    found: list[dict[int | None, list[list[float]]]] = [defaultdict(list) for _ in graphs]
+    """Of each graph the seconds by the site whose matching came last (None before the first): [the model's ops,
+    merging's]. Of each node the least over interleaved rounds: other processes only ever add to it."""
+    rounds: list[list[list[float]]] = []
     begun = time.perf_counter()
-    for turn in range(MOST_ROUNDS):
-        for held, gm in zip(found, graphs, strict=True):
-            for site, seconds in clocked(gm, batch).items():
-                held[site] += [seconds] if turn else []
+    while len(rounds) < MOST_ROUNDS:
+        rounds.append([clocked(gm, batch) for gm in graphs])
         took = time.perf_counter() - begun
-        if (turn >= ROUNDS and took > 1) or (turn > 1 and took > PATIENCE):
+        if (len(rounds) > ROUNDS and took > 1) or (len(rounds) > 2 and took > PATIENCE):
             break
-    return [{site: np.median(rows, axis=0).tolist() for site, rows in held.items()} for held in found]
+    return [_by_site(gm, np.min(held, axis=0)) for gm, held in zip(graphs, zip(*rounds, strict=True), strict=True)]
+
+
+def _by_site(gm: fx.GraphModule, seconds: np.ndarray) -> dict[int | None, list[float]]:
+    found: dict[int | None, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    site = None
+    for node, took in zip(gm.graph.nodes, seconds.tolist(), strict=True):
+        site = node.meta.get("tome_step", site)
+        ours = node.op == "call_function" and getattr(node.target, "namespace", "").startswith("tome")
+        found[site][ours] += took
+    return found
 
 
 class Costs:
@@ -126,7 +134,7 @@ class Costs:
     """
 
     def __init__(self, source: Source, options: Mapping[str, Any], config: ToMeConfig, batch: Batch) -> None:
-        probe = source.rewritten({**options, "r": 1})[1]
+        probe = source.rewritten({**options, "r": DRAWN})[1]
         if not probe.plan.every:
             raise ValueError(f"nothing to tune: {probe.report.summary()}")
         self.sites = sites_of(probe, config)
@@ -136,6 +144,9 @@ class Costs:
         self.plain = sum(plain[None])
         self.base = float(np.median([sum(of.get(None, [0.0])) for of in took]))
         results = [result for _, result in made]
+        whole = [i for i, result in enumerate(results) if len(sites_of(result, config)) == len(self.sites)]
+        if whole:  # where a site does not merge, what it computes is counted to the one before
+            took, results = [took[i] for i in whole], [results[i] for i in whole]
         self.flops_plain = probe.plan.bill.before
         self.flops_base = float(np.median([_rest(result) for result in results]))
         seen = {site: self._seen(site, took, results) for site in self.sites}
@@ -146,11 +157,12 @@ class Costs:
         self.merging = [_table(of, (0, 3), site.tokens) for of, site in zip(pooled, self.sites, strict=True)]
 
     def _probes(self) -> list[list[int]]:
-        """Lists that merge one token everywhere, but at the first blocks more."""
+        """Lists that merge little everywhere, but at the first blocks more."""
         free = max(site.tokens - site.kept for site in self.sites)
-        ones = [1] * self.length
-        first = [[n, *ones[1:]] for n in dict.fromkeys((1, free // 4, free // 2))]
-        return first + [[free // 2, free // 4, *ones[2:]]] * (self.length > 2)
+        little = max(int(free * DRAWN / 2), 2)
+        rest = [little] * (self.length - 1)
+        first = [[n, *rest] for n in dict.fromkeys((little, free // 4, free // 2))]
+        return first + [[free // 2, free // 4, *rest[1:]]] * (self.length > 2)
 
     def _seen(
         self, site: Site, took: Sequence[Mapping[int | None, list[float]]], results: Sequence[Result]

@@ -21,8 +21,8 @@ from .result import Tried, Tuned, TunedBlock
 from .search import Point, Search, runner
 from .targets import Loss, Speed, spelled
 
-ROUNDS = 9
-"""Timed rounds of the compiled models."""
+ROUNDS, MOST_ROUNDS, SECONDS = 9, 300, 3.0
+"""Timed rounds of the compiled models: so many at least, and as many as take some seconds."""
 BUSY = 1.5
 """Load for each core from which on times are said to be rough; a search alone makes 1."""
 SHORT = 0.98
@@ -115,7 +115,9 @@ class Final:
                         for name, backend in backends.items()}  # fmt: skip
             steps = {name: partial(runner(run), batch) for name, run in compiled.items()}
             device = next((x.device for x in batch.tensors), None)
-            times = timing.interleaved(steps, ROUNDS, warmup=2, device=device)
+            first = timing.interleaved(steps, 1, warmup=1, device=device)
+            rounds = min(max(int(SECONDS / sum(map(sum, first.values()))), ROUNDS), MOST_ROUNDS)
+            times = timing.interleaved(steps, rounds, warmup=1, device=device)
         return {_id(p): {"speed": timing.ratio(times[_id(p)], times[""]), "point": p} for p in points}
 
     def _hold_out(self, figures: dict[str, dict[str, Any]]) -> None:
@@ -123,7 +125,8 @@ class Final:
         judge = Judge(runner(self.model), self.held_out, self.metric)
         for own in figures.values():
             point: Point = own["point"]
-            judged, _ = self.search.judged(point.r, point.options, None, judge)
+            gm, _ = self.search.task.source.rewritten({**point.options, "r": list(point.r)})
+            judged = judge.judge(runner(gm))
             low, high = judge.interval(judged, self.search.task.seed)
             own.update(loss=judge.loss(judged), low=low, high=high, distance=judged.distance)
 

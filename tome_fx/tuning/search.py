@@ -19,10 +19,12 @@ import torch
 from tome_fx.config import METRICS, config_from
 from tome_fx.explain import Source
 from tome_fx.methods import METHODS
+from tome_fx.passes import Result
+from tome_fx.passes.analysis.values import size_hint
 from tome_fx.schedule import tokens_per_block
 
-from .costs import Costs, spent
-from .judge import Batch, Judge, Judged, level
+from .costs import Costs, sites_of, spent
+from .judge import Batch, Judge, level
 from .surrogate import Goal, Surrogate
 from .targets import Flops, Loss, Speed, Target
 
@@ -49,8 +51,9 @@ AGAIN = 0.2
 
 @dataclass(frozen=True)
 class Point:
-    """A candidate as it was evaluated. r: its list. name: where it came from. batches: how many it was judged on. loss:
-    as the target means it. distance: 1 - cosine. speed, flops: predicted, over the unmerged model's."""
+    """A candidate as it was evaluated. r: what each block merges. name: where it came from. batches: how many it was
+    judged on. loss: as the target means it. distance: 1 - cosine. speed, flops: predicted, over the unmerged model's.
+    """
 
     options: Mapping[str, Any]
     r: tuple[int, ...]
@@ -130,23 +133,25 @@ class Search:
         key = _key(self.options, r, batches)
         if key in self.points:
             return self.points[key]
-        speed, point = self.costs.speed(r), self.known.get(key)
+        point = self.known.get(key)
         if point is None:
             if not late and time.perf_counter() > self.deadline:
                 raise Enough
-            judged, share = self.judged(r, self.options, batches)
-            loss = self.task.judge.loss(judged)
-            point = Point(dict(self.options), tuple(r), name, batches, loss, judged.distance, speed, share)
-        self.points[key] = replace(point, options=dict(self.options), r=tuple(r), speed=speed)
+            gm, result = self.task.source.rewritten({**self.options, "r": list(r)})
+            judged = self.task.judge.judge(runner(gm), batches)
+            loss, merged = self.task.judge.loss(judged), self._merged(result)
+            point = Point({}, merged, name, batches, loss, judged.distance, 1.0, result.plan.share)
+        self.points[key] = replace(point, options=dict(self.options), speed=self.costs.speed(point.r))
         self.task.told(self.told())
         return self.points[key]
 
-    def judged(
-        self, r: Sequence[int], options: Mapping[str, Any], batches: int | None, judge: Judge | None = None
-    ) -> tuple[Judged, float]:
-        """What a candidate gives, and its share of the FLOPs."""
-        gm, result = self.task.source.rewritten({**options, "r": list(r)})
-        return (judge or self.task.judge).judge(runner(gm), batches), result.plan.share
+    def _merged(self, result: Result) -> tuple[int, ...]:
+        """What a plan merges at each block: nothing where that does not pay."""
+        merged = [0] * self.costs.length
+        for site in sites_of(result, result.facts.config):
+            most = max(size_hint(m.r) for m in (*result.plan.every, *result.plan.unread) if m.step.site == site.index)
+            merged[site.turn] = max(merged[site.turn], most)
+        return tuple(merged)
 
     def told(self) -> str:
         """A line for the progress bar."""
@@ -177,7 +182,7 @@ class Search:
     def best(self, batches: int, *, family: bool = False) -> Point | None:
         """The best that reaches the target of those judged on so many batches; of the families alone, with the options
         that were given, or all."""
-        held = [p for p in self.points.values() if p.batches == batches and self.reaches(p)]
+        held = [p for p in self.points.values() if p.batches == batches and any(p.r) and self.reaches(p)]
         if family:
             held = [p for p in held if p.name.startswith("r=") and p.options == dict(self.task.base)]
         return max(held, key=self.worth, default=None)
