@@ -41,6 +41,8 @@ BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 GOALS = {"schedule": (0.99, 1.05), "options": (0.99, 1.10)}
 """Of the measured throughput over the baseline's: never below the first, on four of six tasks the second."""
 OPTIONS = searching.SEARCHED
+ENOUGH = 2000
+"""Images from which half a point of accuracy can be told at all; with fewer the distance of features is the target."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ def images(console: Console, count: int, px: int) -> Task:
     parts = [chosen[i : i + size] for i in range(0, len(chosen) // size * size, size)]
     inputs = [cifar.tensor(pixels[part], px) for part in parts]
     what = f"DINOv2 ViT-S/14, CIFAR-10 at {px} px, {len(parts) * size} test images"
-    if px == 224:
-        return Task(model, inputs, tome_fx.Loss(0.003), None, 22, f"{what}, 1 - cosine of the class token")
+    if len(parts) * size < ENOUGH:
+        return Task(model, inputs, tome_fx.Loss(0.003), None, px // 10, f"{what}, 1 - cosine of the class token")
     rows, truth = cifar.load("train", console)
     drawn = cifar.subset(probed.TRAIN[px], len(rows), 0)
     features = probed.plain_features(model, rows[drawn], f"cifar_train-{px}-s0.npy", px, console)
@@ -92,7 +94,7 @@ def images(console: Console, count: int, px: int) -> Task:
         return (classifier.predict(outputs.float().numpy()) == targets).astype(float)
 
     batches = [(x, labels[part]) for x, part in zip(inputs, parts, strict=True)]
-    return Task(model, batches, tome_fx.Loss(0.5), right, 6, f"{what}, top-1 of a linear probe")
+    return Task(model, batches, tome_fx.Loss(0.5), right, px // 10, f"{what}, top-1 of a linear probe")
 
 
 def saliency(console: Console, count: int) -> Task:
@@ -227,6 +229,14 @@ def measure(task: Task, args: argparse.Namespace) -> dict[str, Any]:
             "samples": found["schedule"].samples, "rounds": args.rounds, "rows": rows, "fronts": fronts}  # fmt: skip
 
 
+def retimed(task: Task, row: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """A row whose speeds are measured again, on a quieter machine; the rest stays."""
+    held, _ = judging.batches_of(task.model, task.batches, task.metric is not None)
+    speeds = timed(task.model, held[0].args[0], {name: own["options"] for name, own in row["rows"].items()}, rounds)
+    rows = {name: {**own, "speed": speeds[name]} for name, own in row["rows"].items()}
+    return {**row, "rows": rows, "rounds": rounds, "machine": timing.machine_info()}
+
+
 def front_of(point: Any) -> dict[str, Any]:
     return {name: getattr(point, name) for name in ("name", "speed", "flops", "distance", "loss")}
 
@@ -288,15 +298,19 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default %(default)s)")
     parser.add_argument("--options", action="store_true", help="search method, metric, similarity and prop_attn too")
     parser.add_argument("--fresh", action="store_true", help="even where there is a result")
+    parser.add_argument("--retime", action="store_true", help="time again what is there, and search nothing")
     parser.add_argument("--page", action="store_true", help="write the table of docs/tune.md and stop")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args, console = parser.parse_args(), Console()
     result = json.loads(args.out.read_text()) if args.out.exists() else {"benchmark": "tune", "tasks": {}}
     for name in [] if args.page else args.tasks:
-        if name in result["tasks"] and not args.fresh:
+        if args.retime and name in result["tasks"]:
+            result["tasks"][name] = retimed(TASKS[name](console, args.samples), result["tasks"][name], args.rounds)
+        elif name in result["tasks"] and not args.fresh:
             console.print(f"{name} is there; --fresh measures again")
             continue
-        result["tasks"][name] = measure(TASKS[name](console, args.samples), args)
+        else:
+            result["tasks"][name] = measure(TASKS[name](console, args.samples), args)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
         console.print(f"wrote {args.out}")
     if args.page:
