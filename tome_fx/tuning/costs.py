@@ -1,15 +1,16 @@
 """What a schedule costs: seconds and FLOPs of each block by its token count, measured once on the device.
 
 A few rewritten graphs are run node by node. From one matching to the next is a site's stretch, and its seconds are kept
-by the tokens that it had: a curve for each block, whatever the block is. All the merging of a probe is at the first
-blocks, so that every block is seen with many tokens and with few. A schedule is then a walk over these curves.
+with the tokens that it had. All the merging of a probe is at the first blocks, so that every block is seen with many
+tokens and with few. Seconds are a line over the block's FLOPs, one for all blocks that compute alike: a curve over its
+tokens, as attention is in the FLOPs. A schedule is then a walk over these curves.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from tome_fx.passes import Result, no_collector
 from tome_fx.passes.analysis.values import size_hint
 from tome_fx.passes.plan import Merge
 
-from .judge import Batch, rising
+from .judge import Batch
 
 ROUNDS, MOST_ROUNDS = 5, 30
 """Of the probes: so many, more as long as they take no second, fewer where they are slow."""
@@ -104,9 +105,8 @@ def clocked(gm: fx.GraphModule, batch: Batch) -> list[float]:
 
 
 @no_collector()
-def spent(graphs: Sequence[fx.GraphModule], batch: Batch) -> list[dict[int | None, list[float]]]:
-    """Of each graph the seconds by the site whose matching came last (None before the first): [the model's ops,
-    merging's]. Of each node the least over interleaved rounds: other processes only ever add to it."""
+def timed(graphs: Sequence[fx.GraphModule], batch: Batch) -> list[list[list[float]]]:
+    """Seconds of each node of each graph in interleaved rounds."""
     rounds: list[list[list[float]]] = []
     begun = time.perf_counter()
     while len(rounds) < MOST_ROUNDS:
@@ -114,7 +114,18 @@ def spent(graphs: Sequence[fx.GraphModule], batch: Batch) -> list[dict[int | Non
         took = time.perf_counter() - begun
         if (len(rounds) > ROUNDS and took > 1) or (len(rounds) > 2 and took > PATIENCE):
             break
-    return [_by_site(gm, np.min(held, axis=0)) for gm, held in zip(graphs, zip(*rounds, strict=True), strict=True)]
+    return rounds
+
+
+def slower(graphs: Sequence[fx.GraphModule], batch: Batch) -> float:
+    """How many times the seconds of the first of two graphs the second takes."""
+    return float(np.median([sum(second) / sum(first) for first, second in timed(graphs, batch)]))
+
+
+def by_site(graphs: Sequence[fx.GraphModule], rounds: list[list[list[float]]]) -> list[dict[int | None, list[float]]]:
+    """Of each graph the seconds by the site whose matching came last (None before the first): [the model's ops,
+    merging's]. Of each node the least over the rounds: other processes only ever add to it."""
+    return [_by_site(gm, np.min([held[i] for held in rounds], axis=0)) for i, gm in enumerate(graphs)]
 
 
 def _by_site(gm: fx.GraphModule, seconds: np.ndarray) -> dict[int | None, list[float]]:
@@ -140,21 +151,25 @@ class Costs:
         self.sites = sites_of(probe, config)
         self.length = length_of(self.sites)
         made = [source.rewritten({**options, "r": r}) for r in self._probes()]
-        *took, plain = spent([*(gm for gm, _ in made), source.module], batch)
-        self.plain = sum(plain[None])
-        self.base = float(np.median([sum(of.get(None, [0.0])) for of in took]))
-        results = [result for _, result in made]
+        graphs, results = [gm for gm, _ in made], [result for _, result in made]
+        rounds = timed([*graphs, source.module], batch)
+        took = by_site(graphs, rounds)
         whole = [i for i, result in enumerate(results) if len(sites_of(result, config)) == len(self.sites)]
         if whole:  # where a site does not merge, what it computes is counted to the one before
             took, results = [took[i] for i in whole], [results[i] for i in whole]
+        self.base = float(np.median([sum(of.get(None, [0.0])) for of in took]))
         self.flops_plain = probe.plan.bill.before
         self.flops_base = float(np.median([_rest(result) for result in results]))
         seen = {site: self._seen(site, took, results) for site in self.sites}
-        self.flops = [_table(seen[site], (1, 4), site.tokens) for site in self.sites]
+        self.flops = [_table(seen[site], site.tokens) for site in self.sites]
         alike = self._alike({merge.step.site for merge in probe.plan.unread})
         pooled = [np.concatenate([seen[self.sites[s]] for s in group]) for group in alike]
-        self.seconds = [_table(of, (1, 2), site.tokens) for of, site in zip(pooled, self.sites, strict=True)]
-        self.merging = [_table(of, (0, 3), site.tokens) for of, site in zip(pooled, self.sites, strict=True)]
+        self.seconds = [_line(of[:, 4], of[:, 2])(table) for of, table in zip(pooled, self.flops, strict=True)]
+        self.merging = [_line(of[:, 0], of[:, 3])(np.arange(site.tokens + 1))
+                        for of, site in zip(pooled, self.sites, strict=True)]  # fmt: skip
+        self.plain = 1.0  # so that `of` gives seconds; by round, as the machine is not as fast in each
+        guessed = sum(self.of(np.array(self._probes()))[0])
+        self.plain = float(np.median([guessed * sum(plain) / sum(map(sum, held)) for *held, plain in rounds]))
 
     def _probes(self) -> list[list[int]]:
         """Lists that merge little everywhere, but at the first blocks more."""
@@ -213,18 +228,29 @@ def _rest(result: Result) -> float:
     return result.plan.bill.after - sum(after for _, after in result.plan.bill.at.values())
 
 
-def _table(seen: np.ndarray, columns: tuple[int, int], most: int) -> np.ndarray:
-    """A rising curve through two columns of what was seen, at every count up to `most`, straight on below the least:
-    float64 [most + 1]."""
+def _table(seen: np.ndarray, most: int) -> np.ndarray:
+    """FLOPs at every count of tokens up to `most`, through those that were seen, straight on below the least: float64
+    [most + 1]."""
     if not len(seen):
         return np.zeros(most + 1)
-    tokens = np.unique(seen[:, columns[0]])
-    means = [seen[seen[:, columns[0]] == n, columns[1]].mean() for n in tokens]
-    xs, ys = rising(tokens.tolist(), means)
-    counts = np.arange(most + 1)
-    found = np.interp(counts, xs, ys)
-    if len(xs) > 1:
-        slope = (ys[-1] - ys[0]) / (xs[-1] - xs[0])
-        below = counts < xs[0]
-        found[below] = np.maximum(ys[0] - slope * (xs[0] - counts[below]), 0.0)
+    tokens, first = np.unique(seen[:, 1], return_index=True)
+    flops, counts = seen[first, 4], np.arange(most + 1)
+    found = np.interp(counts, tokens, flops)
+    if len(tokens) > 1:
+        ends = [(counts < tokens[0], 0, 1), (counts > tokens[-1], -1, -2)]
+        for beyond, at, next_to in ends:
+            slope = (flops[next_to] - flops[at]) / (tokens[next_to] - tokens[at])
+            found[beyond] = np.maximum(flops[at] + slope * (counts[beyond] - tokens[at]), 0.0)
     return found
+
+
+def _line(x: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """y = a + b * x with neither below 0, by least squares: all blocks of a kind against the noise of each."""
+    if not len(x) or not x.any():
+        return lambda at: np.full(len(at), float(y.mean()) if len(y) else 0.0)
+    spread = float(((x - x.mean()) ** 2).sum())
+    slope = float(((x - x.mean()) * (y - y.mean())).sum()) / spread if spread else 0.0
+    start = float(y.mean() - slope * x.mean())
+    if slope <= 0 or start < 0:
+        slope, start = float((x * y).sum() / (x * x).sum()), 0.0
+    return lambda at: start + slope * at

@@ -182,7 +182,8 @@ class Tuned:
         for label, points in self._groups().items():
             axes.plot([p.speed for p in points], [p.distance for p in points], "o", ms=4, label=label, alpha=0.8)
         front = [(p.speed, p.distance) for p in self.front]
-        axes.plot(*zip(*front, strict=True), "-", color="0.4", lw=1, label="front")
+        if front:
+            axes.plot(*zip(*front, strict=True), "-", color="0.4", lw=1, label="front")
         if self.distance is not None:
             axes.plot(self.predicted, self.distance, "*", ms=14, color="#c1121f", label="chosen, held out")
         axes.set(xlabel="speed over the unmerged model's, predicted", ylabel="1 - cosine of outputs")

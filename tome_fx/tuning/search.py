@@ -23,7 +23,7 @@ from tome_fx.passes import Result
 from tome_fx.passes.analysis.values import size_hint
 from tome_fx.schedule import tokens_per_block
 
-from .costs import Costs, sites_of, spent
+from .costs import Costs, sites_of, slower
 from .judge import Batch, Judge, level
 from .surrogate import Goal, Surrogate
 from .targets import Flops, Loss, Speed, Target
@@ -325,10 +325,9 @@ class Search:
         if closer <= 0:
             return closer
         before, _ = self.task.source.rewritten({**own, "r": list(held.r)})
-        times = spent([before, merged], self.task.judge.batches[0])
-        old, new = (sum(sum(pair) for pair in of.values()) for of in times)
-        self.points[_key(self.options, held.r, self.few)] = replace(point, speed=held.speed * old / new)
-        return closer + math.log(old / new)
+        factor = slower([before, merged], self.task.judge.batches[0])
+        self.points[_key(self.options, held.r, self.few)] = replace(point, speed=held.speed / factor)
+        return closer - math.log(factor)
 
     def _slope(self) -> float:
         """How the logarithm of speed rises with that of distance along constant r."""
