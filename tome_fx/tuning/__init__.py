@@ -85,7 +85,12 @@ def tune(
                     seed=seed, told=told)  # fmt: skip
         kept = _Kept(resume, _fingerprint(model, tuned_on[0], metric, seed))
         found = Search(task, kept.points())
-        task.told = lambda line: (told(line), kept.write(found.points))[0]  # type: ignore[func-returns-value]
+
+        def keep(line: str) -> None:
+            told(line)
+            kept.write({**found.known, **found.points})
+
+        task.told = keep
         found.run()
         told("judging the finalists")
         final = Final(model=model, search=found, held_out=held_out, metric=metric, inner=inner, told=told)

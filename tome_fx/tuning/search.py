@@ -112,7 +112,7 @@ class Search:
                 self._alone()
                 self._propose()
         except Enough:
-            self.notes += [f"the search ended after its {self.task.seconds:.0f} s"] * (self.slip == 1)
+            self.notes += ["the budget ended the search: a larger one may find more"] * (self.slip == 1)
         except KeyboardInterrupt:
             self.notes.append("the search was stopped by hand")
 
