@@ -44,7 +44,9 @@ STALE = 8
 """Proposals in a row that were evaluated before, after which there is nothing left to propose."""
 NOISE = 0.3
 """Spread of the factors on the weights from which a proposal is made: what is not known of them."""
-FINALISTS = 6
+SETTLE = 8
+"""Proposals after which the best so far is judged on all batches, so that the others are held to what that says."""
+FINALISTS = 8
 AGAIN = 0.2
 """Share of the time of the search for another, where compiled code was slower than predicted."""
 
@@ -219,8 +221,8 @@ class Search:
         self._learn()
         for point in [p for p in self.points.values() if p.batches == self.whole]:
             few = self.evaluate(point.r, point.name, self.few)
-            if point is found and few.distance > 0 and point.distance > 0:
-                self.ratio = few.distance / point.distance
+            if point is found:
+                self._compare(few, point)
 
     @property
     def _wants_loss(self) -> bool:
@@ -237,7 +239,11 @@ class Search:
         """How the distance on few batches compares with that on all."""
         whole = self.evaluate(few.r, few.name, self.whole)
         self._learn()
-        if few.distance > 0 and whole.distance > 0:
+        self._compare(few, whole)
+
+    def _compare(self, few: Point, whole: Point) -> None:
+        """What a distance on few batches is on all: as for the last that was judged on both, which others are like."""
+        if few.batches == self.few and few.distance > 0 and whole.distance > 0:
             self.ratio = few.distance / whole.distance
 
     def list_of(self, family: str, r: int) -> list[int]:
@@ -379,6 +385,9 @@ class Search:
         stale = turn = 0
         while stale < STALE:
             best = self.best(self.few) or max(self._own(), key=lambda p: p.speed)
+            if turn % SETTLE == 1 and self._wants_loss and self.reaches(best):
+                self._settle(best)
+                best = self.best(self.few) or best
             held, goal = self._own(), self.goal()
             near = goal.most if not goal.cost else best.distance
             self.surrogate.fit([p.r for p in held], [p.distance for p in held], near)
@@ -415,6 +424,7 @@ class Search:
         finally:
             self.options = own
         self._learn()
+        self._compare(point, self.points[key])
         return self.points[key]
 
     def family(self) -> Point | None:
