@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -316,7 +317,7 @@ class Search:
             try:
                 best = max(best, (self._gain(held, own, slope), self.options), key=lambda pair: pair[0])
             except (ValueError, NotImplementedError) as error:
-                self.notes.append(f"{name}={value!r} was left out: {next(iter(str(error).splitlines()), '')}")
+                self.notes.append(f"{name}={value!r} was left out: {shorten(str(error), 160, placeholder=' ...')}")
             finally:
                 self.options = own
         self.options = best[1]
