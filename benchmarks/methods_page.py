@@ -243,8 +243,8 @@ def where_table() -> list[str]:
                 reasons.setdefault(reason.partition(":")[0], []).append(method)
     why = ([reason, ", ".join(f"`{m}`" for m in dict.fromkeys(held))] for reason, held in reasons.items())
     text = WHERE.format(r=held["r"], wrong=wrong)
-    return [text, *table(("method", *rows), counts), "Where nothing merges, the report says why; the kinds of reasons:\n",
-            *table(("reason", "methods"), why)]  # fmt: skip
+    why_not = "Where nothing merges, the report says why; the kinds of reasons:\n"
+    return [text, *table(("method", *rows), counts), why_not, *table(("reason", "methods"), why)]  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------- pieces

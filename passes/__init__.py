@@ -143,8 +143,9 @@ class Target:
 
 
 @contextmanager
-def _no_collector() -> Iterator[None]:
-    """Little of what passes make is garbage before they end, and a collection walks all that the process holds."""
+def no_collector() -> Iterator[None]:
+    """Little of what passes make is garbage before they end, and a collection walks all that the process holds; where
+    several things are timed it would fall on one of them."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -154,7 +155,36 @@ def _no_collector() -> Iterator[None]:
             gc.enable()
 
 
-@_no_collector()
+@dataclass
+class Read:
+    """A graph and what the analyses found in it up to its attention sites, the same for every schedule."""
+
+    captured: Captured
+    facts: Facts
+    seconds: dict[str, float]
+
+
+@no_collector()
+def read_graph(
+    gm: fx.GraphModule, inputs: Sequence[Any], config: ToMeConfig, known: Mapping[int, Before] | None = None
+) -> Read:
+    """The passes that no schedule can change: capture once, then `run_config` for each config. config, known: as
+    `run_pipeline` takes them. Raises CaptureError."""
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "capture"):
+        captured = capture(gm, inputs)
+    with _timed(seconds, "fuse_attention"):
+        fuse_attention(captured.gm, captured.fake_mode)
+    with _timed(seconds, "flatten_grids"):
+        flatten_grids(captured.gm)
+    with _timed(seconds, "infer_axes"):
+        facts = infer_axes(captured.gm.graph, captured.model_input, captured.values)
+    facts.config, facts.before = config, known or {}
+    with _timed(seconds, "find_attention"):
+        facts.sites = find_attention(facts)
+    return Read(captured, facts, seconds)
+
+
 def run_pipeline(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
@@ -169,25 +199,29 @@ def run_pipeline(
 
     A graph that cannot be captured, or in which nothing merges, gives `gm=None` and a report with the reasons.
     """
-    target = target or Target()
-    report = ToMeReport(graphs=1, r=config.schedule if config.flops is None else None, method=config.described)
-    seconds = report.seconds
     try:
-        with _timed(seconds, "capture"):
-            captured = capture(gm, inputs)
+        read = read_graph(gm, inputs, config, known)
     except CaptureError as error:
+        report = _new_report(config)
         report.skipped.append(SkipReason("graph left as it is", "", str(error).partition("\n\nWhile executing")[0]))
         return Result(None, report)
-    with _timed(seconds, "fuse_attention"):
-        fuse_attention(captured.gm, captured.fake_mode)
-    with _timed(seconds, "flatten_grids"):
-        flatten_grids(captured.gm)
-    with _timed(seconds, "infer_axes"):
-        facts = infer_axes(captured.gm.graph, captured.model_input, captured.values)
-    facts.config, facts.before = config, known or {}
+    return run_config(read, config, target)
+
+
+def _new_report(config: ToMeConfig) -> ToMeReport:
+    return ToMeReport(graphs=1, r=config.schedule if config.flops is None else None, method=config.described)
+
+
+@no_collector()
+def run_config(read: Read, config: ToMeConfig, target: Target | None = None) -> Result:
+    """The passes after `read_graph`, for one config of many: what was read is not changed, but that its facts have this
+    config from now on. Raises as `run_pipeline`."""
+    target = target or Target()
+    captured, facts, report = read.captured, read.facts, _new_report(config)
+    seconds = report.seconds
+    seconds.update(read.seconds)
+    facts.use(config)
     report.unknown_ops = facts.unknown
-    with _timed(seconds, "find_attention"):
-        facts.sites = find_attention(facts)
     with _timed(seconds, "find_blocks"):
         blocks, skipped = find_blocks(facts)
     with _timed(seconds, "plan"):
@@ -244,4 +278,7 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-__all__ = ["PIPELINE", "CaptureError", "KeptError", "PortableError", "Result", "Target", "VerifyError", "run_pipeline"]
+__all__ = [
+    "PIPELINE", "CaptureError", "KeptError", "PortableError", "Read", "Result", "Target", "VerifyError", "no_collector",
+    "read_graph", "run_config", "run_pipeline",
+]  # fmt: skip

@@ -94,3 +94,12 @@ def test_the_table_of_language_models_is_that_of_its_result() -> None:
 
     result = json.loads((language.harness.RESULTS / "language-cpu.json").read_text())
     assert "\n".join(language.table(language.loaded(result))) in (ROOT / "docs" / "language.md").read_text()
+
+
+def test_the_table_of_tuned_models_is_that_of_its_result() -> None:
+    sys.path.append(str(ROOT / "benchmarks"))
+    import tune
+
+    page = tune.PAGE.read_text()
+    result = json.loads(tune.RESULTS.read_text())
+    assert tune.written(page, result) == page, "python benchmarks/tune.py --page writes it"

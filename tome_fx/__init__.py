@@ -15,6 +15,7 @@ from tome_fx.register import RuleError, register_attention, register_rule
 from tome_fx.report import SiteReport, SkipReason, ToMeReport, Unmerge, clear_reports, reports
 from tome_fx.side import WithSide
 from tome_fx.tokens import MergedTokens, merge_tokens
+from tome_fx.tuning import Flops, Loss, MetricError, Speed, Tried, Tuned, TunedBlock, TuneFileError, tune
 
 # The function takes the name of its module: once imported, a module is not bound to its package again.
 from tome_fx.visualize import visualize
@@ -27,15 +28,19 @@ __all__ = [
     "Check",
     "CheckedMerge",
     "CheckedOutput",
+    "Flops",
+    "Loss",
     "MergeStep",
     "MergedTokens",
     "Method",
+    "MetricError",
     "NoLawError",
     "Order",
     "RuleError",
     "Sides",
     "SiteReport",
     "SkipReason",
+    "Speed",
     "ToMeBackend",
     "ToMeConfig",
     "ToMeError",
@@ -43,6 +48,10 @@ __all__ = [
     "ToMeWarning",
     "TokenTrace",
     "Tokens",
+    "Tried",
+    "TuneFileError",
+    "Tuned",
+    "TunedBlock",
     "Unmerge",
     "WithSide",
     "calibrate",
@@ -61,5 +70,6 @@ __all__ = [
     "rewrite",
     "tome_backend",
     "trace_tokens",
+    "tune",
     "visualize",
 ]

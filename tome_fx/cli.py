@@ -1,8 +1,8 @@
-"""The command line: ``python -m tome_fx explain|check|bench|export|demo|show``.
+"""The command line: ``python -m tome_fx explain|check|bench|export|tune|demo|show``.
 
-A model is a timm name (vit_small_patch16_224) or package.module:function, a function or class that returns an
-nn.Module when called without arguments. Mistakes of the user end with one sentence on stderr and status 2; `check`
-ends with status 1 where the law does not hold.
+A model is a timm name (vit_small_patch16_224), package.module:function, a function or class that returns an nn.Module
+when called without arguments, or demo, the trained model of the demo. Mistakes of the user end with one sentence on
+stderr and status 2; `check` ends with status 1 where the law does not hold.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.utils._pytree import tree_leaves
 
 import tome_fx
-from tome_fx import matching, runtimes, timing
+from tome_fx import matching, runtimes, timing, tuning
 from tome_fx.export import FORMATS, write
 from tome_fx.schedule import ScheduleError
 
@@ -45,7 +46,7 @@ OPTIONS = (
 DEFAULT_R = 16
 DEFAULT_INPUT = (3, 224, 224)
 TRAINED = "demo"
-"""The model of `show` that is none of timm's: the demo's, with trained weights."""
+"""The model that is none of timm's: the demo's, DINOv2 ViT-S/14 with trained weights."""
 PLAIN, MERGED = "plain", "tome_fx"
 """The two candidates of `bench`: the inner compiler alone, and tome_fx before it."""
 
@@ -151,7 +152,7 @@ def bench_step(argv: Sequence[str], candidate: str) -> timing.Step:
 def _parser() -> argparse.ArgumentParser:
     """The commands with their options; `command` of the result is the function to call."""
     parser = _Parser(prog="tome_fx", description="Token merging for any traced transformer.")
-    commands = parser.add_subparsers(required=True, metavar="explain|check|bench|export|demo|show")
+    commands = parser.add_subparsers(required=True, metavar="explain|check|bench|export|tune|demo|show")
 
     explain = commands.add_parser("explain", help="say what would be merged in a model, and what not and why")
     _add_model_options(explain, batch=1)
@@ -176,6 +177,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--no-time", action="store_true", help="skip the speed of the merged and the plain model")
     export.set_defaults(command=_export)
 
+    tune = commands.add_parser("tune", help="find what each block of a model may merge, on data, for a target")
+    _add_model(tune, batch=8)
+    _add_tune_options(tune)
+    tune.set_defaults(command=_tune)
+
     demo = commands.add_parser("demo", help="merge the tokens of a trained model and draw them on a photo")
     demo.add_argument("--photo", help="path of a picture (default: photos that come with scikit-learn)")
     demo.add_argument("--r", type=_positive, help="tokens merged in each layer")
@@ -195,20 +201,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model_options(parser: argparse.ArgumentParser, batch: int) -> None:
-    """The model, its input and the configuration of the pass."""
-    parser.add_argument("model", help="timm name, or package.module:function returning an nn.Module")
-    amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--r", type=parse_r, help=f"16, 0.1, 16,-1 or 8,8,4 (default {DEFAULT_R})")
-    amount.add_argument("--flops", type=float, help="target share of the FLOPs, 0.5 for half")
+def _add_model(parser: argparse.ArgumentParser, batch: int) -> None:
+    """The model and its input."""
+    parser.add_argument("model", help=f"timm name, package.module:function returning an nn.Module, or {TRAINED}")
     parser.add_argument("--batch", type=_positive, default=batch, help="images (default %(default)s)")
     parser.add_argument("--size", type=_positive, help="image side in pixels (default: the model's own, or 224)")
     parser.add_argument("--input", type=_shape, help="whole input shape, as 1,3,224,224; for package.module:function")
     parser.add_argument("--device", type=_device, default=torch.device("cpu"), help="default %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default %(default)s")
     parser.add_argument("--pretrained", action="store_true", help="load the weights of a timm model")
-    parser.add_argument("--method", default="tome", help="a bundle of the pieces below (default %(default)s)")
+    parser.add_argument("--inner", choices=INNERS, default="inductor", help="compiler behind (default %(default)s)")
     parser.add_argument("--placement", help="where merging goes")
+    parser.add_argument("--protect", type=parse_protect, default="auto", help="auto, 1, 2/10 (of every 10) or 0,5,-1")
+
+
+def _add_model_options(parser: argparse.ArgumentParser, batch: int) -> None:
+    """The model, its input and the configuration of the pass."""
+    _add_model(parser, batch)
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--r", type=parse_r, help=f"16, 0.1, 16,-1 or 8,8,4 (default {DEFAULT_R})")
+    amount.add_argument("--flops", type=float, help="target share of the FLOPs, 0.5 for half")
+    amount.add_argument("--tune", type=Path, metavar="FILE", help="what `tune` found and wrote")
+    parser.add_argument("--method", default="tome", help="a bundle of the pieces below (default %(default)s)")
     parser.add_argument("--metric", help="what tokens are compared by")
     parser.add_argument("--importance", help="how much a token matters")
     parser.add_argument("--candidates", help="who takes part")
@@ -222,7 +236,6 @@ def _add_model_options(parser: argparse.ArgumentParser, batch: int) -> None:
     parser.add_argument("--least", type=float, help="share of the r tokens that goes in any case, with --counts")
     parser.add_argument("--blocks", type=parse_blocks, help="all, first half, last, 3,6,9 or 0.25,0.5 of the depth")
     parser.add_argument("--number", type=_number, action="append", default=[], metavar="NAME=VALUE", help="as tau=0.8")
-    parser.add_argument("--protect", type=parse_protect, default="auto", help="auto, 1, 2/10 (of every 10) or 0,5,-1")
     parser.add_argument("--every", type=_positive, default=1, help="merge at every k-th block (default %(default)s)")
     parser.add_argument("--reuse", type=_count, default=0, help="blocks that a branch's groups serve after it")
     parser.add_argument("--multiple", type=_positive, default=1, help="token counts in multiples (default %(default)s)")
@@ -230,7 +243,6 @@ def _add_model_options(parser: argparse.ArgumentParser, batch: int) -> None:
                         help="no proportional attention")  # fmt: skip
     parser.add_argument("--padding-first", action="store_true", help="merge what masks leave out before all else")
     parser.add_argument("--all-rows", dest="drop_unread", action="store_false", help="compute unread rows too")
-    parser.add_argument("--inner", choices=INNERS, default="inductor", help="compiler behind (default %(default)s)")
     parser.add_argument("--strict", action="store_true", help="an error instead of a warning when nothing is merged")
     parser.add_argument("--json", type=_output, metavar="FILE", help="write the numbers there as well")
 
@@ -238,6 +250,32 @@ def _add_model_options(parser: argparse.ArgumentParser, batch: int) -> None:
 def _count(text: str) -> int:
     """A whole number, 0 or more."""
     return 0 if text.strip() == "0" else _positive(text)
+
+
+def _add_tune_options(parser: argparse.ArgumentParser) -> None:
+    """What is searched, on what, for what."""
+    parser.add_argument("--data", required=True, help="a folder of photos, or package.module:function giving batches")
+    parser.add_argument("--target", type=_target, required=True, help="loss=0.5, speed=1.5 or flops=0.6")
+    parser.add_argument("--metric", default="feature", help="feature (distance of outputs), top1, wer, module:function")
+    parser.add_argument("--search", type=_list, default=("schedule",), help=",".join(tuning.SEARCHED))
+    parser.add_argument("--images", type=_positive, default=256, help="photos drawn (default %(default)s)")
+    parser.add_argument("--budget", type=float, default=300.0, help="seconds of search (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    parser.add_argument("--resume", type=_output, metavar="FILE", help="keeps an unfinished search, which goes on")
+    parser.add_argument("-o", "--out", type=_output, default=Path("tune.json"), help="default %(default)s")
+    parser.add_argument("--plot", type=_output, metavar="FILE", help="default: beside the JSON, with .png")
+
+
+def _list(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _target(text: str) -> tuning.Target:
+    """A target as typed."""
+    try:
+        return tuning.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _positive(text: str) -> int:
@@ -273,10 +311,26 @@ def _output(text: str) -> Path:
 
 def _load(args: argparse.Namespace) -> tuple[nn.Module, torch.Tensor]:
     """The model in eval mode and a random input [B, ...], on the device, in the dtype. Raises UserError."""
-    model, shape = _from_module(args) if ":" in args.model else _from_timm(args)
+    if args.model == TRAINED:
+        model, shape = _demo_model(args)
+    else:
+        model, shape = _from_module(args) if ":" in args.model else _from_timm(args)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator)
     return model.eval().to(args.device, DTYPES[args.dtype]), x.to(args.device, DTYPES[args.dtype])
+
+
+def _demo_model(args: argparse.Namespace) -> tuple[nn.Module, tuple[int, ...]]:
+    """DINOv2 with trained weights, and its input shape."""
+    from tome_fx import assets  # late: it needs packages that explain and bench do without
+
+    if args.input or args.pretrained:
+        raise UserError(f"--input and --pretrained are for other models than {TRAINED}: it has its weights")
+    size = args.size or DEFAULT_INPUT[1]
+    try:
+        return assets.dinov2_vit_small(size), (args.batch, DEFAULT_INPUT[0], size, size)
+    except (assets.AssetError, ValueError) as error:
+        raise UserError(_first_line(error)) from error
 
 
 def _from_module(args: argparse.Namespace) -> tuple[nn.Module, tuple[int, ...]]:
@@ -348,9 +402,20 @@ def _check_runs(model: nn.Module, x: torch.Tensor) -> None:
 
 
 def _config(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `tome_backend`."""
+    """The options of `tome_backend`. Raises UserError for a file of `tune` that cannot be read, and for options given
+    beside it though it has them."""
     amount = {"flops": args.flops} if args.flops is not None else {"r": DEFAULT_R if args.r is None else args.r}
-    return {**amount, **{name: getattr(args, name) for name in OPTIONS}, **dict(args.number)}
+    given = {**{name: getattr(args, name) for name in OPTIONS}, **dict(args.number)}
+    if args.tune is None:
+        return {**amount, **given}
+    try:
+        found = tome_fx.Tuned.load(args.tune).options
+    except (tome_fx.TuneFileError, OSError) as error:
+        raise UserError(_first_line(error)) from error
+    unsaid = {None: "", "method": "tome", "protect": "auto"}
+    if twice := [name for name in found if given.get(name) not in (None, unsaid.get(name), found[name])]:
+        raise UserError(f"{args.tune} says {twice[0]} already: leave --{twice[0].replace('_', '-')} out")
+    return {**given, **found}
 
 
 def _backend(args: argparse.Namespace) -> Any:
@@ -533,6 +598,72 @@ def _export(args: argparse.Namespace, _: Sequence[str], console: Console) -> Non
             numbers |= {"seconds": seconds, "speed": timing.ratio(seconds[MERGED], seconds[PLAIN])}
             console.print(f"speed in {package}: {numbers['speed']:.2f} times the plain model's", highlight=False)
     _write(args.json, numbers)
+
+
+def _tune(args: argparse.Namespace, _: Sequence[str], console: Console) -> None:
+    """Search, print what was found, write it and draw it."""
+    from tome_fx import assets  # late: as for demo
+
+    model, x = _load(args)
+    _check_runs(model, x)
+    said = {"protect": args.protect, "placement": args.placement, "inner": args.inner}
+    options = {name: value for name, value in said.items() if value not in (None, "auto")}
+    try:
+        metric, batches = _measure_of(args, model), _data(args, model, x)
+        found = tome_fx.tune(
+            model, batches, target=args.target, metric=metric, search=args.search, budget=args.budget, seed=args.seed,
+            resume=args.resume, **options,
+        )  # fmt: skip
+    except (ValueError, TypeError, tome_fx.ToMeError, assets.AssetError) as error:
+        raise UserError(_first_line(error)) from error
+    found.save(args.out)
+    console.print(Text(str(found)), soft_wrap=True)
+    console.print(f"{args.out}: say --tune {args.out} to explain, bench and export", highlight=False, soft_wrap=True)
+    plot = args.plot or args.out.with_suffix(".png")
+    try:
+        found.plot(plot)
+        console.print(f"{plot}: loss against speed of all that was tried", highlight=False, soft_wrap=True)
+    except (ImportError, ValueError) as error:
+        console.print(f"no plot: {_first_line(error)}")
+
+
+def _measure_of(args: argparse.Namespace, model: nn.Module) -> Any:
+    """What `--metric` names; None for the distance of outputs. Raises DataError where it does not fit, UserError."""
+    from tome_fx.tuning import data
+
+    if ":" in args.metric:
+        return _user_function(args.metric)
+    if args.metric not in data.NAMES:
+        raise UserError(f"--metric is one of {', '.join(data.NAMES)} or module:function, not {args.metric!r}")
+    return {"feature": lambda: None, "top1": lambda: data.top1, "wer": lambda: data.words(model)}[args.metric]()
+
+
+def _data(args: argparse.Namespace, model: nn.Module, x: torch.Tensor) -> Any:
+    """The batches that `--data` names."""
+    from tome_fx.tuning import data
+
+    if ":" in args.data:
+        return _user_function(args.data)()
+    if args.metric not in ("feature", "top1"):
+        raise UserError(f"a folder of photos has no targets for {args.metric}: give --data module:function")
+    with torch.no_grad():
+        classes = len(_first_tensor(model(x))[0]) if args.metric == "top1" else None
+    look = data.Look(tuple(x.shape), x.device, x.dtype, **_normal(args))
+    return data.folder(Path(args.data), look, args.images, args.seed, classes)
+
+
+def _first_tensor(outputs: Any) -> torch.Tensor:
+    return next(x for x in tree_leaves(outputs) if isinstance(x, torch.Tensor))
+
+
+def _normal(args: argparse.Namespace) -> dict[str, Any]:
+    """Mean and spread of the colours that a timm model was trained with; nothing of another."""
+    if ":" in args.model or args.model == TRAINED:
+        return {}
+    import timm
+
+    config = timm.get_pretrained_cfg(args.model)
+    return {"mean": config.mean, "std": config.std} if config else {}
 
 
 def _demo(args: argparse.Namespace, _: Sequence[str], console: Console) -> None:

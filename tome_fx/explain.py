@@ -16,9 +16,9 @@ from torch._dynamo.exc import BackendCompilerFailed, UserError
 from torch.fx._pytree import tree_flatten_spec
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from tome_fx.backend import ToMeError, transform
-from tome_fx.config import config_from
-from tome_fx.passes import KeptError, Target
+from tome_fx.backend import ToMeError, finish, transform
+from tome_fx.config import ToMeConfig, config_from
+from tome_fx.passes import KeptError, Result, Target, read_graph, run_config
 from tome_fx.report import SkipReason, ToMeReport
 from tome_fx.tokens import MergedTokens
 
@@ -166,6 +166,11 @@ def rewritten_module(
         if kept:
             raise KeptError(report.summary())
         return source, report
+    return _called_as(source, rewritten, kept), report
+
+
+def _called_as(source: fx.GraphModule, rewritten: fx.GraphModule, kept: bool = False) -> fx.GraphModule:
+    """The rewritten graph with the call signature of its source."""
     rewritten.graph._codegen = copy.deepcopy(source.graph._codegen)
     for name in ("_in_spec", "_out_spec"):
         if hasattr(source, name):
@@ -174,7 +179,31 @@ def rewritten_module(
         _told_beside(rewritten)
     _flatten_output(rewritten.graph)
     rewritten.recompile()
-    return rewritten, report
+    return rewritten
+
+
+class Source:
+    """A model that is traced and read once, to be rewritten for many configs; each takes as long as planning does.
+
+    module: the traced graph, unmerged. Raises CaptureError, and what torch.export raises, where it cannot be traced.
+    """
+
+    def __init__(self, model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> None:
+        self.module = _module(_exported(model, tuple(args), in_order(model, kwargs or {}), None))
+        self.training = model.training
+        flat = [_flat_value(node) for node in self.module.graph.find_nodes(op="placeholder")]
+        self.read = read_graph(self.module, flat, ToMeConfig(inner="eager"))
+
+    def rewritten(self, config: Mapping[str, Any]) -> tuple[fx.GraphModule, Result]:
+        """As `rewritten_module`, and all that the passes found. Raises ValueError where options do not fit the model.
+        """
+        result = run_config(self.read, config_from({"inner": "eager", **config}))
+        if result.gm is None:
+            return self.module, result
+        merged = _called_as(self.module, finish(self.module, result))
+        for module in merged.modules():
+            module.training = self.training
+        return merged, result
 
 
 def _exported(model: torch.nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any) -> Any:

@@ -71,6 +71,12 @@ class Facts:
 
     reach: Reach = field(init=False)
 
+    def use(self, config: ToMeConfig) -> None:
+        """Take other options, and forget what followed from the old ones."""
+        self.config = config
+        self.special.clear()
+        self.parted.clear()
+
     def dims(self, node: fx.Node, result: int = 0) -> Dims:
         return self.axes[node][result]
 
