@@ -351,8 +351,7 @@ class _Walk:
             return None
         r = self._count(index, part.length, prev)
         if r == 0:
-            why = self._why_none(block, part.length) if wanted else self._unasked(block)
-            self._skip(block, "nothing to merge", why)
+            self._skip(block, "nothing to merge", self._why_none(block, part.length) if wanted else self._unasked(block))
             return None
         special = block.special
         free = size_hint(part.length) - special.prefix - special.suffix
@@ -365,9 +364,8 @@ class _Walk:
         ends, how = (lo + special.prefix, hi + special.suffix), self.hows[index]
         goes = _share(how.least, r) if how.padded else r
         step = Step(index, prev, block.sample, before, before - goes, prefix, suffix, ends, block.branch)
-        groups, even = self._groups(block, step, r), not isinstance(wanted, float)
-        return Merge(block=block, dim=dim, key=key, step=step, length=part.length, r=goes, pairs=r, groups=groups,
-                     even=even, how=how)  # fmt: skip
+        return Merge(block=block, dim=dim, key=key, step=step, length=part.length, r=goes, pairs=r, how=how,
+                     groups=self._groups(block, step, r), even=not isinstance(wanted, float))  # fmt: skip
 
     def _count(self, index: int, before: Any, prev: Step | None) -> Any:
         """How many of `before` tokens a block merges away."""
