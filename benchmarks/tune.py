@@ -183,14 +183,15 @@ def baseline(search: searching.Search, task: Task) -> tuple[searching.Point | No
 
 
 def timed(model: nn.Module, x: Any, ways: dict[str, dict[str, Any]], rounds: int) -> dict[str, float]:
-    """Throughput over the unmerged model's, all compiled by Inductor, rounds interleaved."""
+    """Throughput over the unmerged model's, all compiled by Inductor, rounds interleaved; equal options once."""
     torch.compiler.reset()
+    spelled = {name: json.dumps(options, sort_keys=True) for name, options in ways.items()}
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=100):
         runs: dict[str, Any] = {"": torch.compile(model, dynamic=False)}
-        for name, options in ways.items():
+        for name, options in {spelled[name]: options for name, options in ways.items()}.items():
             runs[name] = torch.compile(model, backend=tome_fx.tome_backend(**options), dynamic=False)
         times = timing.interleaved({name: partial(run, x) for name, run in runs.items()}, rounds, warmup=2)
-    return {name: timing.ratio(times[name], times[""]) for name in ways}
+    return {name: timing.ratio(times[spelled[name]], times[""]) for name in ways}
 
 
 def measure(task: Task, args: argparse.Namespace) -> dict[str, Any]:
