@@ -351,8 +351,8 @@ class _Walk:
             return None
         r = self._count(index, part.length, prev)
         if r == 0:
-            self._skip(block, "nothing to merge", self._why_none(block, part.length) if wanted else self._unasked(block))
-            return None
+            why = self._why_none(block, part.length) if wanted else self._unasked(block)
+            return self._skip(block, "nothing to merge", why)
         special = block.special
         free = size_hint(part.length) - special.prefix - special.suffix
         asked = int(free * wanted) if isinstance(wanted, float) else wanted
