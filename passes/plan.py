@@ -352,7 +352,8 @@ class _Walk:
         r = self._count(index, part.length, prev)
         if r == 0:
             why = self._why_none(block, part.length) if wanted else self._unasked(block)
-            return self._skip(block, "nothing to merge", why)
+            self._skip(block, "nothing to merge", why)
+            return None
         special = block.special
         free = size_hint(part.length) - special.prefix - special.suffix
         asked = int(free * wanted) if isinstance(wanted, float) else wanted
@@ -481,8 +482,7 @@ def site_reports(facts: Facts, plan: Plan, skipped: list[SkipReason]) -> list[Si
         merge, mlp = by_site.get(site), mlps.get(site)
         flops = [plan.bill.at[m.step.site] for m in (merge, mlp) if m is not None]
         total = (sum(f[0] for f in flops), sum(f[1] for f in flops))
-        pair = _pair(mlp) if mlp is not None else None
-        row = partial(SiteReport, name=site.name, merged=bool(flops), flops=total, mlp=pair)
+        row = partial(SiteReport, name=site.name, merged=bool(flops), flops=total, mlp=_pair(mlp) if mlp else None)
         if merge is None:
             tokens = size_hint(site.q.node.meta["val"].shape[site.q.tokens])
             placement = "mlp" if mlp is not None else "stream"
