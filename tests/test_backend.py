@@ -227,6 +227,7 @@ def site(tmp_path: Path) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_caches(site: Path, tmp_path: Path) -> None:
     """Cold: misses. Second process: hits FxGraphCache and AOTAutogradCache, and still reports. A changed source of
     ours: misses (the AOT key alone knows only the names of our ops)."""

@@ -76,7 +76,8 @@ def arguments(*words: str) -> argparse.Namespace:
 def test_the_configuration_reaches_the_backend() -> None:
     args = arguments("explain", "m", "--r", "16,-1", "--metric", "input", "--placement", "stream", "--strict")
     expected = {"r": (16, -1.0), "placement": "stream", "metric": "input", "inner": "inductor", "strict": True}
-    unsaid = ("importance", "candidates", "similarity", "alpha", "partition", "matcher", "merging", "prune", "blocks")
+    unsaid = ("importance", "candidates", "similarity", "alpha", "partition", "matcher", "merging", "prune", "counts",
+              "least", "blocks")  # fmt: skip
     defaults = {**dict.fromkeys((*unsaid, "prop_attn")), "method": "tome"}
     defaults |= {"protect": "auto", "every": 1, "reuse": 0, "multiple": 1, "padding_first": False}
     assert cli._config(args) == {**expected, **defaults, "drop_unread": True}

@@ -192,6 +192,7 @@ def test_gradients_are_those_of_the_plain_implementation() -> None:
 # -- one compiled graph ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_compiled_graph_serves_any_counts() -> None:
     """Through Inductor, in float32, forwards and backwards."""
     model = reference.plain(seed=2, prefix=1, dtype=torch.float32, depth=2)

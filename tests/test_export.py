@@ -417,6 +417,7 @@ def test_weights_are_the_models_own() -> None:
     assert set(held) <= own
 
 
+@pytest.mark.slow
 def test_onnx_keeps_large_weights_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One file as long as one can hold the weights (protobuf ends at 2 GB), else a second one beside it."""
     exporter = pytest.importorskip("torch.onnx._internal.exporter._onnx_program")

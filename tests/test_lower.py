@@ -50,6 +50,7 @@ def test_compiled_code_calls_the_kernels(train: bool, dtype: torch.dtype) -> Non
         assert called == [name if dtype is torch.float64 else kernel]
 
 
+@pytest.mark.slow
 def test_compiled_branches_call_the_kernels_back_and_forth() -> None:
     """Unmerging is a call too, and so are the gradients of merging and unmerging; results are those of eager ops."""
     from torch._inductor.utils import fresh_cache, run_and_get_code

@@ -141,7 +141,7 @@ def _followed(found: Projection, way: list[fx.Node], operand: Operand, facts: Fa
             found = replace(found, later=node)
             break
         last, state = node, moved
-    return _by_head(found, state, last, own, facts)
+    return _by_head(found, state, last, own, facts) if isinstance(state, Tensor) else None
 
 
 def _moved(node: fx.Node, last: fx.Node, state: Any, facts: Facts) -> Any:
@@ -181,12 +181,16 @@ def _by_head(
             return None
     atoms = [leaf for dim in dims for leaf in leaves(dim)]
     sizes = [count_of(x) if n > 1 else 1 for n, dim in zip(state.shape, dims, strict=True) for x in leaves(dim)]
+    passed = facts.leaves_of(found.node) - own
     feature = [i for i, leaf in enumerate(atoms) if leaf in own]
-    head = [i for i, leaf in enumerate(atoms) if leaf not in own and sizes[i] > 1]
-    if not own <= {*atoms} or {atoms[i] for i in head} & facts.leaves_of(found.node):
+    head = [i for i, leaf in enumerate(atoms) if leaf not in own and leaf not in passed and sizes[i] > 1]
+    if not own <= {*atoms}:
         return None
+    state = state.reshape(sizes)
+    for i, leaf in enumerate(atoms):  # samples and tokens may stand in one dim with heads: channels are theirs alike
+        state = state.narrow(i, 0, 1) if leaf in passed else state
     rest = [i for i in range(len(atoms)) if i not in (*head, *feature)]
-    state = state.reshape(sizes).permute([*rest, *head, *feature])
+    state = state.permute([*rest, *head, *feature])
     state = state.reshape(prod(sizes[i] for i in head), prod(sizes[i] for i in feature))
     heads, width = state.shape
     first, far, next_ = (int(x) for x in (state[0, 0], state[min(1, heads - 1), 0], state[0, min(1, width - 1)]))
