@@ -42,7 +42,6 @@ MOST = 0.05
 """The share of the compiled model's time that is asked for."""
 R, R_AT_THE_END, BATCH, SIDE = 16, 192, 2, 512
 WHY = {
-    "pitome": "energy compares every token with every other, and goes over all pairs once more",
     "mctf": "the attention that each token receives is computed again, for all queries: fused attention keeps it",
     "grid": "cells and similarities of all pairs of tokens, at each attention and MLP",
 }
