@@ -17,10 +17,11 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,27 @@ def require(device: str) -> None:
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         print("This benchmark needs a CUDA device, and torch finds none here.", file=sys.stderr)
         raise SystemExit(2)
+
+
+def alone(job: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """What a job finds in a process of its own; {"failed": why} where it finds nothing."""
+    here, there = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("spawn").Process(target=_sent, args=(there, job, *args))
+    child.start()
+    there.close()
+    try:
+        return here.recv()
+    except EOFError:
+        return {"failed": "the process died"}
+    finally:
+        child.join()
+
+
+def _sent(pipe: Any, job: Callable[..., dict[str, Any]], *args: Any) -> None:
+    try:
+        pipe.send(job(*args))
+    except Exception as error:  # noqa: BLE001 - the row says what went wrong
+        pipe.send({"failed": f"{type(error).__name__}: {str(error)[:300]}"})
 
 
 def measure(

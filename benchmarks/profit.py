@@ -11,7 +11,6 @@ each model and goes on where it was stopped.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import sys
 import warnings
 from typing import Any
@@ -65,27 +64,6 @@ def measured(name: str, r: int, device: str, batch: int, rounds: int) -> dict[st
     return {**told, "seconds": times}
 
 
-def _child(pipe: Any, *job: Any) -> None:
-    try:
-        pipe.send(measured(*job))
-    except Exception as error:  # noqa: BLE001 - the row says what went wrong
-        pipe.send({"failed": f"{type(error).__name__}: {str(error)[:300]}"})
-
-
-def run(*job: Any) -> dict[str, Any]:
-    """`measured` in a process of its own."""
-    here, there = multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.get_context("spawn").Process(target=_child, args=(there, *job))
-    child.start()
-    there.close()
-    try:
-        return here.recv()
-    except EOFError:
-        return {"failed": "the process died"}
-    finally:
-        child.join()
-
-
 def judged(name: str, row: dict[str, Any]) -> dict[str, Any]:
     """The row with its ratios, and whether the test was right. auto, forced: speed over the model as it is."""
     times = row["seconds"]
@@ -111,7 +89,7 @@ def main() -> int:
     for name, r in wanted.items():
         if (args.models and name not in args.models) or (name in held and not args.fresh):
             continue
-        row = run(name, r, args.device, args.batch, args.rounds)
+        row = harness.alone(measured, name, r, args.device, args.batch, args.rounds)
         held[name] = row if "failed" in row else judged(name, row)
         console.print(name, held[name].get("failed") or held[name]["speed"], highlight=False)
         result = {"benchmark": "profit", "machine": timing.machine_info(args.device), "noise": NOISE, "models": held}

@@ -13,13 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import traceback
 import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+
+import harness
+from tome_fx import timing
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "zoo_methods.json"
@@ -63,13 +65,6 @@ def one(name: str, r: int) -> Row:
     return found
 
 
-def _child(pipe: Any, name: str, r: int) -> None:
-    try:
-        pipe.send({"methods": one(name, r)})
-    except Exception:  # noqa: BLE001 - the row says what went wrong
-        pipe.send({"failed": traceback.format_exc()[-1500:]})
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("filter", nargs="*", help="only models whose name holds one of these")
@@ -77,23 +72,12 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="forget the rows there are")
     args = parser.parse_args()
     sys.path[:0] = [str(ROOT)]
-    import multiprocessing
-
-    from tome_fx import timing
-
     rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() and not args.fresh else {}
     for name in MODELS:
         if (args.filter and not any(part in name for part in args.filter)) or (name in rows and not args.filter):
             continue
-        here, there = multiprocessing.get_context("spawn").Pipe(duplex=False)
-        child = multiprocessing.get_context("spawn").Process(target=_child, args=(there, name, args.r))
-        child.start()
-        there.close()
-        try:
-            rows[name] = here.recv()
-        except EOFError:
-            rows[name] = {"failed": "its process ended"}
-        child.join()
+        found = harness.alone(one, name, args.r)
+        rows[name] = found if "failed" in found else {"methods": found}
         row = rows[name]
         merged = {method: f"{told['merged']}/{told['sites']}" for method, told in row.get("methods", {}).items()}
         Console().print(name, row.get("failed") or merged, highlight=False)

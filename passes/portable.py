@@ -250,12 +250,11 @@ def match_parts(metric: Tensor, parts: Tensor, r: Any, *how: Any) -> tuple[Tenso
 def match_pieces(metric: Tensor, size: Any, attention: Any, place: Any, *how: Any) -> tuple[Tensor, ...]:
     """`tome::match_pieces`, of pieces that are the same in every process. how: what is seen, r, pruned, prefix, suffix,
     heads, first, the pieces, what never merges, how much each changed."""
-    seen, r, pruned, prefix, suffix, heads, first, key, *more = how
-    if own := from_key(key).of_process:
-        raise PortableError(f"{own} cannot leave Python; plain=False keeps it")
-    sample, n = metric.shape[: -3 if heads else -2], metric.shape[-3 if heads else -2]
-    given, ends = (size, attention, place, seen, *more, *[None] * (2 - len(more))), (prefix, suffix)
-    source, destination, body, best = ops.picked(metric, given, (r, pruned), ends, (heads, first), key)
+    known, (r, pruned), (prefix, suffix), flags, key = _portable(how)
+    dim = -3 if flags[0] else -2
+    sample, n = metric.shape[:dim], metric.shape[dim]
+    given = (size, attention, place, *known)
+    source, destination, body, best = ops.picked(metric, given, (r, pruned), (prefix, suffix), flags, key)
     batch, place = source.shape[0], _places(n, metric.device)
     order = torch.cat([place.narrow(0, 0, prefix), body, place.narrow(0, n - suffix, suffix)]).expand(batch, n)
     none = torch.zeros((batch, n), dtype=torch.int64, device=metric.device)
@@ -271,12 +270,18 @@ def match_pieces(metric: Tensor, size: Any, attention: Any, place: Any, *how: An
 def match_some(metric: Tensor, size: Any, attention: Any, place: Any, *how: Any) -> tuple[Tensor, ...]:
     """`tome::match_some`, of pieces that are the same in every process. how: as `match_pieces`, with what goes in any
     case for pruned."""
-    seen, r, least, prefix, suffix, heads, first, key, *more = how
+    known, count, ends, flags, key = _portable(how)
+    found = ops.some_picked(metric, (size, attention, place, *known), count, ends, flags, key)
+    return tuple(t.reshape(*metric.shape[: -3 if flags[0] else -2], t.shape[-1]) for t in found)
+
+
+def _portable(how: Sequence[Any]) -> tuple[Any, tuple[Any, Any], tuple[int, int], tuple[bool, bool], str]:
+    """The last arguments of `match_pieces` as `ops.picked` takes them: what else is known of tokens, counts, ends,
+    flags, pieces. Raises PortableError for pieces of this process alone."""
+    seen, r, of_r, prefix, suffix, heads, first, key, *more = how
     if own := from_key(key).of_process:
         raise PortableError(f"{own} cannot leave Python; plain=False keeps it")
-    given = (size, attention, place, seen, *more, *[None] * (2 - len(more)))
-    found = ops.some_picked(metric, given, (r, least), (prefix, suffix), (heads, first), key)
-    return tuple(t.reshape(*metric.shape[: -3 if heads else -2], t.shape[-1]) for t in found)
+    return (seen, *more, *[None] * (2 - len(more))), (r, of_r), (prefix, suffix), (heads, first), key
 
 
 def _matched(

@@ -16,10 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from tome_fx import ops
 from tome_fx.config import ToMeConfig, config_from
-from tome_fx.explain import MatchRecorder, flat_inputs, rewritten_module
+from tome_fx.explain import MatchRecorder, Source, flat_inputs
 from tome_fx.methods import PIECES, How
 from tome_fx.methods.how import from_key, would_go
-from tome_fx.report import ToMeReport
 from tome_fx.schedule import ScheduleError
 
 OF: Mapping[str, Callable[[Tensor], Any]] = {"mean": torch.mean, "least": torch.amin, "most": torch.amax}
@@ -36,8 +35,8 @@ def calibrate(
 ) -> list[int]:
     """The list of r that a method's rule for counts gives on data: `tome_backend(r=calibrate(model, batches))`.
 
-    batches: inputs of the model, a tensor or a tuple of arguments each. For each block the model is rewritten once, or
-        once for each shape where batches have several.
+    batches: inputs of the model, a tensor or a tuple of arguments each. The model is traced once for each shape that
+        batches have, and rewritten once for each block.
     rule: a name that `counts` takes: "votes" (SAINT, arXiv 2503.11549: sources with `votes` partners of at least
         `tau`), "threshold" (ALGM: sources whose best partner is at least `tau` like them), or one of your own; None:
         that of the method, "votes" for SAINT's matcher.
@@ -62,18 +61,17 @@ def calibrate(
         raise ValueError("calibrate needs at least one batch")
     # All of r go, so that nothing but what pieces read is another graph.
     options = {**config, "method": method, "drop_unread": False, "counts": rule, "least": 1.0}
+    shaped = {_shapes(args): args for args in held}
+    sources = {key: Source(model, args) for key, args in shaped.items()}
     found: list[int] = []
     while True:
-        graphs: dict[Any, tuple[fx.GraphModule, ToMeReport]] = {}
         try:
-            for args in held:
-                if (key := _shapes(args)) not in graphs:
-                    graphs[key] = rewritten_module(model, args, None, {**options, "r": [*found, 1]})
+            graphs = {key: source.rewritten({**options, "r": [*found, 1]}) for key, source in sources.items()}
         except ScheduleError:  # of several chains of blocks the longest is at its end
             if found:
                 return found
             raise
-        reports = [report for _, report in graphs.values()]
+        reports = [result.report for _, result in graphs.values()]
         if not any(report.sites for report in reports):
             raise ValueError(f"calibrate: {reports[0].summary()}")
         counts = [_counts(graphs[_shapes(args)][0], args, settings, (rule, len(found))) for args in held]

@@ -150,11 +150,7 @@ def rewritten_module(
 ) -> tuple[fx.GraphModule, ToMeReport]:
     """The module of `rewrite`, and its report. target: as `transform` takes it."""
     settings = config_from({"inner": "eager", **config})
-    check_call(model, args)
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError("torch.export takes an nn.Module, got a function; `explain` and `check` take functions too")
-    exported = _exported(model, tuple(args), in_order(model, kwargs or {}), dynamic_shapes)
-    source = _module(exported)
+    source = _traced(model, args, kwargs, dynamic_shapes)
     flat = [_flat_value(node) for node in source.graph.find_nodes(op="placeholder")]
     rewritten, report = transform(source, flat, settings, target)
     for module in (rewritten if rewritten is not None else source).modules():
@@ -189,7 +185,7 @@ class Source:
     """
 
     def __init__(self, model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> None:
-        self.module = _module(_exported(model, tuple(args), in_order(model, kwargs or {}), None))
+        self.module = _traced(model, args, kwargs)
         self.training = model.training
         flat = [_flat_value(node) for node in self.module.graph.find_nodes(op="placeholder")]
         self.read = read_graph(self.module, flat, ToMeConfig(inner="eager"))
@@ -204,6 +200,16 @@ class Source:
         for module in merged.modules():
             module.training = self.training
         return merged, result
+
+
+def _traced(
+    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, dynamic_shapes: Any = None
+) -> fx.GraphModule:
+    """The model as torch.export has it. Raises TypeError for what is no module, or a call that it does not take."""
+    check_call(model, args)
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError("torch.export takes an nn.Module, got a function; `explain` and `check` take functions too")
+    return _module(_exported(model, tuple(args), in_order(model, kwargs or {}), dynamic_shapes))
 
 
 def _exported(model: torch.nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any) -> Any:

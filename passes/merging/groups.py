@@ -27,6 +27,8 @@ from .laid import Laid, dim_size, spot, token_spots
 from .steps import SMALLEST, StepTensors, grown
 
 if TYPE_CHECKING:
+    from tome_fx.methods import How
+
     from ..plan import Merge
     from ..rewrite import Emitter
 
@@ -127,14 +129,9 @@ class Groups:
             weight = none_of(before if weight is None else weight, gone.dim() - 1, gone, 0.0)
             before = none_of(before, gone.dim() - 1, gone, 0.0)
         size = call(tome.merge_size.default, before, *form)
-        if how.merging == "weighted":
-            assert paid is not None
-            own_share = call(aten.clamp_min.default, paid, SMALLEST)
-            weight = own_share if weight is None else own_share * weight
+        weight = self._weighed(how, weight, paid)
         seen = call(tome.merge_size.default, weight, *form) if weight is not None else None
-        keep, moved = form[1:]
-        if weight is not None and how.merging == "keep":
-            keep, moved = call(tome.seen_first.default, weight, *form)
+        keep, moved = self._leading(how, weight, held)
         own = before if drops or how.pruned else None
         return StepTensors(held.assign, keep, moved, size, weight, seen, own, how.merging)
 
@@ -149,17 +146,27 @@ class Groups:
             dim = held.assign.dim() - 1
             place = call(aten.arange.default, held.assign.shape[-1], device=held.assign.device)
             before = before * call(aten.eq.Tensor, held.keep.gather(dim, held.assign), place)
-        if how.merging == "weighted":
-            assert paid is not None
-            own_share = call(aten.clamp_min.default, paid, SMALLEST)
-            weight = own_share if weight is None else own_share * weight
+        weight = self._weighed(how, weight, paid)
         weight = weight if weight is None else weight * live
-        keep, moved = held.keep, held.moved
-        if weight is not None and how.merging == "keep":
-            keep, moved = call(tome.seen_first.default, weight, held.assign, keep, moved)
+        keep, moved = self._leading(how, weight, held)
         found = StepTensors(held.assign, keep, moved, None, weight, None, before, how.merging, padded=True)
         after = None if weight is None else self.steps.summed(found, weight)
         return replace(found, size=self.steps.summed(found, before), after=after)
+
+    def _weighed(self, how: How, weight: Traced | None, paid: Traced | None) -> Traced | None:
+        """What tokens weigh in means, by their attention where the merging says so."""
+        if how.merging != "weighted":
+            return weight
+        assert paid is not None
+        own_share = self.call(aten.clamp_min.default, paid, SMALLEST)
+        return own_share if weight is None else own_share * weight
+
+    def _leading(self, how: How, weight: Traced | None, held: StepTensors) -> tuple[Traced, Traced]:
+        """keep and moved, where one row stands for a group with one that a mask leaves in before the others."""
+        if weight is None or how.merging != "keep":
+            return held.keep, held.moved
+        found: tuple[Traced, Traced] = self.call(tome.seen_first.default, weight, held.assign, held.keep, held.moved)
+        return found
 
     def _change(self, merge: Merge, value: Laid | None) -> Traced:
         """float32 [*sample, N]: how much the block changed each token, relative to what the stream was before."""
@@ -168,7 +175,7 @@ class Groups:
         now, before = (self._rows(merge, node, None, value)[0].detach() for node in (block.merge, block.stream))
         rows = (x.to(torch.float32) for x in (now - before, before))
         long, short = (call(aten.linalg_vector_norm.default, x, 2, [-1]) for x in rows)
-        return (long / call(aten.clamp_min.default, short, SMALLEST))
+        return long / call(aten.clamp_min.default, short, SMALLEST)
 
     @staticmethod
     def _own(merge: Merge) -> Step:
