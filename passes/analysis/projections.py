@@ -141,7 +141,8 @@ def _followed(found: Projection, way: list[fx.Node], operand: Operand, facts: Fa
             found = replace(found, later=node)
             break
         last, state = node, moved
-    return _by_head(found, state, last, own, facts) if isinstance(state, Tensor) else None
+    whole = isinstance(state, Tensor) and state.numel() > 0  # several results are no heads, and no samples have none
+    return _by_head(found, state, last, own, facts) if whole else None
 
 
 def _moved(node: fx.Node, last: fx.Node, state: Any, facts: Facts) -> Any:
