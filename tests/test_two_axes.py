@@ -50,7 +50,7 @@ WHOLE: dict[str, Whole] = {
     "sdpa": by_sdpa, "matmul": by_matmul, "linear": linear, "einsum": by_einsum, "by hand": by_hand,
 }  # fmt: skip
 PAIRS = ("einsum", "by hand")
-"""Where frames stand beside frames, nothing says within which of them tokens were merged: they get their places back."""
+"""Where frames stand beside frames, nothing says within which of them tokens merged: they get their places back."""
 READ: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda x: x.mean((1, 2)),
     "mean of rows": lambda x: x.flatten(1, 2).mean(1),
