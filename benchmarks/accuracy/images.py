@@ -132,7 +132,8 @@ def emoji_task(test: int | None, seed: int, console: Console) -> Task:
         title=f"Emoji at {px} px, {WEIGHTS}",
         data=f"{emoji.PICTURES.name}: drawn emoji of 256 px, made smaller, and their {len(names)} Unicode subgroups by "
         f"{emoji.GROUPS.name}, no flags, no skin tones: a ridge probe (penalty {classifier[-1].alpha:g}) on "
-        f"{len(train)} unmerged class-token features, {len(rest)} others (seed {seed}). An even background flatters merging.",
+        f"{len(train)} unmerged class-token features, {len(rest)} others (seed {seed}). An even "
+        "background flatters merging.",
         model=model,
         load=lambda rows: cifar.tensor(pixels[rest[rows]], px),
         labels=labels[rest],
