@@ -39,10 +39,12 @@ bench: $(VENV)/.stamp-bench
 	$(PY) benchmarks/$(BENCH).py $(ARGS)
 
 # Hours on two cores. Stopped, it goes on where it was; a setting that fails does not keep the others from running.
+# make bench-all AGAINST=COMMIT runs every case in that build too, interleaved.
 bench-all: $(VENV)/.stamp-bench
 	$(PY) benchmarks/speed.py --all $(ARGS); status=$$?; \
 	$(PY) benchmarks/growth.py $(ARGS) && $(PY) benchmarks/match_growth.py $(ARGS) && $(PY) benchmarks/shares.py $(ARGS) && \
-	$(PY) benchmarks/schedules.py $(ARGS) && $(PY) benchmarks/report.py && exit $$status
+	$(PY) benchmarks/schedules.py $(ARGS) && \
+	$(if $(AGAINST),$(PY) benchmarks/against.py --all --commit $(AGAINST) &&) $(PY) benchmarks/report.py && exit $$status
 
 MODES := reduce-overhead max-autotune
 bench-gpu: $(VENV)/.stamp-bench

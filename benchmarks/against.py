@@ -1,8 +1,9 @@
 """This build beside another one, a checkout of another commit: speed of a case in both, interleaved.
 
     python benchmarks/against.py --other PATH sam_base_4096 [dit_base_4096 ...] [--dtype bfloat16] [--rounds 5]
+    python benchmarks/against.py --commit COMMIT --all      # what `make bench-all AGAINST=COMMIT` runs
 
-Each build runs in a process of its own, which calls when it is asked to, so that no two are busy at once. Beside the
+A commit is checked out into the cache folder and gets an environment of its own there. Each build runs in a process of its own, which calls when it is asked to, so that no two are busy at once. Beside the
 medians over rounds stand ratios of the least times, which say more where others use the machine, and of the time that
 the processor spent. Writes results/against-CASE-DTYPE-cpu.json.
 """
@@ -23,7 +24,7 @@ from rich.console import Console
 
 import cases
 import harness
-from tome_fx import timing
+from tome_fx import assets, timing
 
 HERE = Path(__file__).parent
 Times = tuple[float, float]
@@ -50,19 +51,51 @@ for line in sys.stdin:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = harness.parser(__doc__, claims=False)
-    parser.add_argument("cases", nargs="+", choices=cases.CASES, metavar="CASE", help="as speed.py --list prints")
-    parser.add_argument("--other", type=Path, required=True, help="the other checkout")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="as speed.py --list prints")
+    parser.add_argument("--all", action="store_true", help="every case that the other build has; not what is there")
+    build = parser.add_mutually_exclusive_group(required=True)
+    build.add_argument("--other", type=Path, help="the other checkout, run by this interpreter")
+    build.add_argument("--commit", help="checked out beside, with an environment of its own")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--depth", type=int, help="blocks; default: the case's")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default %(default)s)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if unknown := set(args.cases) - cases.CASES.keys():
+        parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(cases.CASES)}")
+    if args.all == bool(args.cases):
+        parser.error("name cases, or give --all")
+    return args
+
+
+def checked_out(commit: str, console: Console) -> tuple[Path, str]:
+    """A checkout of a commit in the cache folder, and the interpreter of its own environment.
+
+    Raises CalledProcessError where there is no such commit, or it cannot be installed.
+    """
+    git = ["git", "-C", str(HERE.parent)]
+    done = subprocess.run([*git, "rev-parse", "--verify", f"{commit}^{{commit}}"], capture_output=True, check=True)
+    folder = assets.cache_dir() / f"build-{done.stdout.decode().strip()[:12]}"
+    if not folder.exists():
+        subprocess.run([*git, "worktree", "prune"], check=True)
+        subprocess.run([*git, "worktree", "add", "--detach", str(folder), commit], check=True)
+    with console.status(f"installing {commit} in {folder}"):
+        subprocess.run(["make", "-C", str(folder), ".venv/.stamp-bench"], check=True, stdout=subprocess.DEVNULL)
+    return folder, str(folder / ".venv" / "bin" / "python")
+
+
+def known(root: Path, python: str) -> list[str]:
+    """The cases of a build."""
+    path = {"PYTHONPATH": os.pathsep.join([str(root), str(root / "benchmarks")])}
+    done = subprocess.run([python, "-c", "import cases; print(*cases.CASES)"], env=os.environ | path,
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    return done.stdout.split()
 
 
 @contextmanager
-def worker(root: Path, setting: str) -> Iterator[Any]:
+def worker(root: Path, setting: str, python: str = sys.executable) -> Iterator[Any]:
     """A process of a build that runs a variant whenever it gets its name, and says how many seconds it took."""
     path = os.pathsep.join([str(root), str(root / "benchmarks")])
-    command = [sys.executable, "-c", WORKER, setting]
+    command = [python, "-c", WORKER, setting]
     process = subprocess.Popen(
         command, env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -84,11 +117,11 @@ def worker(root: Path, setting: str) -> Iterator[Any]:
         process.wait()
 
 
-def times(case: str, args: argparse.Namespace) -> dict[str, list[Times]]:
-    """Seconds of each row, a call a round."""
+def times(case: str, args: argparse.Namespace, other_build: tuple[Path, str]) -> dict[str, list[Times]]:
+    """Seconds of each row, a call a round. other_build: its checkout and its interpreter."""
     options = {"depth": args.depth} if args.depth else {}
     setting = json.dumps({"case": case, "batch": 1, "device": args.device, "dtype": args.dtype, "options": options})
-    with worker(HERE.parent, setting) as this, worker(args.other, setting) as other:
+    with worker(HERE.parent, setting) as this, worker(other_build[0], setting, other_build[1]) as other:
         calls = {name: (this, name) if of == "this" else (other, "tome_fx") for name, of in ROWS.items()}
         for run, name in calls.values():
             run(name)  # compiles
@@ -108,10 +141,14 @@ def main() -> int:
     """Measure every case and write what it gave."""
     args, console = arguments(), Console()
     harness.require(args.device)
-    commit = subprocess.run(["git", "-C", args.other, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    for case in args.cases:
+    build = (args.other, sys.executable) if args.other else checked_out(args.commit, console)
+    commit = subprocess.run(["git", "-C", build[0], "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    for case in [name for name in known(*build) if name in cases.CASES] if args.all else args.cases:
+        path = harness.result_path(args.out, f"against-{case}-{args.dtype}", args.device)
+        if args.all and path.exists() and json.loads(path.read_text())["other"] == commit.stdout.strip():
+            continue
         info = harness.machine(args.device, args.dtype, console)
-        held = times(case, args)
+        held = times(case, args, build)
         wall, spent = ({row: [each[i] for each in of] for row, of in held.items()} for i in (0, 1))
         rivals = [name for name in ROWS if name != "tome_fx"]
         ratios = {f"over {name}": {
@@ -121,7 +158,6 @@ def main() -> int:
         } for name in rivals}  # fmt: skip
         result = {"benchmark": "against", "machine": info, "case": case, "other": commit.stdout.strip(),
                   "depth": args.depth, "ratios": ratios, "seconds": wall, "processor": spent}  # fmt: skip
-        path = harness.result_path(args.out, f"against-{case}-{args.dtype}", args.device)
         path.write_text(json.dumps(result, indent=2) + "\n")
         console.print(case, args.dtype, ratios)
     return 0
