@@ -3,9 +3,10 @@
     python benchmarks/against.py --other PATH sam_base_4096 [dit_base_4096 ...] [--dtype bfloat16] [--rounds 5]
     python benchmarks/against.py --commit COMMIT --all      # what `make bench-all AGAINST=COMMIT` runs
 
-A commit is checked out into the cache folder and gets an environment of its own there. Each build runs in a process of its own, which calls when it is asked to, so that no two are busy at once. Beside the
-medians over rounds stand ratios of the least times, which say more where others use the machine, and of the time that
-the processor spent. Writes results/against-CASE-DTYPE-cpu.json.
+A commit is checked out into the cache folder and gets an environment of its own there. Each build runs in a process of
+its own, which calls when it is asked to, so that no two are busy at once. Beside the medians over rounds stand ratios
+of the least times, which say more where others use the machine, and of the time that the processor spent. Writes
+results/against-CASE-DTYPE-cpu.json.
 """
 
 from __future__ import annotations
