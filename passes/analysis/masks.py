@@ -282,19 +282,27 @@ class _Reader:
             self._unknown(term)
         elif parts is not None and i == parts[1]:
             low = scale is not None and parts[2] is not None and parts[2] * scale <= LEFT_OUT
-            self.term(term, (LEFT_OUT if parts[3] else -LEFT_OUT) if low else None)
+            if not low and self._is_mask(term):  # what it fills may be left out all the same
+                self._factors[term] = None
+            else:
+                self.term(term, (LEFT_OUT if parts[3] else -LEFT_OUT) if low else None)
         elif _packet(call) is aten.mul and self._is_mask(term):
             self._factors[term] = None
         else:
             self.term(term, _shares(call, scale)[i])
 
     def probabilities(self, way: list[fx.Node]) -> None:
-        """Read what joins the probabilities: a mask that has already masked the scores may zero them again."""
+        """Read what joins the probabilities: zeros leave keys out; a factor may, of a mask that the scores have too."""
         for call, i, term in _aside(way, self.facts):
             parts = _mask_parts(call)
             zeroes = parts is not None and i == parts[1] and parts[2] == 0
-            if (zeroes or _packet(call) is aten.mul) and self._is_mask(term):
-                self._factors[term] = None
+            times = _packet(call) is aten.mul
+            if (zeroes or times) and self._is_mask(term):
+                ones = all(n.meta["val"].dtype is torch.bool for n in self._sources(term))
+                if ones and not self.masks:
+                    self.term(term, LEFT_OUT if parts is not None and parts[3] else -LEFT_OUT)
+                else:
+                    self._factors[term] = None
             elif find(call) is UNKNOWN:
                 self._unknown(term)
             else:

@@ -31,7 +31,7 @@ from .sites import AttentionSite
 from .values import size_hint
 
 aten = torch.ops.aten
-_ADDS = {aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor}
+ADDS = {aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def length_of(node: fx.Node, facts: Facts, tokens: Dim) -> Any:
 def _adds_after(site: AttentionSite, facts: Facts) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
     """The sums that an attention's output goes into, and their operands that are not computed from it."""
     for node in facts.reach.nodes[facts.reach.index[site.out] + 1 :]:
-        if node.target in _ADDS and facts.leads(site.out, node):
+        if node.target in ADDS and facts.leads(site.out, node):
             operands = [a for a in node.args[:2] if isinstance(a, fx.Node)]
             yield node, [a for a in operands if not facts.leads(site.out, a)] if len(operands) == 2 else []
 
@@ -110,7 +110,7 @@ def merge_point(site: AttentionSite, facts: Facts, tokens: Dim) -> Spot | SkipRe
 def _past_parallel_branch(spot: Spot, facts: Facts, tokens: Dim) -> Spot:
     """attention and MLP side by side: x + attention(x) + mlp(x) merges after both."""
     users = list(spot.merge.users)
-    if len(users) != 1 or users[0].target not in _ADDS:
+    if len(users) != 1 or users[0].target not in ADDS:
         return spot
     later = users[0]
     other = [a for a in later.args[:2] if a is not spot.merge]
@@ -214,5 +214,5 @@ def _combined(site: AttentionSite, facts: Facts) -> set[Atom]:
     return found
 
 
-__all__ = ["Spot", "branch_point", "holds", "length_of", "merge_point", "pooled", "residuals", "stream_beside",
-           "tokens_in"]  # fmt: skip
+__all__ = ["ADDS", "Spot", "branch_point", "holds", "length_of", "merge_point", "origin", "pooled", "residuals",
+           "stream_beside", "tokens_in"]  # fmt: skip
