@@ -241,7 +241,8 @@ _EXP = {aten.exp.default, aten.exp2.default}
 
 
 def _scores(facts: Facts) -> set[fx.Node]:
-    """Nodes whose value reaches a softmax, exp or the mask of an attention through pointwise ops, views and cat: terms of attention scores."""
+    """Nodes whose value reaches a softmax, an exp or the mask of an attention through pointwise ops, views and cat:
+    terms of attention scores."""
     calls = facts.calls.values()
     todo = [c.nodes[0] for c in calls if c.nodes and (isinstance(find(c), Softmax) or c.target in _EXP)]
     todo += [c.args["attn_mask"] for c in calls if isinstance(c.args.get("attn_mask"), fx.Node)]

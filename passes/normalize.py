@@ -13,6 +13,9 @@
 | attention, norms, convolutions as below autograd        | as above it: `scaled_dot_product_attention`, `conv2d`    |
 | `pad(x, (m, 0))`                                        | `cat([full(m), x], -1)`                                  |
 | the sum of what stands side by side along a dim         | adds: `add(x, y)`                                        |
+| the same, each times a number of its own                | adds: `add(mul(x, w0), mul(y, w1))`                      |
+| `cat` of slices that the same op was done to            | the op, of the whole                                     |
+| exp over its sum, or of what has been normalised        | `softmax` (`normal/weights.py`)                          |
 | the mean of it                                          | adds, divided: `div(add(x, y), 2)`                       |
 | one of its running sums (`cumsum`)                      | adds: `add(x, y)`                                        |
 | one of it (`unbind`, `split`, `select`, `slice`)        | itself: `x`                                              |
@@ -49,8 +52,8 @@ from .rules import Call, find
 from .rules.base import Role
 from .rules.contraction import Contraction
 from .rules.facts import NO_FACTS
-from .rules.pointwise import POINTWISE
 from .rules.joins import CatRule
+from .rules.pointwise import POINTWISE
 from .rules.views import PermuteRule, ViewRule
 
 aten = torch.ops.aten
@@ -348,10 +351,11 @@ def _pieced(nodes: Sequence[Any], d: int) -> fx.Node | None:
 
 def _cut(node: fx.Node, d: int) -> tuple[fx.Node | None, Any]:
     """Of what a slice along dim d is one, or a piece of a split, and from where on."""
-    of = node.args[0] if node.target is operator.getitem else node
+    of: Any = node.args[0] if node.target is operator.getitem else node
     if of.target not in _CUTS or (call := Call(of)).axis(call.args["dim"]) != d or call.args.get("step", 1) != 1:
         return None, None
-    lengths = [val.shape[d] for val in call.results[: node.args[1] if of is not node else 0]]
+    at: Any = 0 if of is node else node.args[1]
+    lengths = [val.shape[d] for val in call.results[:at]]
     return call.nodes[0], sum(lengths, call.args.get("start") or 0)
 
 

@@ -46,7 +46,8 @@ def _written_again(node: fx.Node) -> bool:
 
 def _pieces(last: fx.Node) -> list[fx.Node] | None:
     """What was written, in the order of the places, if together it is all that is left."""
-    dim, found, node = _spot(last)[0], [], last
+    dim, node = _spot(last)[0], last
+    found: list[tuple[Any, Any, fx.Node]] = []
     while node.target in _WRITES:
         d, start, stop, step = _spot(node)
         src = node.args[1]
@@ -54,7 +55,8 @@ def _pieces(last: fx.Node) -> list[fx.Node] | None:
             return None
         if src.meta["val"].dtype != node.meta["val"].dtype:
             return None
-        found.append((start, stop, src))
+        if not any(same(start, a) and same(stop, b) for a, b, _ in found):  # `x[:, 1:] += y` writes it twice
+            found.append((start, stop, src))
         node = node.args[0]  # type: ignore[assignment]
     at: Any = 0
     ordered = []
