@@ -63,6 +63,8 @@ def _open_site(softmax: Call, facts: Facts) -> AttentionSite | None:
     if found is None:
         return None
     q, k = found
+    if facts.features.issuperset(q.axis(facts)) and not facts.features & set(axis):
+        return None  # keys over their sum (linear attention), and what it found is of the block before
     facts.attends.add((q.axis(facts), axis))
     v = _values(softmax.node, out, axis, facts)
     return AttentionSite(name=place(softmax.node), q=q, k=k, v=v, out=out.node)

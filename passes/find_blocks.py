@@ -146,11 +146,11 @@ def _block(site: AttentionSite, facts: Facts) -> Block:
     crossed = keys != queries
     tokens = queries if crossed else keys
     streams = [] if placement == "branch" else _joined(site, facts, queries)
+    if facts.features & {*keys, *queries}:
+        raise _Left("attention over channels", "its keys are features, which a weight made")
     # Without a softmax nothing shows whether chunk after chunk is read in causal order.
     if not tokens or (crossed and not streams and (placement == "stream" or not site.softmax)):
         raise _Left("cross attention", "queries and keys are different tokens")
-    if facts.features & {*keys, *queries}:
-        raise _Left("attention over channels", "its keys are features, which a weight made")
     if not streams and (site.q if crossed else site.k).node in facts.constant:
         raise _Left("tokens of no input", "its tokens depend on no input: they are weights")
     why = site.causal if not site.masked or crossed or placement == "stream" else None

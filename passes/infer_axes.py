@@ -216,20 +216,23 @@ _PADS = {aten.pad.default, aten.constant_pad_nd.default}
 
 def _note_made_channels(call: Call, facts: Facts, made: Sequence[tuple[Dim, Dim]]) -> None:
     """A piece of a feature axis is one too, and so is one that was padded or joined with others. Not so of what a
-    weight gives to each head: a table of relative positions is cut to the number of the tokens.
+    weight gives to each head, unless it is joined with its like: a table of relative positions is cut to the number of
+    the tokens.
 
     made: axes that weights brought into products, and what stands beside each."""
     features = {leaf for dim in facts.channels for leaf in leaves(dim)}
-    features -= {leaf for dim, beside in made if features & set(leaves(beside)) for leaf in leaves(dim)}
     before = facts.dims(call.nodes[0])
+    own = features - {leaf for dim, beside in made if features & set(leaves(beside)) for leaf in leaves(dim)}
     if isinstance(find(call), CatRule):  # tokens that come out of one row are joined with others that do not
         d = CatRule.dim(call)
-        if not all(n in facts.constant or features & set(leaves(facts.dims(n)[d])) for n in call.nodes):
+        if not facts.constant & set(call.nodes):
+            own = features
+        if not all(n in facts.constant or own & set(leaves(facts.dims(n)[d])) for n in call.nodes):
             return
     for after in facts.axes[call.node]:
         if len(after) == len(before):
             facts.channels += [
-                new for old, new in zip(before, after, strict=True) if new is not old and features & set(leaves(old))
+                new for old, new in zip(before, after, strict=True) if new is not old and own & set(leaves(old))
             ]
 
 
@@ -238,8 +241,11 @@ _EXP = {aten.exp.default, aten.exp2.default}
 
 
 def _scores(facts: Facts) -> set[fx.Node]:
-    """Nodes whose value reaches a softmax or exp through pointwise ops, views and cat: terms of attention scores."""
-    todo = [c.nodes[0] for c in facts.calls.values() if c.nodes and (isinstance(find(c), Softmax) or c.target in _EXP)]
+    """Nodes whose value reaches a softmax, an exp or the mask of an attention through pointwise ops, views and cat:
+    terms of attention scores."""
+    calls = facts.calls.values()
+    todo = [c.nodes[0] for c in calls if c.nodes and (isinstance(find(c), Softmax) or c.target in _EXP)]
+    todo += [c.args["attn_mask"] for c in calls if isinstance(c.args.get("attn_mask"), fx.Node)]
     found: set[fx.Node] = set()
     while todo:
         node = todo.pop()

@@ -13,6 +13,9 @@
 | attention, norms, convolutions as below autograd        | as above it: `scaled_dot_product_attention`, `conv2d`    |
 | `pad(x, (m, 0))`                                        | `cat([full(m), x], -1)`                                  |
 | the sum of what stands side by side along a dim         | adds: `add(x, y)`                                        |
+| the same, each times a number of its own                | adds: `add(mul(x, w0), mul(y, w1))`                      |
+| `cat` of slices that the same op was done to            | the op, of the whole                                     |
+| exp over its sum, or of what has been normalised        | `softmax` (`normal/weights.py`)                          |
 | the mean of it                                          | adds, divided: `div(add(x, y), 2)`                       |
 | one of its running sums (`cumsum`)                      | adds: `add(x, y)`                                        |
 | one of it (`unbind`, `split`, `select`, `slice`)        | itself: `x`                                              |
@@ -27,8 +30,10 @@ Side by side stand the operands of a `stack`, a `cat`, and of permutes and views
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import accumulate
+import operator
+from collections.abc import Callable, Sequence
+from functools import reduce
+from itertools import accumulate, permutations
 from math import prod
 from typing import Any
 
@@ -42,7 +47,13 @@ from .normal.idle import drop_idle, numbers
 from .normal.join_writes import join_writes
 from .normal.memory import Outputs
 from .normal.spread import narrow_spread
+from .normal.weights import from_log, over_their_sum, shifted
 from .rules import Call, find
+from .rules.base import Role
+from .rules.contraction import Contraction
+from .rules.facts import NO_FACTS
+from .rules.joins import CatRule
+from .rules.pointwise import POINTWISE
 from .rules.views import PermuteRule, ViewRule
 
 aten = torch.ops.aten
@@ -54,9 +65,10 @@ MOST = 8
 def normalize(graph: fx.Graph, mode: FakeTensorMode, impure: Callable[[fx.Node], bool]) -> None:
     """Rewrite in place. impure: the nodes that stay though nobody reads them."""
     outputs = Outputs(graph)
-    _by_table(graph, mode)
     drop_dead(graph, impure)
     join_writes(graph)
+    _by_table(graph, mode)
+    drop_dead(graph, impure)
     known = numbers(graph, {})
     narrow_spread(graph, mode, known.get)
     drop_dead(graph, impure)
@@ -231,6 +243,8 @@ def _pieces(node: fx.Node, d: int, emit: Emit) -> list[fx.Node] | None:
         inner = _pieces(call.nodes[0], d, emit)
         few = inner is not None and len(inner) <= MOST
         return list(accumulate(inner, lambda x, y: emit(aten.add.Tensor, x, y))) if inner and few else None
+    if node.target is aten.mul.Tensor:
+        return _times(call, d, emit)
     if isinstance(rule, PermuteRule):
         order = rule.order(call)
         rest = [k - (k > order[d]) for k in order if k != order[d]]
@@ -243,6 +257,18 @@ def _pieces(node: fx.Node, d: int, emit: Emit) -> list[fx.Node] | None:
             held = _spans(call.nodes[0], d)
             whole = held is not None and [expr(n) for _, n in held] == [after[d + 1]] * after[d]
             return [n for n, _ in held] if held is not None and whole else None
+    return None
+
+
+def _times(call: Call, d: int, emit: Emit) -> list[fx.Node] | None:
+    """The products of what stands side by side along dim d with what belongs to each."""
+    for x, w in (call.nodes, call.nodes[::-1]) if len(call.nodes) == 2 and _one_kind(call) else ():
+        at = d - call.out.dim() + w.meta["val"].dim()
+        inner = _pieces(x, d, emit) if x.meta["val"].shape == call.out.shape else None
+        if inner is not None:
+            own = w.meta["val"].shape[at] if at >= 0 else 1
+            each = [w if at < 0 else emit(aten.select.int, w, at, k if own != 1 else 0) for k in range(len(inner))]
+            return [emit(aten.mul.Tensor, n, by) for n, by in zip(inner, each, strict=True)]
     return None
 
 
@@ -264,10 +290,76 @@ def _summed(call: Call, emit: Emit) -> fx.Node | None:
     terms = _pieces(call.nodes[0], d, emit)
     if terms is None or not 1 < len(terms) <= MOST:
         return None
-    total = terms[0]
-    for term in terms[1:]:
-        total = emit(aten.add.Tensor, total, term)
+    total = _total(terms, emit)
     return emit(aten.unsqueeze.default, total, d) if call.args["keepdim"] else total
+
+
+def _total(terms: Sequence[fx.Node], emit: Emit) -> fx.Node:
+    return reduce(lambda x, y: emit(aten.add.Tensor, x, y), terms)
+
+
+def _weighted(call: Call, emit: Emit) -> fx.Node | None:
+    """A product that sums what stands side by side, each times a number of its own."""
+    rule = find(call)
+    if not isinstance(rule, Contraction) or len(call.nodes) != 2 or not _one_kind(call):
+        return None
+    sig = rule.signature(call, NO_FACTS)
+    for (letters, node), (by, weights) in permutations(zip(sig.ins, call.nodes, strict=True)):
+        x = by[0] if len(by) == 1 else None
+        if x is None or sig.role(x) is not Role.SUM or (*sig.outs[0],) != (*(c for c in letters if c != x),):
+            continue
+        terms = _pieces(node, letters.index(x), emit)
+        if terms is not None and 1 < len(terms) <= MOST:
+            scaled = (emit(aten.mul.Tensor, n, emit(aten.select.int, weights, 0, k)) for k, n in enumerate(terms))
+            return _total(list(scaled), emit)
+    return None
+
+
+def _tiled(nodes: Sequence[Any], d: int, emit: Emit) -> fx.Node | None:
+    """What pieces of all there is were done alike to, joined again, is done to the whole."""
+    calls = [Call(n) if isinstance(n, fx.Node) and n.op == "call_function" else None for n in nodes]
+    if len(nodes) < 2 or any(c is None or c.target is not calls[0].target for c in calls):  # type: ignore[union-attr]
+        return None
+    held: list[Call] = [c for c in calls if c is not None]
+    first = held[0]
+    if first.target in (aten.slice.Tensor, operator.getitem):
+        return _pieced(nodes, d)
+    if find(first) is not POINTWISE or any(c.node.kwargs != first.node.kwargs for c in held):
+        return None
+    columns = list(zip(*(c.node.args for c in held), strict=False))
+    args = [_tiled(n, d, emit) if isinstance(n[0], fx.Node) and len({*n}) > 1 else n[0] for n in columns]
+    same = [a for a, n in zip(args, columns, strict=True) if a is n[0] and isinstance(a, fx.Node)]
+    free = all(val.dim() < held[0].out.dim() - d or val.shape[d - held[0].out.dim()] == 1
+               for val in (n.meta["val"] for n in same))  # fmt: skip
+    alike = all(len({*map(str, n)}) == 1 for n in columns if not isinstance(n[0], fx.Node))
+    if None in args or not free or not alike or len(same) == len(columns):
+        return None
+    return emit(first.target, *args, **first.node.kwargs)
+
+
+def _pieced(nodes: Sequence[Any], d: int) -> fx.Node | None:
+    """What slices are all of, one behind the other."""
+    cuts, at = [_cut(n, d) for n in nodes], 0
+    whole = cuts[0][0]
+    for node, (base, start) in zip(nodes, cuts, strict=True):
+        length = node.meta["val"].shape[d]
+        if base is not whole or start != at or not isinstance(length, int):
+            return None
+        at += length
+    return whole if whole is not None and at == whole.meta["val"].shape[d] else None
+
+
+def _cut(node: fx.Node, d: int) -> tuple[fx.Node | None, Any]:
+    """Of what a slice along dim d is one, or a piece of a split, and from where on."""
+    of: Any = node.args[0] if node.target is operator.getitem else node
+    if of.target not in _CUTS or (call := Call(of)).axis(call.args["dim"]) != d or call.args.get("step", 1) != 1:
+        return None, None
+    at: Any = 0 if of is node else node.args[1]
+    lengths = [val.shape[d] for val in call.results[:at]]
+    return call.nodes[0], sum(lengths, call.args.get("start") or 0)
+
+
+_CUTS = {aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default}
 
 
 def _averaged(call: Call, emit: Emit) -> fx.Node | None:
@@ -347,7 +439,11 @@ FORMS: dict[Any, Form] = {
     **dict.fromkeys(
         (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default), _itself
     ),
-    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar), _changed_by(1)),
+    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, aten.div.Scalar), _changed_by(1)),
+    aten.div.Tensor: lambda call, emit: _changed_by(1)(call, emit) or over_their_sum(call, emit),
+    aten.exp.default: from_log,
+    aten.softmax.int: shifted,
+    **dict.fromkeys((aten.einsum.default, aten.matmul.default), _weighted),
     **dict.fromkeys((aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar), _changed_by(0)),
     aten.native_layer_norm.default: _whole(_layer_norm),
     aten.convolution.default: _convolution,
@@ -359,7 +455,7 @@ FORMS: dict[Any, Form] = {
     aten.lerp.Tensor: _toward,
     aten.baddbmm.default: _plus_product(aten.bmm.default),
     aten.addmm.default: _plus_product(aten.mm.default),
-    aten.cat.default: _beside_itself,
+    aten.cat.default: lambda call, emit: _beside_itself(call, emit) or _tiled(call.nodes, CatRule.dim(call), emit),
     aten.stack.default: _beside_itself,
     aten.pad.default: _padded,
     aten.constant_pad_nd.default: _padded,

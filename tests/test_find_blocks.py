@@ -47,6 +47,13 @@ def tokens() -> Tensor:
     return torch.stack([b[p] for b, p in zip(base, pick, strict=True)])
 
 
+def in_parts(x: Tensor, y: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, 9:] += y[:, 9:]
+    x[:, :9] += y[:, :9]
+    return x
+
+
 ADDS: dict[str, Any] = {
     "to(device)": lambda x, y: y + x.to(y.device), "to(like)": lambda x, y: x.to(y) + y,
     "float": lambda x, y: x.float() + y, "clone": lambda x, y: y + x.clone(), "twice": lambda x, y: 2.0 * x + y,
@@ -59,6 +66,10 @@ ADDS: dict[str, Any] = {
     "from": lambda x, y: torch.rsub(-y, x), "alpha": lambda x, y: torch.add(x, y, alpha=0.5),
     "addcmul": lambda x, y: torch.addcmul(x, y, torch.full((D,), 0.3)), "in place": lambda x, y: x.clone().add_(y),
     "addcdiv": lambda x, y: torch.addcdiv(x, y, torch.full((D,), 3.0)), "halved": lambda x, y: (x + y) / 2**0.5,
+    "einsum": lambda x, y: torch.einsum("s,sbnd->bnd", torch.ones(2), torch.stack([x, y])),
+    "matmul": lambda x, y: torch.stack([x, y], -1) @ torch.tensor([1.0, 0.5]),
+    "parts": lambda x, y: torch.cat([x[:, :9] + y[:, :9], x[:, 9:] + y[:, 9:]], 1), "parts written": in_parts,
+    "subtracted": lambda x, y: x - y * -1.0, "weights": lambda x, y: F.linear(x, torch.eye(D)) + y,
     "channels first": lambda x, y: (x.mT + y.mT).mT,
     "rows": lambda x, y: (x.flatten(0, 1) + y.flatten(0, 1)).view_as(x),
 }  # fmt: skip
@@ -71,6 +82,105 @@ def test_residual_adds_through_ops_that_keep_each_entry(name: str, placement: st
     assert {site.placement for site in report.sites} == {placement}, report
     plain = assert_lossless(net(), (tokens(),), 6, sites=2, placement=placement)
     assert [site.tokens for site in report.sites] == [site.tokens for site in plain.sites]
+    assert [site.mlp for site in report.sites] == [site.mlp for site in plain.sites] or name == "weights"
+
+
+class Hyper(nn.Module):
+    """Hyper-connections: several copies of the stream, mixed by weights; a block reads a mixture and adds to all."""
+
+    def __init__(self, copies: int = 3) -> None:
+        super().__init__()
+        self.block = Block(F.scaled_dot_product_attention)
+        self.read, self.write = nn.Linear(copies, 1), nn.Linear(1, copies)
+        self.mix = nn.Parameter(torch.randn(copies, copies))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block.norm1(torch.einsum("s,bsnd->bnd", self.read.weight[0], x))
+        q, k, v = (f(y).unflatten(-1, (H, -1)).transpose(1, 2) for f in (self.block.q, self.block.k, self.block.v))
+        y = self.block.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = torch.einsum("st,bsnd->btnd", self.mix, x) + self.write.weight[:, :, None] * y[:, None]
+        return x + self.block.mlp(self.block.norm2(x.mean(1)))[:, None]
+
+
+class Copies(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(Hyper(), Hyper())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x[:, None].expand(-1, 3, -1, -1)).sum(1)
+
+
+@pytest.mark.parametrize("placement", ["stream", "branch"])
+def test_streams_that_weights_mix(placement: str) -> None:
+    report = assert_lossless(redraw(Copies()).eval(), (tokens(),), 6, sites=2, placement=placement)
+    length = 58 if placement == "stream" else N
+    assert report.tokens == [(N, 58), (length, length - 6)]
+
+
+SEEN = torch.arange(N) < torch.tensor([[N], [40]])
+TERM = torch.linspace(-1, 1, D // H)
+PADDED: dict[str, Attend] = {
+    # masks of keys that are no operand of the softmax, and terms that the model computes beside one
+    "over their sum": lambda q, k, v: (lambda p: p / p.sum(-1, keepdim=True) @ v)(
+        (q @ k.mT).softmax(-1) * SEEN[:, None, None]
+    ),
+    "over their sum and more": lambda q, k, v: (lambda p: p / (p.sum(-1, keepdim=True) + 1e-20) @ v)(
+        (q @ k.mT).softmax(-1) * SEEN[:, None, None]
+    ),
+    "exp by hand": lambda q, k, v: (lambda e: e @ v / e.sum(-1, keepdim=True))((q @ k.mT).exp() * SEEN[:, None, None]),
+    "logsumexp": lambda q, k, v: (lambda s: (s - s.logsumexp(-1, keepdim=True)).exp() @ v)(
+        (q @ k.mT).masked_fill(~SEEN[:, None, None], -1e9)
+    ),
+    "filled twice": lambda q, k, v: torch.where(
+        SEEN[:, None, None], torch.where(SEEN[:, None, None], q @ k.mT, 0.0), -1e30
+    ).softmax(-1) @ v,
+    "with itself": lambda q, k, v: (q @ k.mT).masked_fill(
+        ~(SEEN[:, None, None] & SEEN[:, None, :, None]), torch.finfo(torch.float32).min
+    ).softmax(-1) @ v,
+    "with itself, numbers": lambda q, k, v: (q @ k.mT).masked_fill(
+        ~(SEEN.long()[:, None, None] * SEEN.long()[:, None, :, None]).bool(), -1e9
+    ).softmax(-1) @ v,
+    "none of either": lambda q, k, v: (q @ k.mT).masked_fill(
+        (~SEEN)[:, None, None] | (~SEEN)[:, None, :, None], -1e9
+    ).softmax(-1) @ v,
+    "beside a term of the keys": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=(k @ TERM)[:, :, None] + torch.zeros(2, N).masked_fill(~SEEN, -torch.inf)[:, None, None]
+    ),
+    "in a term of the keys": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=(k @ TERM)[:, :, None].masked_fill(~SEEN[:, None, None], -torch.inf)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "placement"), thinned(product(PADDED, ("stream", "branch")), 3))
+def test_padding_in_other_words(name: str, placement: str) -> None:
+    """A mask of keys, and none of pairs: as many merge as without one, and no padded token moves a valid one."""
+    model, x = net(PADDED[name]), tokens()
+    assert_lossless(model, (x,), 6, sites=2, placement=placement)
+    other = torch.where(SEEN[..., None], x, torch.randn(2, N, D))
+    fast = compiled(model, 6, placement=placement)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x)[SEEN], fast(other)[SEEN])
+
+
+EITHER: dict[str, Attend] = {
+    "alike": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, SEEN[:, None, None] == SEEN[:, None, :, None]),
+    "one of them": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, SEEN[:, None, None] | SEEN[:, None, :, None]
+    ),
+    "not both out": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, ~((~SEEN)[:, None, None] & (~SEEN)[:, None, :, None])
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::tome_fx.ToMeWarning")
+@pytest.mark.parametrize("name", EITHER)
+def test_masks_of_pairs_made_of_one_of_tokens(name: str) -> None:
+    """What joins a mask with itself otherwise leaves out by pairs."""
+    report = tome_fx.explain(net(EITHER[name]), (tokens(),), r=6, placement="stream")
+    assert not report.merged_sites and {s.kind for s in report.skipped} <= {"causal or windowed mask", "unclear mask"}
 
 
 def triangle(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

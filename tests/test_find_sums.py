@@ -35,6 +35,14 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (w / w.sum(-1, keepdim=True)) @ v
 
 
+WAVES = nn.Parameter(torch.linspace(-1, 1, 16 * 12).reshape(16, 12))
+
+
+def turned(x: Tensor) -> Tensor:
+    """Random Fourier features."""
+    return torch.cat([x.sin(), x.cos()], -1)
+
+
 class Performer(nn.Module):
     """Random features of a softmax."""
 
@@ -76,6 +84,13 @@ LINEAR: dict[str, Attend] = {
     "values first": lambda q, k, v: ((v.mT @ k.relu()) @ q.relu().mT).mT / k.shape[2],
     "scaled between": lambda q, k, v: q @ ((k.mT @ v) * 0.1),
     "performer": Performer(),
+    "softmax apart, einsum": lambda q, k, v: torch.einsum(
+        "bhde,bhnd->bhne", torch.einsum("bhnd,bhne->bhde", k.softmax(-2), v), q.softmax(-1)
+    ),
+    "einsum of three, dots": lambda q, k, v: torch.einsum(
+        "...de,...nd,...n->...ne", phi(k).mT @ v, phi(q), 1 / torch.einsum("...nd,...d->...n", phi(q), phi(k).sum(2))
+    ),
+    "sines and cosines": lambda q, k, v: turned(q @ WAVES) @ (turned(k @ WAVES).mT @ v) / k.shape[2],
 }
 
 

@@ -14,6 +14,25 @@ from passes.capture import capture
 
 ADD, MUL, DIV = "aten.add.Tensor", "aten.mul.Tensor", "aten.div.Tensor"
 SPREAD = ["aten.reshape.default", "aten.expand.default", "aten.clone.default", "aten.reshape.default"]
+SOFTMAX = "aten.softmax.int"
+
+
+def by_sum(e: Tensor) -> Tensor:
+    return e / e.sum(-1).unsqueeze(-1)
+
+
+def product_first(x: Tensor, y: Tensor) -> Tensor:
+    e = x.exp()
+    return e @ y.mT / e.sum(-1, keepdim=True)
+
+
+def written_in_parts(x: Tensor, y: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, 1:] += y[:, 1:]
+    x[:, :1] += y[:, :1]
+    return x
+
+
 FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
     # of x and y, [2, 3, 4]: (spelling, the ops of its form)
     "addcmul": (lambda x, y: torch.addcmul(x, x, y), [MUL, ADD]),
@@ -106,6 +125,33 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
     "view of its shape": (lambda x, y: x.view(2, 3, 4) + y.expand(2, 3, 4), [ADD]),
     "all of a dim": (lambda x, y: torch.ops.aten.slice(x, 1, 0, 3) + y, [ADD]),
     "written over": (lambda x, y: torch.slice_scatter(x, y, 1) + x, [ADD]),
+    "einsum with a row": (
+        lambda x, y: torch.einsum("s,sabc->abc", y[0, 0, :2], torch.stack([x, y])),
+        ["aten.select.int"] * 2 + ["aten.slice.Tensor", "aten.select.int", MUL, "aten.select.int", MUL, ADD],
+    ),
+    "stack times a column": (
+        lambda x, y: (torch.stack([x, y]) * torch.arange(2.0)[:, None, None, None]).sum(0),
+        ["aten.arange.default", "aten.unsqueeze.default", "aten.unsqueeze.default", "aten.unsqueeze.default",
+         "aten.select.int", MUL, ADD],  # times 1
+    ),
+    "parts, joined": (lambda x, y: torch.cat([x[:, :1] + y[:, :1], x[:, 1:] + y[:, 1:]], 1), [ADD]),
+    "parts of a split, joined": (
+        lambda x, y: torch.cat([a * b for a, b in zip(x.split([1, 2], 1), y.split([1, 2], 1), strict=True)], 1), [MUL]
+    ),
+    "parts written": (written_in_parts, ["aten.clone.default", ADD]),
+    "log_softmax": (lambda x, y: x.log_softmax(-1).exp(), [SOFTMAX]),
+    "logsumexp": (lambda x, y: (x - x.logsumexp(1, keepdim=True)).exp(), [SOFTMAX]),
+    "over their sum": (lambda x, y: by_sum(x.exp()), [SOFTMAX]),
+    "less the largest": (lambda x, y: by_sum((x - x.amax(-1, keepdim=True)).exp()), [SOFTMAX]),
+    "softmax, less the largest": (lambda x, y: (x - x.amax(1, keepdim=True)).softmax(1), [SOFTMAX]),
+    "times a mask, over their sum": (
+        lambda x, y: by_sum(x.softmax(-1) * (y > 1.2)),
+        ["aten.gt.Scalar", "aten.logical_not.default", "aten.masked_fill.Scalar", SOFTMAX],
+    ),
+    "product first": (
+        product_first,
+        ["aten.transpose.int", SOFTMAX, "aten.matmul.default"],
+    ),
     "square": (lambda x, y: x.square(), ["aten.pow.Tensor_Scalar"]),
     "less_equal": (lambda x, y: torch.less_equal(x, y), ["aten.le.Tensor"]),
     "clip": (lambda x, y: torch.clip(x, 0, 1), ["aten.clamp.default"]),

@@ -30,6 +30,7 @@ from ..rules.joins import CatRule
 from ..rules.pointwise import MaskRule, scalar
 from ..rules.reduce import Softmax, reduced_dims
 from ..rules.views import ExpandRule, PermuteRule, ViewRule
+from .pairs import OUTER
 from .reach import nearest
 from .sites import AttentionSite
 
@@ -282,19 +283,29 @@ class _Reader:
             self._unknown(term)
         elif parts is not None and i == parts[1]:
             low = scale is not None and parts[2] is not None and parts[2] * scale <= LEFT_OUT
-            self.term(term, (LEFT_OUT if parts[3] else -LEFT_OUT) if low else None)
+            if not low and self._is_mask(term):  # what it fills may be left out all the same
+                self._factors[term] = None
+            else:
+                self.term(term, (LEFT_OUT if parts[3] else -LEFT_OUT) if low else None)
         elif _packet(call) is aten.mul and self._is_mask(term):
             self._factors[term] = None
         else:
             self.term(term, _shares(call, scale)[i])
 
     def probabilities(self, way: list[fx.Node]) -> None:
-        """Read what joins the probabilities: a mask that has already masked the scores may zero them again."""
+        """Read what joins the probabilities: zeros leave keys out; a factor may, of a mask that the scores have too."""
         for call, i, term in _aside(way, self.facts):
             parts = _mask_parts(call)
             zeroes = parts is not None and i == parts[1] and parts[2] == 0
-            if (zeroes or _packet(call) is aten.mul) and self._is_mask(term):
+            times = _packet(call) is aten.mul
+            if zeroes and self.facts.pairs is not None and self.facts.pairs.outer(self.facts.pairs.placed(term)[0]):
                 self._factors[term] = None
+            elif (zeroes or times) and self._is_mask(term):
+                ones = all(n.meta["val"].dtype is torch.bool for n in self._sources(term))
+                if ones and not self.masks:
+                    self.term(term, LEFT_OUT if parts is not None and parts[3] else -LEFT_OUT)
+                else:
+                    self._factors[term] = None
             elif find(call) is UNKNOWN:
                 self._unknown(term)
             else:
@@ -318,7 +329,8 @@ class _Reader:
                 continue
             summands = self._summands(node, scale)
             todo += summands
-            if not summands and self.facts.told(node) and len(token_dims(node, self.facts, self.tokens)) < 2:
+            pair = len(token_dims(node, self.facts, self.tokens)) > 1 and self.facts.per_pair(node, -2, -1)
+            if not summands and self.facts.told(node) and not pair:
                 self._others[node] = None
 
     def _summands(self, node: fx.Node, scale: float | None) -> list[tuple[fx.Node, float | None]]:
@@ -332,9 +344,12 @@ class _Reader:
         parts = _mask_parts(call)
         if parts is not None:  # what it fills in is a mask, too
             low = parts[2] is not None and parts[2] * scale <= LEFT_OUT
-            if not low or varies_with(node, self.facts) & set(self.tokens):
+            if not low:
                 return []
             return [(call.nodes[parts[0]], scale), (call.nodes[parts[1]], LEFT_OUT if parts[3] else -LEFT_OUT)]
+        sign = OUTER.get(_packet(call)) if self.facts.pairs is not None and self.facts.pairs.outer(node) else None
+        if sign is not None and sign * scale >= -LEFT_OUT:
+            return [(n, scale) for n in call.nodes]
         found = list(zip(call.nodes, _shares(call, scale), strict=True))
         lost = [n for n, share in found if share is None and varies_with(n, self.facts) & self.around]
         return [] if lost else [(n, share) for n, share in found if share is not None]

@@ -27,6 +27,11 @@ from .values import GAP, LEFT_OUT, Values, ruled_out, rules_none_out, tells_apar
 aten = torch.ops.aten
 _PLACED = ViewRule, PermuteRule, ExpandRule
 _SUMS = {aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor}
+_NOTS = {aten.bitwise_not.default, aten.logical_not.default}
+_COPIES = {aten._to_copy.default, aten.clone.default, *_NOTS}
+_ALL_OF, _ANY_OF = (aten.mul, aten.bitwise_and, aten.logical_and), (aten.bitwise_or, aten.logical_or, aten.add)
+OUTER = {**dict.fromkeys(_ALL_OF, 1), **dict.fromkeys(_ANY_OF, -1)}
+"""Ops that join a mask of queries and one of keys: where both, or one of them, hold; and the sign of what they say."""
 _LOGS = {aten.log.default, aten.log2.default, aten.log1p.default, aten.log10.default}
 
 
@@ -106,14 +111,31 @@ class Pairs:
             summands = inner if node.target in _SUMS and len(inner) > 1 else []
             return self._by_value(node, value, query, key) or any(self.tell(n, query, key) for n in summands)
         call = self.facts.calls.get(node)
-        if call is not None and self._kept(call):
+        if call is not None and (self._kept(call) or self.outer(node)):
             return any(self.tell(n, query, key) for n in inner)
         if call is not None and inner:
             return any(self.tell(n, query, key) for n in inner) or (
-                node.meta["val"].dtype is torch.bool and all(n.meta["val"].dtype is not torch.bool for n in inner)
+                node.meta["val"].dtype is torch.bool and node.target not in _COPIES
+                and all(n.meta["val"].dtype is not torch.bool for n in inner)
             )
         told = node in self.facts.given or node in self.facts.decided or node.meta["val"].dtype is torch.bool
         return told or (node in self.facts.constant and self._may_rule_out(node))
+
+    def outer(self, node: fx.Node) -> bool:
+        """Whether a value joins a mask of single tokens, as queries, with itself, as keys: tokens of one kind see, and
+        are seen, alike."""
+        call = self.facts.calls.get(node)
+        if call is None or len(call.nodes) != 2 or getattr(call.target, "overloadpacket", None) not in OUTER:
+            return False
+        return len({self.placed(n) for n in call.nodes}) == 1 and call.nodes[0] is not call.nodes[1]
+
+    def placed(self, node: fx.Node) -> tuple[fx.Node, bool]:
+        """What a value is a view of, or a copy in another dtype; and whether it says the contrary."""
+        contrary = False
+        while (call := self.facts.calls.get(node)) and (isinstance(find(call), _PLACED) or call.target in _COPIES):
+            contrary ^= call.target in _NOTS
+            node = call.nodes[0]
+        return node, contrary
 
     def _by_value(self, node: fx.Node, value: Tensor, query: Dim, key: Dim) -> bool:
         spots = self._spots(node, query, key)
@@ -155,4 +177,4 @@ class Pairs:
         return False
 
 
-__all__ = ["Pairs", "elementwise"]
+__all__ = ["OUTER", "Pairs", "elementwise"]

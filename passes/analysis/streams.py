@@ -11,6 +11,7 @@ import operator
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -27,11 +28,12 @@ from ..rules.facts import Facts
 from ..rules.pointwise import POINTWISE
 from ..rules.slices import SelectRule, SliceRule, SplitRule
 from ..rules.views import PermuteRule, ViewRule
+from .pairs import elementwise
 from .sites import AttentionSite
 from .values import size_hint
 
 aten = torch.ops.aten
-_ADDS = {aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor}
+ADDS = {aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,17 +62,17 @@ def length_of(node: fx.Node, facts: Facts, tokens: Dim) -> Any:
 def _adds_after(site: AttentionSite, facts: Facts) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
     """The sums that an attention's output goes into, and their operands that are not computed from it."""
     for node in facts.reach.nodes[facts.reach.index[site.out] + 1 :]:
-        if node.target in _ADDS and facts.leads(site.out, node):
+        if node.target in ADDS and facts.leads(site.out, node):
             operands = [a for a in node.args[:2] if isinstance(a, fx.Node)]
             yield node, [a for a in operands if not facts.leads(site.out, a)] if len(operands) == 2 else []
 
 
-def residuals(site: AttentionSite, facts: Facts, tokens: Dim) -> Iterator[Spot | None]:
+def residuals(site: AttentionSite, facts: Facts, tokens: Dim, mixed: bool = False) -> Iterator[Spot | None]:
     """The adds of the output to what the attention was computed from, in graph order, with the tokens in one dim; None
-    where they do not stand in one."""
+    where they do not stand in one. mixed: to what was made of it token by token, by weights or sums."""
     for node, others in _adds_after(site, facts):
         for other in others:
-            stream = origin(other, site.k.node, facts)
+            stream = (_mixed_from if mixed else origin)(other, site.k.node, facts)
             held = holds(facts, node, tokens) and holds(facts, stream, tokens)
             if facts.leads(stream, site.k.node) and held and not _strangers(site, node, facts, tokens):
                 yield Spot(merge=node, stream=stream)
@@ -91,6 +93,24 @@ def origin(node: fx.Node, goal: fx.Node, facts: Facts) -> fx.Node:
     return node
 
 
+def _mixed_from(node: fx.Node, goal: fx.Node, facts: Facts) -> fx.Node:
+    """The first value that `goal` is computed from on the way up through products with weights, sums and what keeps
+    each entry."""
+
+    def onward(call: Call) -> list[fx.Node]:
+        rule, above = find(call), [n for n in sources(call.node, call.nodes) if n not in facts.constant]
+        maps = isinstance(rule, (Contraction, Convolution)) and len(above) == 1
+        return above if maps or call.target in ADDS or elementwise(rule) else []
+
+    todo = [node]
+    while todo:
+        at = todo.pop(0)
+        if facts.leads(at, goal):
+            return at
+        todo += onward(facts.calls[at]) if at in facts.calls else []
+    return node
+
+
 def _content(node: fx.Node, facts: Facts) -> Counter[Atom]:
     """What axes a value has, in whatever order."""
     return Counter(leaf for dims in facts.axes.get(node, ()) for dim in dims for leaf in leaves(dim))
@@ -98,7 +118,7 @@ def _content(node: fx.Node, facts: Facts) -> Counter[Atom]:
 
 def merge_point(site: AttentionSite, facts: Facts, tokens: Dim) -> Spot | SkipReason:
     """The first residual add, or the one behind it of a parallel branch."""
-    for spot in residuals(site, facts, tokens):
+    for spot in chain(residuals(site, facts, tokens), residuals(site, facts, tokens, mixed=True)):
         if spot is None:
             why = "where its output is added its tokens do not stand in one dim of the residual stream"
             why += ", or beside samples that it does not see"
@@ -110,7 +130,7 @@ def merge_point(site: AttentionSite, facts: Facts, tokens: Dim) -> Spot | SkipRe
 def _past_parallel_branch(spot: Spot, facts: Facts, tokens: Dim) -> Spot:
     """attention and MLP side by side: x + attention(x) + mlp(x) merges after both."""
     users = list(spot.merge.users)
-    if len(users) != 1 or users[0].target not in _ADDS:
+    if len(users) != 1 or users[0].target not in ADDS:
         return spot
     later = users[0]
     other = [a for a in later.args[:2] if a is not spot.merge]
@@ -121,17 +141,14 @@ def _past_parallel_branch(spot: Spot, facts: Facts, tokens: Dim) -> Spot:
 
 
 def stream_beside(site: AttentionSite, facts: Facts) -> fx.Node | None:
-    """What the queries come from that the output of a site meets first, whatever joins them but a product."""
-    for node in facts.reach.nodes[facts.reach.index[site.out] + 1 :]:
-        call = facts.calls.get(node)
-        if call is None or len(call.nodes) < 2 or not facts.leads(site.out, node) or _multiplies(call):
-            continue
-        for other in call.nodes:
-            if not facts.leads(site.out, other):
-                stream = origin(_whole(other, facts), site.q.node, facts)
-                if facts.leads(stream, site.q.node):
-                    return stream
-    return None
+    """What the queries come from that the output of a site meets first, whatever joins them but a product; else what
+    that was made of token by token."""
+    after = facts.reach.nodes[facts.reach.index[site.out] + 1 :]
+    calls = [facts.calls[n] for n in after if n in facts.calls and facts.leads(site.out, n)]
+    joins = [call for call in calls if len(call.nodes) > 1 and not _multiplies(call)]
+    met = [_whole(n, facts) for call in joins for n in call.nodes if not facts.leads(site.out, n)]
+    found = (above(n, site.q.node, facts) for above in (origin, _mixed_from) for n in met)
+    return next((stream for stream in found if facts.leads(stream, site.q.node)), None)
 
 
 def _whole(node: fx.Node, facts: Facts) -> fx.Node:
@@ -214,5 +231,5 @@ def _combined(site: AttentionSite, facts: Facts) -> set[Atom]:
     return found
 
 
-__all__ = ["Spot", "branch_point", "holds", "length_of", "merge_point", "pooled", "residuals", "stream_beside",
-           "tokens_in"]  # fmt: skip
+__all__ = ["ADDS", "Spot", "branch_point", "holds", "length_of", "merge_point", "origin", "pooled", "residuals",
+           "stream_beside", "tokens_in"]  # fmt: skip

@@ -10,6 +10,7 @@ AOTAutograd would take the same ops apart in the same way, later.
 from __future__ import annotations
 
 import functools
+import string
 from collections.abc import Callable
 from typing import Any
 
@@ -56,14 +57,24 @@ def _einsum(equation: str, operands: Any, **kwargs: Any) -> Any:
     """Of one operand, permutes and sums; of more than two, one product after the other."""
     if len(operands) == 1:
         return aten.einsum.default.decompose(equation, operands, **kwargs)
-    terms, arrow, out = equation.replace(" ", "").partition("->")
+    terms, arrow, out = _lettered(equation.replace(" ", ""), operands).partition("->")
     first, second, *rest = terms.split(",")
-    if not rest or "." in equation or not arrow:
+    if not rest or not arrow:
         return NotImplemented
     later = {*out, *"".join(rest)}
     kept = "".join(c for c in dict.fromkeys(first + second) if c in later)
     product = torch.einsum(f"{first},{second}->{kept}", *operands[:2])
     return torch.einsum(",".join([kept, *rest]) + f"->{out}", product, *operands[2:])
+
+
+def _lettered(equation: str, operands: Any) -> str:
+    """The dots of an einsum as letters, aligned at the right."""
+    free = [c for c in string.ascii_letters if c not in equation]
+    terms, arrow, out = equation.partition("->")
+    counts = [x.dim() - len(t.replace("...", "")) for t, x in zip(terms.split(","), operands, strict=True)]
+    most = "".join(free[: max(counts)])
+    parts = [t.replace("...", most[len(most) - n :]) for t, n in zip(terms.split(","), counts, strict=True)]
+    return ",".join(parts) + arrow + out.replace("...", most)
 
 
 def _dropout(x: Any, p: float, train: bool) -> Any:

@@ -19,16 +19,35 @@ _WRITES = {aten.slice_scatter.default, aten.select_scatter.default}
 
 def join_writes(graph: fx.Graph) -> None:
     """Rewrite in place. Dead code is left to the caller."""
+    for node in graph.find_nodes(op="call_function", target=aten.slice.Tensor):
+        _read_past(node)
     for node in list(graph.nodes):
-        if node.target in _WRITES and not any(user.target in _WRITES and user.args[0] is node for user in node.users):
+        if node.target in _WRITES and not _written_again(node):
             pieces = _pieces(node)
             if pieces is not None:
                 _join(graph, node, pieces)
 
 
+def _read_past(node: fx.Node) -> None:
+    """A slice of what a write left as it was, before others, is one of what was there before."""
+    source: Any = node.args[0]
+    while source.target in _WRITES and _written_again(source):
+        (dim, start, stop, step), (d, begin, end, by) = _spot(source), _spot(node, 1, source)
+        apart = any(isinstance(x, int) and isinstance(y, int) and x <= y for x, y in ((end, start), (stop, begin)))
+        if dim != d or step != 1 or by != 1 or not apart:
+            return
+        source = source.args[0]
+        node.args = (source, *node.args[1:])
+
+
+def _written_again(node: fx.Node) -> bool:
+    return any(user.target in _WRITES and user.args[0] is node for user in node.users)
+
+
 def _pieces(last: fx.Node) -> list[fx.Node] | None:
     """What was written, in the order of the places, if together it is all that is left."""
-    dim, found, node = _spot(last)[0], [], last
+    dim, node = _spot(last)[0], last
+    found: list[tuple[Any, Any, fx.Node]] = []
     while node.target in _WRITES:
         d, start, stop, step = _spot(node)
         src = node.args[1]
@@ -36,7 +55,8 @@ def _pieces(last: fx.Node) -> list[fx.Node] | None:
             return None
         if src.meta["val"].dtype != node.meta["val"].dtype:
             return None
-        found.append((start, stop, src))
+        if not any(same(start, a) and same(stop, b) for a, b, _ in found):  # `x[:, 1:] += y` writes it twice
+            found.append((start, stop, src))
         node = node.args[0]  # type: ignore[assignment]
     at: Any = 0
     ordered = []
@@ -49,16 +69,16 @@ def _pieces(last: fx.Node) -> list[fx.Node] | None:
     return ordered if len(ordered) == len(found) > 1 else None
 
 
-def _spot(node: fx.Node) -> tuple[int, Any, Any, int]:
-    """(dim, from, to, step) of a write."""
-    args, held = [*node.args, *[None] * 4], node.meta["val"]
-    dim = (args[2] if args[2] is not None else node.kwargs.get("dim", 0)) % held.dim()
+def _spot(node: fx.Node, skip: int = 2, of: fx.Node | None = None) -> tuple[int, Any, Any, int]:
+    """(dim, from, to, step) of a write, or of a slice; skip: the operands before. of: what is cut."""
+    args, held = [*node.args[skip:], *[None] * 4], (of or node).meta["val"]
+    dim = (args[0] if args[0] is not None else node.kwargs.get("dim", 0)) % held.dim()
     size = expr(held.shape[dim])
     if node.target is aten.select_scatter.default:
-        index = _bound(args[3], 0, size)
+        index = _bound(args[1], 0, size)
         return dim, index, index + 1, 1
-    start, stop = args[3] or node.kwargs.get("start"), args[4] or node.kwargs.get("end")
-    step = args[5] if len(node.args) > 5 else node.kwargs.get("step", 1)
+    start, stop = args[1] or node.kwargs.get("start"), args[2] or node.kwargs.get("end")
+    step = args[3] or node.kwargs.get("step", 1)
     return dim, _bound(start, 0, size), _bound(stop, size, size), step  # type: ignore[return-value]
 
 

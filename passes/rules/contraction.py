@@ -230,8 +230,8 @@ class Attention(SignatureRule):
         key, layout, d = call.nodes[1], decision.ins[1], call.vals[1].dim() - 2
         mask = self._mask(call, env, decision, sig) if len(call.vals) == 4 else None
         if mask is not None and layout[d] and env.config.proportional and _may_leave_all_out(call, env):
-            unseen, top = _all_left_out(env.tensor(call.nodes[3]))
-            mask, operands[1] = (mask - top).masked_fill(unseen, 0.0), operands[1].masked_fill(unseen, 0.0)
+            unseen, top = _all_left_out(mask)
+            mask, operands[0] = (mask - top).masked_fill(unseen, 0.0), operands[0].masked_fill(unseen, 0.0)
         dtype = operands[0].dtype
         if env.config.proportional:
             for run in layout[d]:
@@ -259,11 +259,11 @@ def _may_leave_all_out(call: Call, env: Emitter) -> bool:
 
 
 def _all_left_out(mask: Traced) -> tuple[Traced, Traced]:
-    """The samples of which a mask of very low numbers leaves all keys out (bool), and what the mask of those with
-    low ones is to be taken from. Low numbers would absorb the sizes; very low ones absorb the scores too, which makes
+    """The queries that a mask of very low numbers leaves no key (bool), and what the mask of those with low ones is to
+    be taken from. Low numbers would absorb the sizes; very low ones absorb the scores too, which makes
     all keys alike. (A mask of -inf gives no result: that needs no help.)"""
-    call, last = mask.builder.call, list(range(-min(mask.dim(), 3), 0))
-    top = call(aten.amax.default, mask.detach(), last, True)
+    call = mask.builder.call
+    top = call(aten.amax.default, mask.detach(), [-1], True)
     some = call(aten.gt.Scalar, top, float("-inf"))
     unseen = call(aten.logical_and.default, call(aten.le.Scalar, top, ABSORBS), some)
     low = call(aten.logical_and.default, call(aten.le.Scalar, top, LOW), some)
