@@ -149,10 +149,11 @@ class Fresh:
         return self.env.create_symintnode(held.xreplace(self.own), hint=size_hint(size))
 
     def _add(self, symbol: sympy.Symbol) -> None:
-        hint = int(self.outer.size_hint(symbol))  # type: ignore[union-attr]
+        assert self.outer is not None
+        hint = size_hint(self.outer.create_symintnode(symbol, hint=None))
         source = ConstantSource(f"tome_free_{len(self.own)}")
         own = self.env.create_symbol(hint, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
-        self.env.var_to_range[own] = self.outer.var_to_range[symbol]  # type: ignore[union-attr]
+        self.env.var_to_range[own] = self.outer.var_to_range[symbol]
         self.own[symbol], self.free[own] = own, hint
 
     def tell(self, lengths: Lengths) -> None:
