@@ -1,9 +1,9 @@
 """A server whose batches change: how resident memory grows over 600 calls, of tome_fx and of plain Inductor.
 
-`torch.compile(..., dynamic=True)`, each arm in a process of its own, both called in turn with the same random number of
-samples. Growth is counted from the second call, after `malloc_trim`: at the end as the system sees it, and once more
-after `malloc_trim` gave back what is free. Writes results/soak-cpu.json after each case, goes on where it stopped, and a
-plot.
+`torch.compile(..., dynamic=True)`, each arm in a process of its own, both called in turn with the same random number
+of samples. Growth is counted from the second call, after `malloc_trim`: at the end as the system sees it, and once more
+after `malloc_trim` gave back what is free. Writes results/soak-cpu.json and a plot after each case, and goes on where
+it stopped.
 
     python benchmarks/soak.py [CASE ...] [--calls 600] [--threads 1] [--fresh] [--check]
 """
@@ -81,7 +81,7 @@ def arguments() -> argparse.Namespace:
 
 @contextmanager
 def worker(setting: str) -> Iterator[Any]:
-    """A process that is called with so many samples, or "trim", and says the seconds and the bytes that it then holds."""
+    """A process that is called with so many samples, or "trim", and says the seconds and the bytes it then holds."""
     path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-W", "ignore", "-c", WORKER, setting]
     process = subprocess.Popen(

@@ -15,8 +15,8 @@ import timm
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor, fx
-from torch._dynamo.utils import counters
 from torch._dynamo.source import ConstantSource
+from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv

@@ -18,8 +18,8 @@ from typing import Any, cast
 import sympy
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -39,12 +39,14 @@ FEWEST = 3
 def lengths_to_share(gm: fx.GraphModule, plan: Plan) -> list[int]:
     """The lengths that merges leave, each once; none where they are symbols already.
 
-    Other sizes may be symbols (a free batch) where no gradient is asked for: what a backward graph assumes of them comes
-    too late for a guard.
+    Other sizes may be symbols (a free batch) where no gradient is asked for: what a backward graph assumes of them
+    comes too late for a guard.
     """
-    found = list(dict.fromkeys(merge.step.after for merge in plan.every))
-    free = [size for node in gm.graph.nodes for val in tree_leaves(node.meta.get("val")) for size in _symbolic_sizes(val)]
-    if len(found) < FEWEST or not all(isinstance(n, int) for n in found) or (free and torch.is_grad_enabled()):
+    after = dict.fromkeys(merge.step.after for merge in plan.every)
+    found = [n for n in after if isinstance(n, int)]
+    values = (val for node in gm.graph.nodes for val in tree_leaves(node.meta.get("val")))
+    free = [size for val in values for size in _symbolic_sizes(val)]
+    if len(found) < max(FEWEST, len(after)) or (free and torch.is_grad_enabled()):
         return []
     return found if all(expr(size).is_polynomial() for size in free) else []
 
@@ -119,7 +121,7 @@ class Fresh:
         # a length may be the same number as a free size, and is not that size
         self.env = ShapeEnv(duck_shape=False)
         self.mode = FakeTensorMode(shape_env=self.env)
-        # layers of other lengths share few entries, each is kept, and to copy a symbolic shape out costs more than the op
+        # layers of other lengths share few entries, and to copy a symbolic shape out costs more than to run the op
         self.mode.cache_enabled = False
         self.outer: ShapeEnv | None = None
         self.own: dict[sympy.Symbol, sympy.Symbol] = {}

@@ -28,7 +28,7 @@ from .repeats import body, cuts, reckons
 def compile_shared(
     gm: fx.GraphModule, inputs: Sequence[Any], lengths: Lengths, compile_one: Any, **kwargs: Any
 ) -> Any:
-    """`compile_one(gm, inputs, **kwargs)`, by its layers where they are the same. lengths: what sizes are in every call.
+    """`compile_one(gm, inputs, **kwargs)`, by its layers where they are the same. lengths: what sizes are in all calls.
 
     Returns what takes a list of inputs, which it empties, and gives the outputs.
     """

@@ -50,7 +50,7 @@ LONGEST = 8192
 
 @functools.cache
 def has_products() -> bool:
-    """Whether products in bfloat16 are ours: with the instruction for them, and without tiles, which the library uses."""
+    """Whether products in bfloat16 are ours: with the instruction for them, and without the tiles that ATen uses."""
     return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
