@@ -148,11 +148,11 @@ def _call_product(node: fx.Node) -> bool:
     if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
         return False
     *bias, x, weight = (cast(fx.Node, x).meta["val"] for x in node.args)
-    rows, (k, _) = x.shape[0], weight.shape
-    held = (x, weight, *bias)
-    if any(v.dtype is not torch.bfloat16 or v.device.type != "cpu" for v in held) or any(v.dim() != 1 for v in bias):
+    rows, (k, n), held = x.shape[0], weight.shape, (x, weight, *bias)
+    if any(v.dtype is not torch.bfloat16 or v.device.type != "cpu" for v in held) or any(v.shape != (n,) for v in bias):
         return False
-    laid = weight.stride(0) == 1 and isinstance(k, int) and k % 2 == 0 and k <= cpu.LONGEST and x.stride(1) == 1
+    numbers = all(isinstance(size, int) for size in (k, n, x.stride(1), *weight.stride()))
+    laid = numbers and x.stride(1) == weight.stride(0) == 1 and k % 2 == weight.stride(1) % 2 == 0 and k <= cpu.LONGEST
     if not laid or (isinstance(rows, int) and rows < FEWEST_ROWS):
         return False
     node.target, node.args = torch.ops.tome_cpu.product.default, (*node.args[-2:], *node.args[:-2])
