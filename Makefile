@@ -43,7 +43,7 @@ bench: $(VENV)/.stamp-bench
 bench-all: $(VENV)/.stamp-bench
 	$(PY) benchmarks/speed.py --all $(ARGS); status=$$?; \
 	$(PY) benchmarks/growth.py $(ARGS) && $(PY) benchmarks/match_growth.py $(ARGS) && $(PY) benchmarks/shares.py $(ARGS) && \
-	$(PY) benchmarks/schedules.py $(ARGS) && \
+	$(PY) benchmarks/schedules.py $(ARGS) && $(PY) benchmarks/soak.py $(ARGS) && \
 	$(if $(AGAINST),$(PY) benchmarks/against.py --all --commit $(AGAINST) &&) $(PY) benchmarks/report.py && exit $$status
 
 MODES := reduce-overhead max-autotune

@@ -19,6 +19,7 @@ import growth
 import harness
 import schedules
 import shares
+import soak
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 GROUPS = ("image", "video", "audio", "dense", "diffusion")
@@ -33,7 +34,7 @@ tome_fx over the oracle's. **patch**: speed over ToMe as a patch of the model's 
 cold compile and peak memory of one call, over Inductor's (below 1: less). **ms**: median (least) of a call of tome_fx.
 **pass s**: what the passes of tome_fx took in a cold compile.
 """
-OTHERS = ("growth", "match_growth", "shares", "schedules")
+OTHERS = ("growth", "match_growth", "shares", "schedules", "soak")
 """Benchmarks whose results have other forms than variants."""
 COLUMNS = ("inductor", "limit", "oracle", "patch", "cold", "memory")
 TITLES = ("Inductor", "limit", "of limit", "patch", "cold", "memory")
@@ -181,6 +182,16 @@ def schedule_lines(name: str, result: Mapping[str, Any], folder: str) -> list[st
     return [f"### {name}", "", about, "", f"![speed against FLOPs]({folder}/{name}.png)", "", *rows]
 
 
+def soak_lines(name: str, result: Mapping[str, Any], folder: str) -> list[str]:
+    """The curves of soak.py."""
+    about = "Resident memory of a process whose batches change, above what it held after its second call "
+    about += "(`torch.compile(..., dynamic=True)`, r=16, each arm in a process of its own, called in turn); in "
+    about += "brackets after `malloc_trim`. over: tome_fx's growth over Inductor's "
+    about += f"(asked: {result['asked']}); speed: of tome_fx over Inductor, the median over calls."
+    rows = table(soak.TITLES, (soak.cells(case, row) for case, row in result["cases"].items()))
+    return [f"### {name}", "", about, "", f"![growth]({folder}/{name}.png)", "", *rows]
+
+
 def render(results: Mapping[str, Mapping[str, Any]], folder: str) -> str:
     """The page. `results`: file stem -> JSON; `folder`: where they lie, as the page links to it."""
     timed = {name: result for name, result in results.items() if "variants" in result}
@@ -195,6 +206,7 @@ def render(results: Mapping[str, Mapping[str, Any]], folder: str) -> str:
     sections = (
         ("Growth", "growth", growth_lines),
         ("Matching alone", "match_growth", match_lines),
+        ("Changing batches", "soak", soak_lines),
         ("Shares of time", "shares", share_lines),
         ("Schedules", "schedules", schedule_lines),
     )

@@ -61,7 +61,7 @@ class Captured:
 
 def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
     """Trace `gm` on fake versions of `inputs` (tensors, SymInts, numbers). Raises CaptureError with a reason."""
-    mode = _fake_mode(inputs)
+    mode = mode_of(inputs)
     whole = _tensor_attributes(gm)
     values = [*(whole.values()), *inputs]
     if any(map(_is_distributed, values)):
@@ -71,7 +71,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
     for value, given in zip(values, [False] * len(whole) + moves, strict=True):
         if is_wrapper(value) and (why := why_not(value, given)):
             raise CaptureError(why)
-    closed_fakes = [_fakeify(v, mode) if isinstance(v, Tensor) else v for v in values]
+    closed_fakes = [fakeify(v, mode) if isinstance(v, Tensor) else v for v in values]
     fakes = [leaf for fake in closed_fakes for _, leaf in opened(fake)]
     attributes = {".".join((name, *path)): leaf for name, value in whole.items() for path, leaf in opened(value)}
     leaves = [opened(value) for value in inputs]
@@ -143,14 +143,14 @@ def _is_distributed(value: Any) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
-def _fake_mode(inputs: Sequence[Any]) -> FakeTensorMode:
+def mode_of(inputs: Sequence[Any]) -> FakeTensorMode:
     context = TracingContext.try_get()
     if context is not None and context.fake_mode is not None:
         return context.fake_mode
     return next((v.fake_mode for v in inputs if isinstance(v, FakeTensor)), FakeTensorMode(allow_non_fake_inputs=True))
 
 
-def _fakeify(value: Tensor, mode: FakeTensorMode) -> Tensor:
+def fakeify(value: Tensor, mode: FakeTensorMode) -> Tensor:
     """Under the tracing context's fake mode: a second ShapeEnv would turn static dims into symbols."""
     if isinstance(value, FakeTensor):
         return value

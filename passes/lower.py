@@ -28,6 +28,8 @@ That is before AOTAutograd, which needs the ops' derivatives. After it `call_ker
 CPU kernels themselves, not the Python that chooses between them and ATen:
 
     cpu:   match_size, merge, merge_add, ...      ->  tome_cpu::match_size, ...   in float32 and bfloat16
+           x @ weight + bias                      ->  tome_cpu::product           in bfloat16, where it is as fast: the
+                                                      library keeps half a MiB of code for each number of rows
 """
 
 from __future__ import annotations
@@ -134,7 +136,27 @@ def call_kernels(graph: fx.Graph) -> int:
     nodes = [node for node in graph.nodes if node.target in KERNELS and _has_kernel(node)]
     for node in nodes:
         node.target = KERNELS[node.target]
-    return len(nodes)
+    return len(nodes) + sum(map(_call_product, [*graph.nodes] if KERNELS and cpu.has_products() else ()))
+
+
+FEWEST_ROWS = 16
+"""Rows from which a product takes as long as to bring its weights into order."""
+
+
+def _call_product(node: fx.Node) -> bool:
+    """Let a product of rows with the transpose of dense weights be ours."""
+    if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
+        return False
+    *bias, x, weight = (cast(fx.Node, x).meta["val"] for x in node.args)
+    rows, (k, n), held = x.shape[0], weight.shape, (x, weight, *bias)
+    if any(v.dtype is not torch.bfloat16 or v.device.type != "cpu" for v in held) or any(v.shape != (n,) for v in bias):
+        return False
+    numbers = all(isinstance(size, int) for size in (k, n, x.stride(1), *weight.stride()))
+    laid = numbers and x.stride(1) == weight.stride(0) == 1 and k % 2 == weight.stride(1) % 2 == 0 and k <= cpu.LONGEST
+    if not laid or (isinstance(rows, int) and rows < FEWEST_ROWS):
+        return False
+    node.target, node.args = torch.ops.tome_cpu.product.default, (*node.args[-2:], *node.args[:-2])
+    return True
 
 
 def _has_kernel(node: fx.Node) -> bool:

@@ -32,6 +32,7 @@ import oracle  # noqa: E402
 import report  # noqa: E402
 import schedules  # noqa: E402
 import shares  # noqa: E402
+import soak  # noqa: E402
 import speed  # noqa: E402
 import tome_patch  # noqa: E402
 from tests.models import redraw  # noqa: E402
@@ -392,7 +393,15 @@ def made_up() -> dict[str, Any]:
         "shares-cpu": {"benchmark": "shares", "machine": info, "cases": {"some:1": {"seconds": seconds}}},
         "schedules-cpu": {"benchmark": "schedules", "machine": info, "settings": about | {"batch": 2},
                           "schedules": [scheduled()]},
+        "soak-cpu": {"benchmark": "soak", "machine": info, "asked": 1.1, "cases": {"some": soaked()}},
     }  # fmt: skip
+
+
+def soaked() -> dict[str, Any]:
+    """A case as soak.py finds it: half of Inductor's growth at twice its speed."""
+    arms = {arm: {"seconds": [0.2 * n, 0.4 * n], "curve": [[20, 2**20], [40, n * 2**23]], "trimmed": n * 2**22}
+            for arm, n in (("inductor", 2), ("tome_fx", 1))}  # fmt: skip
+    return {"settings": {"calls": 40, "samples": [2, 12], "r": 16, "threads": 1}, "arms": arms, **soak.over(arms)}
 
 
 def matched() -> list[dict[str, Any]]:
@@ -450,6 +459,11 @@ def test_builds_take_turns() -> None:
     assert asked == ["this", "other"] * 2
 
 
+def test_growth_of_memory_is_over_inductors() -> None:
+    assert soak.over(soaked()["arms"]) == {"growth": 0.5, "trimmed": 0.5, "speed": 2.0}
+    assert soak.cells("some", soaked()) == ["some", "2 to 12", "40", "+16 (+8)", "+8 (+4)", "0.50 (0.50)", "2.00"]
+
+
 def test_points_of_growth_are_measured_once() -> None:
     assert growth.points([224, 512], [1, 4]) == [(224, 1), (512, 1), (224, 4)]
 
@@ -502,7 +516,8 @@ def test_curves_and_shares_are_drawn(tmp_path: Path) -> None:
     growth.plot(curves, "curves", tmp_path / "growth.png")
     shares.plot(made_up()["shares-cpu"]["cases"], "shares", tmp_path / "shares.png")
     match_growth.plot(matched(), "matching", tmp_path / "match_growth.png")
-    for name in ("growth", "shares", "match_growth"):
+    soak.plot({"some": soaked()}, "batches", tmp_path / "soak.png")
+    for name in ("growth", "shares", "match_growth", "soak"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -19,7 +19,8 @@ WIDE = {wide: cpu.define(f"tome_cpu_{wide}") for wide in (16, 32, 64)}
 def test_they_are_built_here() -> None:
     """This machine has a compiler: all other tests run on the kernels, not on the forms that stand in for them."""
     assert cpu.library() is CPU
-    assert all(torch._C._dispatch_has_kernel_for_dispatch_key(f"tome_cpu::{name}", "CPU") for name in cpu.SCHEMAS)
+    names = [name for name in cpu.SCHEMAS if name != "product" or cpu.has_products()]
+    assert all(torch._C._dispatch_has_kernel_for_dispatch_key(f"tome_cpu::{name}", "CPU") for name in names)
 
 
 @st.composite
@@ -403,3 +404,34 @@ def test_operands_of_another_dtype_are_refused(name: str) -> None:
     if "y" in READ[name]:
         with pytest.raises(ValueError, match=r"y must be float32 \[2, 10, 6\].*is bfloat16 \[2, 10, 6\]"):
             CALLS[name](CPU, {**held, "y": held["y"].bfloat16()})
+
+
+@given(st.integers(0, 40), st.integers(1, 140), st.integers(1, 70), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_product(rows: int, wide: int, pairs: int, biased: bool, strided: bool, seed: int) -> None:
+    """Rounded once, for tiles that rows and columns do not fill; a row is the same whatever stands beside it."""
+    generator = torch.Generator().manual_seed(seed)
+    x, weight, bias = (torch.randn(*shape, generator=generator).bfloat16()
+                       for shape in ((rows, 2 * pairs + 6), (wide, 2 * pairs), (wide,)))  # fmt: skip
+    x = x[:, 2 : 2 * pairs + 2] if strided else x[:, : 2 * pairs].contiguous()
+    given_bias = bias if biased else None
+    got = CPU.product(x, weight.t(), given_bias)
+    exact, bound = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
+    if biased:
+        exact, bound = exact + bias.double(), bound + bias.double().abs()
+    assert got.shape == (rows, wide)
+    assert got.dtype is torch.bfloat16
+    assert ((got.double() - exact).abs() <= exact.abs() * 2**-8 + bound * 2**-20).all()
+    assert torch.equal(CPU.product(x[rows // 2 :], weight.t(), given_bias), got[rows // 2 :])
+
+
+@pytest.mark.skipif(not cpu.has_products(), reason="the products of ATen stand in")
+def test_a_product_reads_what_it_can() -> None:
+    x, weight = torch.randn(3, 8).bfloat16(), torch.randn(5, 8).bfloat16()
+    for args, message in (
+        ((x, weight.t().contiguous()), "transpose of a dense"),
+        ((x[:, :6], weight.t()), r"weight must be bfloat16 \[6, 5\]"),
+        ((x, weight.t(), torch.zeros(4).bfloat16()), r"bias must be bfloat16 \[5\]"),
+        ((x.float(), weight.t()), "must be bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CPU.product(*args)

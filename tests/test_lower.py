@@ -81,6 +81,34 @@ def test_kernels_are_called_for_the_dtypes_they_know(dtype: torch.dtype) -> None
     assert call_kernels(graph) == (dtype in cpu.DTYPES)
 
 
+@pytest.mark.parametrize(("rows", "dtype", "weight", "beta", "ours"), [
+    (40, torch.bfloat16, torch.randn(6, 8).t(), 1, True),
+    (40, torch.float32, torch.randn(6, 8).t(), 1, False),
+    (40, torch.bfloat16, torch.randn(8, 6), 1, False),
+    (40, torch.bfloat16, torch.randn(6, 11).bfloat16()[:, :8].t(), 1, False),  # rows an odd number of elements apart
+    (40, torch.bfloat16, torch.randn(6, 8).t(), 2, False),
+    (4, torch.bfloat16, torch.randn(6, 8).t(), 1, False),  # to bring the weights into order takes longer
+])  # fmt: skip
+@pytest.mark.parametrize("wide", [6, 1])
+@pytest.mark.parametrize("here", [True, False])
+def test_products_that_are_ours(
+    rows: int, dtype: torch.dtype, weight: torch.Tensor, beta: int, ours: bool, wide: int, here: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Those in bfloat16 of rows with the transpose of dense weights, on processors where they are as fast."""
+    monkeypatch.setattr(cpu, "has_products", lambda: here)
+    graph = torch.fx.Graph()
+    held = {"bias": torch.randn(wide).to(dtype), "x": torch.randn(rows, 8).to(dtype), "weight": weight.to(dtype)}
+    nodes = [graph.placeholder(name) for name in held]
+    for node, value in zip(nodes, held.values(), strict=True):
+        node.meta["val"] = value
+    kwargs = {} if beta == 1 else {"beta": beta}
+    graph.output(graph.call_function(torch.ops.aten.addmm.default, tuple(nodes), kwargs))
+    assert call_kernels(graph) == int(ours and here and wide == 6)
+    got = torch.fx.GraphModule({}, graph)(*held.values())
+    torch.testing.assert_close(got, torch.addmm(*held.values(), beta=beta), rtol=2**-7, atol=2**-7)
+
+
 def test_unmerging_is_a_call_in_training_alone() -> None:
     model, args = build(Spec(depth=2, readout="tokens"))
     for train, name in ((True, "tome.unmerge"), (False, "tome.unmerge_aten")):

@@ -15,14 +15,18 @@ import timm
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 import tome_fx
 from tests.models import Spec, build
 from tests.strategies import specs
 from tome_fx import tome_backend
 from tome_fx.passes.inner import shared
+from tome_fx.passes.inner.lengths import Fresh, Lengths
 from tome_fx.passes.inner.repeats import cuts
 from tome_fx.passes.inner.run import Run
 from tome_fx.passes.inner.shared import Compiled, Part
@@ -90,7 +94,7 @@ def vit(depth: int = 8, **kwargs: Any) -> torch.nn.Module:
     return timm.create_model("vit_tiny_patch16_224", depth=depth, embed_dim=48, num_heads=3, **kwargs)
 
 
-IMAGES = torch.randn(2, 3, 224, 224)
+IMAGES = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
 
 
 def test_layers_are_compiled_once(stand: Stand) -> None:
@@ -103,16 +107,48 @@ def test_layers_are_compiled_once(stand: Stand) -> None:
 
 def test_training(stand: Stand) -> None:
     """Forward and backward graph, bit-equal to the whole ones; the gradients are those of the uncompiled graph."""
-    model = vit().train()
-    call(model, (IMAGES,)).square().sum().backward()
+    model, images = vit().train().double(), IMAGES.double()
+    call(model, (images,)).square().sum().backward()
     assert stand.equal == [True, True]
     assert min(stand.runs) > 5
     assert len(stand.graphs) < 10
     got = [p.grad for p in model.parameters()]
     model.zero_grad()
-    call(model, (IMAGES,), inner="eager").square().sum().backward()
+    call(model, (images,), inner="eager").square().sum().backward()
     for a, p in zip(got, model.parameters(), strict=True):
-        torch.testing.assert_close(a, p.grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, p.grad, rtol=1e-8, atol=1e-10)
+
+
+def test_a_free_batch(stand: Stand) -> None:
+    """Layers are shared, one compilation serves all batches, and samples come out as each alone does."""
+    torch._dynamo.reset()
+    run = torch.compile(vit().eval(), backend=tome_backend(4), dynamic=True)
+    with torch.no_grad():
+        found = [run(IMAGES[:1].repeat(n, 1, 1, 1)) for n in (2, 5, 3)]
+    assert (len(stand.graphs), stand.runs, stand.equal) == (3, [7], [True] * 3)
+    for out in found:
+        torch.testing.assert_close(out, found[0][:1].expand_as(out), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_assumed_of_a_free_batch_is_a_guard() -> None:
+    """Told where the batch came from, with the numbers of the lengths in it; what is said of lengths alone is not."""
+    outer = ShapeEnv()
+    batch = outer.create_symbol(6, ConstantSource("batch"), DimDynamic.DYNAMIC)
+    size = outer.create_symintnode(batch, hint=6)
+    with FakeTensorMode(shape_env=outer):
+        x = torch.empty(size, 181, 8)
+    fresh = Fresh([size, x])
+    own = next(iter(fresh.free))
+    assert [str(n) for n in fresh.inputs[1].shape] == [str(own), "181", "8"]
+    assert fresh.free[own] == 6
+    length = fresh.env.create_symbol(181, ConstantSource("length"), DimDynamic.DYNAMIC)
+    lengths = Lengths([181], fresh.free)
+    lengths.add(181, length)
+    assert fresh.env.evaluate_expr(length > 40)
+    assert fresh.env.evaluate_expr(own * length > 1000)
+    assert fresh.env.evaluate_expr(sympy.Ne(own, 7))
+    fresh.tell(lengths)
+    assert {str(guard.expr) for guard in outer.guards} == {f"181*{batch} > 1000", f"Ne({batch}, 7)"}
 
 
 @pytest.mark.parametrize(("name", "kwargs"), [

@@ -19,8 +19,6 @@ from torch import fx
 from torch._dynamo.utils import counters
 from torch._guards import CompileContext, TracingContext, tracing
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tome_fx import passes
 from tome_fx.across import Across
@@ -452,25 +450,21 @@ def _by_length(
         with gm.graph.inserting_after(last):
             gm.graph.placeholder(f"tome_length_{i}")
     gm.recompile()
-    with_symbols = lengths.Lengths(counts)
-
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    # layers of other lengths share few entries, each is kept, and to copy a symbolic shape out costs more than the op
-    mode.cache_enabled = False
-
+    fresh = lengths.Fresh(inputs)
+    with_symbols = lengths.Lengths(counts, fresh.free)
     bundled = torch._functorch.config.bundled_autograd_cache
 
     def inner_compile(graph: fx.GraphModule, values: Sequence[Any], **kwargs: Any) -> Any:
         with torch._functorch.config.patch(bundled_autograd_cache=bundled):  # a layer has an entry of its own
-            return compile_shared(graph, with_symbols(graph, values), with_symbols.number, _compile_traced, **kwargs)
+            return compile_shared(graph, with_symbols(graph, values), with_symbols, _compile_traced, **kwargs)
 
-    context = TracingContext(mode)
+    context = TracingContext(fresh.mode)
     if (outer := TracingContext.try_get()) is not None:
         context.guards_context = outer.guards_context
-    fakes = [mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in inputs]
     # the whole of the layers is one entry of AOTAutograd's cache
     with tracing(context), torch._functorch.config.patch(bundled_autograd_cache=True):
-        run = cast(Callable[..., Any], compile_fx(gm, [*fakes, *counts], inner_compile, config_patches=patches))
+        run = cast(Callable[..., Any], compile_fx(gm, [*fresh.inputs, *counts], inner_compile, config_patches=patches))
+    fresh.tell(with_symbols)
     return lambda *args: run(*args, *counts)
 
 

@@ -891,6 +891,17 @@ def _merge_add_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 torch.library.register_autograd("tome::merge_add", _merge_add_backward, setup_context=_merge_add_setup, lib=_LIB)
 
+
+def _product_fake(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[1]))
+
+
+@_opaque("product" + cpu.SCHEMAS["product"], _product_fake)
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight + bias`: x `[m, k]`, weight `[k, n]`, bias `[n]` or None, of one dtype. It carries no gradient."""
+    return x @ weight if bias is None else torch.addmm(bias, x, weight)
+
+
 # -- spelled out on every device ---------------------------------------------------------------------------------------
 
 

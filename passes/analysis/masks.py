@@ -329,9 +329,14 @@ class _Reader:
                 continue
             summands = self._summands(node, scale)
             todo += summands
-            pair = len(token_dims(node, self.facts, self.tokens)) > 1 and self.facts.per_pair(node, -2, -1)
-            if not summands and self.facts.told(node) and not pair:
+            if not summands and self.facts.told(node) and not self._of_pairs(node):
                 self._others[node] = None
+
+    def _of_pairs(self, node: fx.Node) -> bool:
+        """Whether a term varies with queries and keys, and it is known what that does to their merges."""
+        both = len(token_dims(node, self.facts, self.tokens)) > 1
+        known = self.facts.pairs is not None and self.facts.pairs.value(node) is not None
+        return both and (known or self.facts.per_pair(node, -2, -1))
 
     def _summands(self, node: fx.Node, scale: float | None) -> list[tuple[fx.Node, float | None]]:
         """The values whose sum a term is, with their factors; empty where it is none."""

@@ -12,21 +12,23 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import sympy
 import torch
 from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..algebra.axes import Expr, expr
 from ..analysis.values import size_hint
+from ..capture import fakeify, mode_of
 from ..plan import Plan
-from .shape_rules import ARGUMENTS, MAKE_SIZES, RULES, Shape, like_the_operands, symbolic, tensors_read
+from .shape_rules import ARGUMENTS, MAKE_SIZES, RULES, Shape, like_the_operands, shape_of, symbolic, tensors_read
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -35,23 +37,35 @@ FEWEST = 3
 
 
 def lengths_to_share(gm: fx.GraphModule, plan: Plan) -> list[int]:
-    """The lengths that merges leave, each once; none where another size of the captured graph is symbolic."""
-    for node in gm.graph.nodes:
-        for val in tree_leaves(node.meta.get("val")):
-            if any(isinstance(size, torch.SymInt) for size in (val.shape if isinstance(val, Tensor) else [val])):
-                return []
-    found = list(dict.fromkeys(size_hint(merge.step.after) for merge in plan.every))
-    return found if len(found) >= FEWEST else []
+    """The lengths that merges leave, each once; none where they are symbols already.
+
+    Other sizes may be symbols (a free batch) where no gradient is asked for: what a backward graph assumes of them
+    comes too late for a guard.
+    """
+    after = dict.fromkeys(expr(merge.step.after) for merge in plan.every)
+    found = [int(n) for n in after if isinstance(n, (int, sympy.Integer))]
+    values = (val for node in gm.graph.nodes for val in tree_leaves(node.meta.get("val")))
+    free = [size for val in values for size in _symbolic_sizes(val)]
+    if len(found) < max(FEWEST, len(after)) or (free and torch.is_grad_enabled()):
+        return []
+    return found if all(expr(size).is_polynomial() for size in free) else []
+
+
+def _symbolic_sizes(val: Any) -> list[torch.SymInt]:
+    sizes = [*val.shape, *val.stride()] if isinstance(val, Tensor) else [val]
+    return [size for size in sizes if isinstance(size, torch.SymInt)]
 
 
 class Lengths:
     """The symbols of one compiled function, for its forward and its backward graph."""
 
-    def __init__(self, values: Sequence[int]) -> None:
+    def __init__(self, values: Sequence[int], free: Mapping[sympy.Symbol, int] | None = None) -> None:
+        """free: symbols of the graph that are no lengths, with what they are in the call that it is compiled for."""
         self.values = tuple(values)
+        self.free = dict(free or {})
         self.known: dict[str, Shape] = {}
-        self.met: dict[int, Expr] = {}
-        self._numbers: dict[Expr, int] = {}
+        self.met: dict[Expr, Expr] = {}
+        self._numbers: dict[Expr, Expr] = {}
         self._symbols: dict[int, Expr] = {}
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
@@ -65,15 +79,25 @@ class Lengths:
         gm.recompile()
         return walk.inputs
 
-    def number(self, size: Expr) -> int:
-        """What a size is in every call."""
+    def number(self, size: Expr) -> Expr:
+        """What a size is in every call: a number, or what it is of free symbols."""
         if isinstance(size, int):
             return size
         if size not in self._numbers:
-            self._numbers[size] = int(size.xreplace({s: n for n, s in self._symbols.items()}))
+            held = sympy.expand(size.xreplace({s: n for n, s in self._symbols.items()}))
+            self._numbers[size] = int(held) if held.is_Integer else held
         return self._numbers[size]
 
-    def symbol(self, value: int) -> Expr:
+    def hint(self, size: Expr) -> int:
+        """What a size is in the call that the graph is compiled for."""
+        held = self.number(size)
+        return held if isinstance(held, int) else int(held.xreplace(self.free))
+
+    def settled(self, condition: sympy.Basic) -> sympy.Basic:
+        """What is said of lengths, with their numbers."""
+        return condition.xreplace({s: sympy.Integer(n) for n, s in self._symbols.items()})
+
+    def symbol(self, value: Expr) -> Expr:
         """The symbol of a length; the number itself where it is none."""
         return self._symbols.get(value, value)
 
@@ -88,9 +112,66 @@ class Lengths:
             self.met.setdefault(self.number(size), size)
 
 
+class Fresh:
+    """The inputs of a graph in a fake mode of their own, its symbols in a ShapeEnv of their own, so that no symbol that
+    is made there, and nothing that is assumed of one, is known to Dynamo. What is assumed of symbols that came from
+    there is told when all is compiled (`tell`)."""
+
+    def __init__(self, inputs: Sequence[Any]) -> None:
+        # a length may be the same number as a free size, and is not that size
+        self.env = ShapeEnv(duck_shape=False)
+        self.mode = FakeTensorMode(shape_env=self.env)
+        # layers of other lengths share few entries, and to copy a symbolic shape out costs more than to run the op
+        self.mode.cache_enabled = False
+        self.outer: ShapeEnv | None = None
+        self.own: dict[sympy.Symbol, sympy.Symbol] = {}
+        self.free: dict[sympy.Symbol, int] = {}
+        self._seen = mode_of(inputs)
+        self.inputs = [self._input(x) for x in inputs]
+
+    def _input(self, x: Any) -> Any:
+        if isinstance(x, torch.SymInt):
+            return self._size(x)
+        if not isinstance(x, Tensor):
+            return x
+        held = fakeify(x, self._seen)
+        if not _symbolic_sizes(held):
+            return self.mode.from_tensor(x, static_shapes=True)
+        with _disable_current_modes():
+            size, stride = ([*map(self._size, ns)] for ns in (held.shape, held.stride()))
+            meta = torch.empty_strided(size, stride, dtype=x.dtype, device="meta")
+        return FakeTensor(self.mode, meta, x.device).requires_grad_(x.requires_grad)
+
+    def _size(self, size: Any) -> Any:
+        if not isinstance(size, torch.SymInt) or size.node.is_constant():
+            return int(size)
+        held, self.outer = size.node.expr, size.node.shape_env
+        for symbol in sorted(held.free_symbols - self.own.keys(), key=str):
+            self._add(symbol)
+        return self.env.create_symintnode(held.xreplace(self.own), hint=size_hint(size))
+
+    def _add(self, symbol: sympy.Symbol) -> None:
+        assert self.outer is not None
+        hint = size_hint(self.outer.create_symintnode(symbol, hint=None))
+        source = ConstantSource(f"tome_free_{len(self.own)}")
+        own = self.env.create_symbol(hint, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
+        self.env.var_to_range[own] = self.outer.var_to_range[symbol]
+        self.own[symbol], self.free[own] = own, hint
+
+    def tell(self, lengths: Lengths) -> None:
+        """Let what was assumed of symbols of the graph's own be assumed where they came from."""
+        back = {own: symbol for symbol, own in self.own.items()}
+        assumed = [guard.expr for guard in self.env.guards]
+        assumed += [sympy.Eq(symbol, value) for symbol, value in self.env.replacements.items()]
+        for condition in map(lengths.settled, assumed):
+            if condition.free_symbols & back.keys():
+                assert self.outer is not None and self.outer.evaluate_expr(condition.xreplace(back))
+
+
 class Walk:
     def __init__(self, gm: fx.GraphModule, inputs: list[Any], lengths: Lengths) -> None:
-        self.graph, self.inputs, self.lengths, self.number = gm.graph, inputs, lengths, lengths.number
+        self.graph, self.inputs, self.lengths = gm.graph, inputs, lengths
+        self.number, self.hint = lengths.number, lengths.hint
         self.mode = next(
             (x.fake_mode for x in tree_leaves(inputs) if isinstance(x, FakeTensor)), cast(FakeTensorMode, None)
         )
@@ -104,8 +185,9 @@ class Walk:
         if self.mode is None or not isinstance(self.mode.shape_env, ShapeEnv):
             return
         self.last = placeholders[-1]
-        for node in placeholders:
-            self._defined(node)
+        for find in (self._defined, self._measured):
+            for node in placeholders:
+                find(node)
         for i, node in enumerate(placeholders):
             self._saved(node, i)
         if not self.nodes:
@@ -123,13 +205,22 @@ class Walk:
     def _defined(self, node: fx.Node) -> None:
         """Find the symbols that an input gives: those that are all of it, or all of one of its sizes."""
         val = node.meta.get("val")
-        if isinstance(val, torch.SymInt) and val.node.expr.is_Symbol and val.node.hint in self.lengths.values:
-            self.lengths.add(size_hint(val), val.node.expr)
-            self.nodes.setdefault(val.node.expr, node)
-            self._ints[val.node.expr] = val
-        for d, size in enumerate(self._known(node)):
+        symbol = expr(val) if isinstance(val, torch.SymInt) else 0
+        if symbol in self.lengths.free or (isinstance(symbol, sympy.Symbol) and size_hint(val) in self.lengths.values):
+            if symbol not in self.lengths.free:
+                self.lengths.add(size_hint(val), symbol)
+            self.nodes.setdefault(symbol, node)
+            self._ints[symbol] = val
+
+    def _measured(self, node: fx.Node) -> None:
+        """Find those that no input is, but a size of one."""
+        for d, size in enumerate(self._known(node) or (shape_of(node.meta["val"]) if self._is_free(node) else ())):
             if not isinstance(size, int) and size.is_Symbol and size not in self.nodes:
                 self.nodes[size] = self._after_inputs(aten.sym_size.int, (node, d), size)
+
+    def _is_free(self, node: fx.Node) -> bool:
+        val = node.meta.get("val")
+        return isinstance(val, Tensor) and any(size in self.lengths.free for size in shape_of(val))
 
     def _saved(self, node: fx.Node, i: int) -> None:
         """Let an input have the sizes that it had in the forward graph."""
@@ -153,7 +244,7 @@ class Walk:
             return
         rule = RULES.get(node.target, like_the_operands)
         shapes = tuple(
-            self._checked(rule(self, node, tuple(v.shape), k), v) if isinstance(v, Tensor) else None
+            self._checked(rule(self, node, shape_of(v), k), v) if isinstance(v, Tensor) else None
             for k, v in enumerate(results)
         )
         if any(shape is not None and symbolic(shape) for shape in shapes):
@@ -176,13 +267,13 @@ class Walk:
     def _checked(self, shape: Shape, val: Tensor) -> Shape:
         return tuple(
             n if isinstance(s, int) or s.is_Integer or self.number(s) != n else s
-            for s, n in zip(shape, val.shape, strict=True)
+            for s, n in zip(shape, shape_of(val), strict=True)
         )
 
     def shape(self, node: fx.Node) -> Shape:
         """The sizes of a value that is one tensor."""
         held = self.shapes.get(node)
-        return held[0] if held and held[0] is not None else tuple(node.meta["val"].shape)
+        return held[0] if held and held[0] is not None else shape_of(node.meta["val"])
 
     def _hold(self, node: fx.Node, shapes: tuple[Shape | None, ...]) -> None:
         """Give a value symbolic sizes and strides."""
@@ -212,19 +303,19 @@ class Walk:
 
     def _strides(self, val: Tensor, shape: Shape, node: fx.Node) -> Shape:
         """A dim's stride is the size times the stride of the dim inside it, or what an operand has."""
-        found: list[Expr] = list(val.stride())
+        found: list[Expr] = list(map(expr, val.stride()))
         inner: Expr = 1
-        for d in sorted(range(val.dim()), key=lambda d: (val.stride(d), val.shape[d] != 1, -d)):
-            if val.stride(d) == 0:
+        for d in sorted(range(val.dim()), key=lambda d: (self.hint(found[d]), self.hint(shape[d]) != 1, -d)):
+            if found[d] == 0:
                 continue
-            if self.number(inner) == val.stride(d):
+            if self.number(inner) == found[d]:
                 found[d] = inner
             else:
-                found[d] = self._stride_of_an_operand(val.stride(d), node)
+                found[d] = self._stride_of_an_operand(found[d], node)
             inner = found[d] * shape[d]
         return tuple(found)
 
-    def _stride_of_an_operand(self, stride: int, node: fx.Node) -> Expr:
+    def _stride_of_an_operand(self, stride: Expr, node: fx.Node) -> Expr:
         for source in node.all_input_nodes:
             held = source.meta.get("val")
             if isinstance(held, Tensor):
@@ -263,7 +354,7 @@ class Walk:
             return int(size)
         if size not in self._ints:
             env = cast(ShapeEnv, self.mode.shape_env)
-            self._ints[size] = env.create_symintnode(size, hint=self.number(size))
+            self._ints[size] = env.create_symintnode(size, hint=self.hint(size))
         return self._ints[size]
 
     def _node(self, size: Expr) -> Any:

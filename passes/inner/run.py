@@ -28,7 +28,7 @@ class Run(OutputCode):
         outputs: Sequence[Any],
         number: Callable[[Any], int],
     ) -> None:
-        """calls: what runs, and the `shared.Part` that it runs. number: what a size is in every call."""
+        """calls: what runs, and the `shared.Part` that it runs. number: what a size is in the call at hand."""
         super().__init__()
         self._boxed_call = True
         place: dict[Any, int] = {node: i for i, node in enumerate(inputs)}

@@ -30,14 +30,18 @@ def symbolic(shape: Shape) -> bool:
     return not all(isinstance(size, int) for size in shape)
 
 
+def shape_of(val: Tensor) -> Shape:
+    return tuple(map(expr, val.shape))
+
+
 def tensors_read(node: fx.Node) -> list[fx.Node]:
     return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
 
 
-Rule = Callable[["Walk", fx.Node, tuple[int, ...], int], Shape]
+Rule = Callable[["Walk", fx.Node, Shape, int], Shape]
 
 
-def like_the_operands(walk: Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
+def like_the_operands(walk: Walk, node: fx.Node, found: Shape, k: int) -> Shape:
     """A size is that of an operand's dim in the same place, from behind or from the front, or of any symbolic dim."""
     shapes = [walk.shape(n) for n in tensors_read(node)]
 
@@ -52,31 +56,31 @@ def like_the_operands(walk: Walk, node: fx.Node, found: tuple[int, ...], k: int)
     return tuple(map(size, range(len(found))))
 
 
-def _new(walk: Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
+def _new(walk: Walk, node: fx.Node, found: Shape, k: int) -> Shape:
     """A value made of nothing: its sizes are those met before."""
     return tuple(walk.lengths.met.get(n, n) for n in found)
 
 
-def _merge(walk: Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
+def _merge(walk: Walk, node: fx.Node, found: Shape, k: int) -> Shape:
     """[*keep, *rest of x]: the first of the dims that an index of `keep` has are its own."""
     keep = walk.shape(cast(fx.Node, node.args[-2]))
     return (*keep, *walk.shape(tensors_read(node)[0])[len(keep) :])
 
 
-def _unmerge(walk: Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
+def _unmerge(walk: Walk, node: fx.Node, found: Shape, k: int) -> Shape:
     """[*index, *rest of x]"""
     x, *_ = args = cast(Sequence[fx.Node], node.args)
     index = walk.shape(args[-1 if node.target is torch.ops.tome.unmerge.default else -3])
     return (*index, *walk.shape(x)[len(index) :])
 
 
-def _sums(walk: Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
+def _sums(walk: Walk, node: fx.Node, found: Shape, k: int) -> Shape:
     """[*sample, groups, *rest of grad]"""
     grad, index = (walk.shape(n) for n in cast(Sequence[fx.Node], node.args[:2]))
     return (*index[:-1], walk.lengths.symbol(found[len(index) - 1]), *grad[len(index) :])
 
 
-def _match(walk: Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
+def _match(walk: Walk, node: fx.Node, found: Shape, k: int) -> Shape:
     """assign, keep, moved, similarity, size and log size, each [*sample, tokens]."""
     sample = walk.shape(tensors_read(node)[0])[: len(found) - 1]
     before, after = _before_and_after(walk, node)
@@ -89,12 +93,12 @@ def _before_and_after(walk: Walk, node: fx.Node) -> tuple[Expr, Expr]:
     return walk.shape(tensors_read(node)[0])[assign.dim() - 1], walk.lengths.symbol(walk.number(expr(keep.shape[-1])))
 
 
-def _product(walk: Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
+def _product(walk: Walk, node: fx.Node, found: Shape, k: int) -> Shape:
     a, b = (walk.shape(n) for n in cast(Sequence[fx.Node], node.args[-2:]))
     return (*a[:-1], b[-1])
 
 
-def _view(walk: Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
+def _view(walk: Walk, node: fx.Node, found: Shape, k: int) -> Shape:
     """Dims are cut where the products from the front are equal; a group's symbols go where they fit."""
     before = list(walk.shape(tensors_read(node)[0]))
     shape: list[Expr] = list(found)
@@ -105,8 +109,8 @@ def _view(walk: Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
         start, total, size = j, before[i] if i < len(before) else 1, found[j]
         group = [total]
         i, j = i + 1, j + 1
-        while walk.number(total) != size:
-            if walk.number(total) < size:
+        while walk.hint(total) != walk.hint(size):
+            if walk.hint(total) < walk.hint(size):
                 group.append(before[i])
                 total, i = total * before[i], i + 1
             else:
@@ -116,24 +120,25 @@ def _view(walk: Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
     return tuple(shape)
 
 
-def _shared_out(walk: Walk, group: Sequence[Expr], total: Expr, found: Sequence[int]) -> list[Expr]:
+def _shared_out(walk: Walk, group: Sequence[Expr], total: Expr, found: Sequence[Expr]) -> list[Expr]:
     """Symbolic sizes of the dims that a group of dims is viewed as: first those that stay, then one that is left."""
     shape: list[Expr] = list(found)
-    left = list(group)
+    left, placed = list(group), set[int]()
     for d, n in enumerate(found):
         same = next((s for s in left if not isinstance(s, int) and walk.number(s) == n), None)
         if same is not None and quotient(total, same) is not None:
             shape[d], total = same, quotient(total, same)
             left.remove(same)
+            placed.add(d)
     for d, n in enumerate(found):
-        rest = quotient(total, prod(m for e, m in enumerate(shape) if e != d and isinstance(m, int)))
-        if isinstance(shape[d], int) and rest is not None and walk.number(rest) == n:
+        rest = quotient(total, prod(m for e, m in enumerate(shape) if e != d and e not in placed))
+        if d not in placed and rest is not None and walk.number(rest) == n:
             shape[d] = rest
             break
     return shape
 
 
-def _expand(walk: Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
+def _expand(walk: Walk, node: fx.Node, found: Shape, k: int) -> Shape:
     shape = like_the_operands(walk, node, found, k)
     old = walk.shape(tensors_read(node)[0])
     added = len(shape) - len(old)
@@ -141,16 +146,16 @@ def _expand(walk: Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
     return tuple(walk.lengths.met.get(found[d], found[d]) if grown[d] else shape[d] for d in range(len(found)))
 
 
-def _permute(walk: Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
+def _permute(walk: Walk, node: fx.Node, found: Shape, k: int) -> Shape:
     old = walk.shape(tensors_read(node)[0])
     return tuple(old[d] for d in cast(Sequence[int], node.args[1]))
 
 
-def _index_shape(walk: Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
+def _index_shape(walk: Walk, node: fx.Node, found: Shape, k: int) -> Shape:
     return walk.shape(cast(fx.Node, node.args[2]))
 
 
-def _cat(walk: Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
+def _cat(walk: Walk, node: fx.Node, found: Shape, k: int) -> Shape:
     parts = [walk.shape(n) for n in cast(Sequence[fx.Node], node.args[0])]
     parts = [p for p in parts if len(p) == len(found)]
     d = Call(node).args["dim"] % len(found)
@@ -161,7 +166,7 @@ def _cat(walk: Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
 
 def _part(walk: Walk, whole: Expr, n: int) -> Expr:
     """How many tokens n are, of so many: a length, all but a few, or a few."""
-    if isinstance(whole, int) or n == 1:
+    if isinstance(whole, int) or n == 1 or not (isinstance(n, int) and isinstance(walk.number(whole), int)):
         return n
     if walk.number(whole) == n:
         return whole
@@ -170,14 +175,17 @@ def _part(walk: Walk, whole: Expr, n: int) -> Expr:
     return whole - (walk.number(whole) - n) if 2 * n > walk.number(whole) else n
 
 
-def _slice(walk: Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
+def _slice(walk: Walk, node: fx.Node, found: Shape, k: int) -> Shape:
     old, d = _cut(walk, node)
     return (*old[:d], _part(walk, old[d], found[d]), *old[d + 1 :])
 
 
-def _split(walk: Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
+def _split(walk: Walk, node: fx.Node, found: Shape, k: int) -> Shape:
     old, d = _cut(walk, node)
-    return (*old[:d], _split_sizes(walk, old[d], cast(Sequence[int], node.args[1]))[k], *old[d + 1 :])
+    sizes = cast(Sequence[int], node.args[1])
+    if not all(isinstance(n, int) for n in sizes):
+        return found
+    return (*old[:d], _split_sizes(walk, old[d], sizes)[k], *old[d + 1 :])
 
 
 def _cut(walk: Walk, node: fx.Node) -> tuple[Shape, int]:
@@ -195,9 +203,11 @@ def _split_sizes(walk: Walk, whole: Expr, sizes: Sequence[int]) -> list[Expr]:
     return parts
 
 
-def _pad(walk: Walk, node: fx.Node, found: tuple[int, ...], k: int) -> Shape:
+def _pad(walk: Walk, node: fx.Node, found: Shape, k: int) -> Shape:
     source, pads = cast(tuple[fx.Node, Sequence[int]], node.args[:2])
     old, shape = walk.shape(source), list(found)
+    if not all(isinstance(n, int) for n in pads):
+        return found
     for d, n in enumerate(found):
         at = 2 * (len(found) - 1 - d)
         grows = sum(pads[at : at + 2]) if at < len(pads) else 0
@@ -268,9 +278,9 @@ def _slice_bounds(walk: Walk, node: fx.Node, shapes: Sequence[Shape | None]) -> 
     old, d = _cut(walk, node)
     start, end, step = (Call(node).args[name] for name in ("start", "end", "step"))
     whole, size = old[d], cast(Shape, shapes[0])[d]
-    if step != 1 or isinstance(whole, int):
-        return
     n = walk.number(whole)
+    if step != 1 or isinstance(whole, int) or not all(type(x) is int for x in (n, start or 0, end or 0)):
+        return
     first = start or 0
     first = max(first + n, 0) if first < 0 else min(first, n)
     begin = whole - (n - first) if 2 * first > n else first
@@ -288,6 +298,8 @@ def _split_lengths(walk: Walk, node: fx.Node, shapes: Sequence[Shape | None]) ->
 def _pads(walk: Walk, node: fx.Node, shapes: Sequence[Shape | None]) -> None:
     source, pads = cast(tuple[fx.Node, Sequence[int]], node.args[:2])
     old, shape, changed = walk.shape(source), cast(Shape, shapes[0]), list[Any](pads)
+    if not all(isinstance(n, int) for n in pads):
+        return
     for at in range(0, len(pads), 2):
         d = len(shape) - 1 - at // 2
         before, behind = pads[at : at + 2]
@@ -311,4 +323,4 @@ ARGUMENTS: dict[Any, Callable[[Walk, fx.Node, Sequence[Shape | None]], None]] = 
     **dict.fromkeys(_MATCHES, _merged_away),
 }
 
-__all__ = ["ARGUMENTS", "MAKE_SIZES", "RULES", "Shape", "like_the_operands", "symbolic", "tensors_read"]
+__all__ = ["ARGUMENTS", "MAKE_SIZES", "RULES", "Shape", "like_the_operands", "shape_of", "symbolic", "tensors_read"]

@@ -10,7 +10,7 @@ that is to use what it made (`Compiled.fits`), else that part is compiled for it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -21,13 +21,14 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from ..algebra.axes import expr
+from .lengths import Lengths
 from .repeats import body, cuts, reckons
 
 
 def compile_shared(
-    gm: fx.GraphModule, inputs: Sequence[Any], number: Callable[[Any], int], compile_one: Any, **kwargs: Any
+    gm: fx.GraphModule, inputs: Sequence[Any], lengths: Lengths, compile_one: Any, **kwargs: Any
 ) -> Any:
-    """`compile_one(gm, inputs, **kwargs)`, by its layers where they are the same. number: what a size is in every call.
+    """`compile_one(gm, inputs, **kwargs)`, by its layers where they are the same. lengths: what sizes are in all calls.
 
     Returns what takes a list of inputs, which it empties, and gives the outputs.
     """
@@ -45,7 +46,7 @@ def compile_shared(
     with unheard() as donate:
         for part in _parts(gm.graph, places, static, _donated(placeholders, kwargs)):
             known = held.setdefault(part.key, [])
-            numbers = {symbol: number(symbol) for symbol in part.symbols}
+            numbers = {symbol: sympy.sympify(lengths.number(symbol)) for symbol in part.symbols}
             found = next((one for one in known if one.fits(part, numbers)), None)
             if found is None:
                 donate([i for i, node in enumerate(part.reads) if node in part.donated])
@@ -53,7 +54,7 @@ def compile_shared(
                 found = Compiled(compile_one(part.module(gm), part.inputs, static_input_idxs=fixed, **kwargs), part)
                 known.append(found)
             calls.append((found.run, part))
-    made = Run(placeholders, calls, tree_leaves(gm.graph.output_node().args), number)
+    made = Run(placeholders, calls, tree_leaves(gm.graph.output_node().args), lengths.hint)
     made.tell_strides()
     return made
 
@@ -193,7 +194,7 @@ class Compiled:
 
         self.run, self.symbols, self.env = run, part.symbols, shape_env_from_inputs(part.inputs)
 
-    def fits(self, part: Part, numbers: Mapping[sympy.Symbol, int]) -> bool:
+    def fits(self, part: Part, numbers: Mapping[sympy.Symbol, Any]) -> bool:
         """Whether all that is assumed of the symbols holds for a part's numbers."""
         if self.env is None:
             return True
@@ -201,8 +202,9 @@ class Compiled:
         assumed = [guard.expr for guard in self.env.guards]
         assumed += [sympy.Eq(symbol, value) for symbol, value in self.env.replacements.items()]
         # what is said of symbols of other parts decides nothing about sizes of this one
-        mine = [c for c in assumed if c.free_symbols and c.free_symbols <= own.keys()]
-        return all(condition.xreplace(own) == sympy.true for condition in mine)
+        mine = [c.xreplace(own) for c in assumed if c.free_symbols and c.free_symbols <= own.keys()]
+        # of free symbols it is a guard from now on
+        return all(c == sympy.true or (c.free_symbols and self.env.evaluate_expr(c)) for c in mine)
 
 
 def _donated(placeholders: Sequence[fx.Node], kwargs: Mapping[str, Any]) -> list[fx.Node]:

@@ -416,6 +416,130 @@ void share_rows(const T* grad, const float* size, const float* size_out, const i
     }
 }
 
+// Products in bfloat16 with the instruction for them. The library behind ATen keeps half a MiB of code for each number of
+// rows that it meets, and every layer of a merged model has another: here there is one loop for any number. A row's sum
+// has one order, whatever stands beside it.
+#if defined(__AVX512BF16__) && defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define TOME_PRODUCTS
+#endif
+#endif
+#if defined(TOME_PRODUCTS)
+using Sums = float __attribute__((vector_size(64)));
+using Pairs16 = int32_t __attribute__((vector_size(64)));  // two bfloat16 in each
+using SumsAt = float __attribute__((vector_size(64), aligned(4), may_alias));
+using Pairs16At = int32_t __attribute__((vector_size(64), aligned(2), may_alias));
+constexpr int64_t kHigh = 6, kAcross = 4, kWide = 16 * kAcross;  // a tile takes 24 of 32 registers
+
+inline Sums add_products(Sums sum, Pairs16 a, Pairs16 b) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(b), "v"(a));
+    return sum;
+}
+
+// Between rows i and i + step, i without the bit `step`, the lanes with it are exchanged: with steps 1, 2, 4 and 8 rows
+// become columns.
+template <int step>
+inline void exchange(Pairs16* row) {
+#define TOME_FIRST(l) ((l) & step ? 16 + (l) - step : (l))
+#define TOME_SECOND(l) ((l) & step ? 16 + (l) : (l) + step)
+#define TOME_LANES(f) f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14), f(15)
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+        if (i & step) continue;
+        const Pairs16 a = row[i], b = row[i + step];
+        row[i] = __builtin_shufflevector(a, b, TOME_LANES(TOME_FIRST));
+        row[i + step] = __builtin_shufflevector(a, b, TOME_LANES(TOME_SECOND));
+    }
+}
+
+// `count` rows of pairs, `step` apart -> panel [pairs, kWide], zeros behind the last row.
+void pack(const int32_t* rows, int64_t step, int64_t count, int64_t pairs, int32_t* panel) {
+    const int64_t whole = count == kWide ? pairs / 16 * 16 : 0;
+    for (int64_t c = 0; c < whole; c += 16) {
+        for (int64_t n = 0; n < kWide; n += 16) {
+            Pairs16 held[16];
+#pragma GCC unroll 16
+            for (int64_t i = 0; i < 16; ++i) held[i] = *reinterpret_cast<const Pairs16At*>(rows + (n + i) * step + c);
+            exchange<1>(held);
+            exchange<2>(held);
+            exchange<4>(held);
+            exchange<8>(held);
+#pragma GCC unroll 16
+            for (int64_t i = 0; i < 16; ++i) *reinterpret_cast<Pairs16*>(panel + (c + i) * kWide + n) = held[i];
+        }
+    }
+    if (count < kWide) std::fill(panel, panel + pairs * kWide, 0);
+    for (int64_t n = 0; n < count; ++n) {
+        for (int64_t c = whole; c < pairs; ++c) panel[c * kWide + n] = rows[n * step + c];
+    }
+}
+
+// found [kHigh, kWide] = first + rows by panel. Not inlined: its sums then stay in registers.
+__attribute__((noinline)) void tile_of(const int32_t* const* rows, const int32_t* panel, int64_t pairs, const float* first,
+                                       float* found) {
+    Sums sum[kHigh][kAcross];
+#pragma GCC unroll 6
+    for (int64_t i = 0; i < kHigh; ++i) {
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < kAcross; ++v) sum[i][v] = *reinterpret_cast<const SumsAt*>(first + v * 16);
+    }
+    for (int64_t c = 0; c < pairs; ++c) {
+        Pairs16 along[kAcross];
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < kAcross; ++v) along[v] = *reinterpret_cast<const Pairs16*>(panel + c * kWide + v * 16);
+#pragma GCC unroll 6
+        for (int64_t i = 0; i < kHigh; ++i) {
+            const Pairs16 pair = Pairs16{} + rows[i][c];
+#pragma GCC unroll 4
+            for (int64_t v = 0; v < kAcross; ++v) sum[i][v] = add_products(sum[i][v], pair, along[v]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int64_t i = 0; i < kHigh; ++i) {
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < kAcross; ++v) *reinterpret_cast<SumsAt*>(found + i * kWide + v * 16) = sum[i][v];
+    }
+}
+
+// out [m, n] = x [m, k] by the transpose of weight [n, k], plus bias [n] where it is not null; steps between rows. k is even.
+void product(const bfloat16* x, int64_t step_x, const bfloat16* weight, int64_t step_w, const bfloat16* bias,
+             bfloat16* out, int64_t m, int64_t n, int64_t k, int threads) {
+    const int64_t pairs = k / 2, panels = (n + kWide - 1) / kWide, blocks = (m + kHigh - 1) / kHigh;
+#pragma omp parallel num_threads(threads)
+    {
+        static thread_local std::vector<int32_t> scratch;
+        if (static_cast<int64_t>(scratch.size()) < pairs * kWide + 16) scratch.resize(pairs * kWide + 16);
+        int32_t* panel = scratch.data();  // to a whole line of the cache: vectors across two take twice as long
+        while (reinterpret_cast<uintptr_t>(panel) % 64) ++panel;
+        float first[kWide], found[kHigh][kWide];
+        int64_t held = -1;
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t p = 0; p < panels; ++p) {
+            for (int64_t i = 0; i < blocks; ++i) {
+                const int64_t column = p * kWide, wide = std::min(kWide, n - column);
+                if (std::exchange(held, p) != p) {
+                    pack(reinterpret_cast<const int32_t*>(weight + column * step_w), step_w / 2, wide, pairs, panel);
+                    for (int64_t c = 0; c < kWide; ++c) first[c] = bias && c < wide ? load(bias[column + c]) : 0.0f;
+                }
+                const int32_t* rows[kHigh];
+                for (int64_t r = 0; r < kHigh; ++r) {
+                    rows[r] = reinterpret_cast<const int32_t*>(x + std::min(i * kHigh + r, m - 1) * step_x);
+                }
+                tile_of(rows, panel, pairs, first, found[0]);
+                for (int64_t r = 0; r < std::min(kHigh, m - i * kHigh); ++r) {
+                    bfloat16* to = out + (i * kHigh + r) * n + column;
+                    if (wide == kWide) {  // a constant length is what the compiler turns into vectors
+                        for (int64_t c = 0; c < kWide; ++c) store(to + c, found[r][c]);
+                    } else {
+                        for (int64_t c = 0; c < wide; ++c) store(to + c, found[r][c]);
+                    }
+                }
+            }
+        }
+    }
+}
+#endif
+
 // exp and log to float32 precision for x <= 0 and normal x > 0, without branches or calls: loops over them vectorise,
 // which those over the library's do only where the compiler may assume that there are no infinities.
 inline float exp_of(float x) {
@@ -1016,12 +1140,38 @@ void energy_of(StableIValue* stack, uint64_t, uint64_t) {
     *stack = std::move(out).result();
 }
 
+#if defined(TOME_PRODUCTS)
+void product_of(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments given{stack};
+    Tensor x = given.tensor();
+    const Tensor weight = given.tensor(), bias = given.optional().dense();
+    const int32_t half = aoti_torch_dtype_bfloat16();
+    if (x.dim() != 2 || x.dtype() != half || weight.dim() != 2) {
+        throw std::invalid_argument("x and weight must be bfloat16 [m, k] and [k, n]");
+    }
+    const int64_t m = x.size(0), k = x.size(1), n = weight.size(1);
+    expect("weight", weight, {k, n}, half);
+    expect("bias", bias, {n}, half);
+    if (k % 2 || weight.stride(0) != 1 || weight.stride(1) % 2) {
+        throw std::invalid_argument("weight must be the transpose of a dense [n, k], k even");
+    }
+    if (x.stride(1) != 1) x = std::move(x).dense();
+    Tensor out = empty({m, n}, half);
+    product(x.data<const bfloat16>(), x.stride(0), weight.data<const bfloat16>(), weight.stride(1), bias.data<const bfloat16>(),
+            out.data<bfloat16>(), m, n, k, threads());
+    *stack = std::move(out).result();
+}
+#endif
+
 }  // namespace
 
 // Registers the operators for CPU tensors, for good, in a namespace that has their schemas (cpu.py); whether it could.
 extern "C" bool tome_register(const char* name) {
     TorchLibraryHandle library;
     if (aoti_torch_library_init_impl(name, "CPU", __FILE__, __LINE__, &library)) return false;
+#if defined(TOME_PRODUCTS)
+    if (aoti_torch_library_impl(library, "product", product_of)) return false;
+#endif
     return !aoti_torch_library_impl(library, "match_size", match_size) &&
            !aoti_torch_library_impl(library, "energy", energy_of) &&
            !aoti_torch_library_impl(library, "merge", merge) &&

@@ -38,10 +38,21 @@ SCHEMAS = {
     "merge_backward": f"(Tensor grad, Tensor? size, Tensor size_out, {INDEX}) -> Tensor",
     "unmerge": "(Tensor x, Tensor index) -> Tensor",
     "unmerge_backward": "(Tensor grad, Tensor index, SymInt groups) -> Tensor",
+    "product": "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
 }
 """Those of `tome_fx.ops` too."""
 PIECES = {"energy": "(Tensor metric, float margin) -> Tensor"}
 """Those that pieces of methods call themselves, with plain tensors."""
+
+LONGEST = 8192
+"""Products over more channels than this would read their panel of weights from beyond the second cache."""
+
+
+@functools.cache
+def has_products() -> bool:
+    """Whether products in bfloat16 are ours: with the instruction for them, and without the tiles that ATen uses."""
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+
 
 # Inductor writes its loops with vector intrinsics and turns the compiler's own vectors off.
 _FLAGS = ("-O3", "-march=native", "-ftree-loop-vectorize", "-fno-math-errno", "-ffp-contract=fast")
