@@ -93,6 +93,8 @@ EVERYWHERE = (
 LONG = (Limit("patch", 1.15, device="cpu"),)
 """Claims about cases of 1025 tokens or more for which there is a patch."""
 NO_GRID = "the usual patch merges for good, and this model needs its grid"
+NO_FRAMES = "the usual patch knows no frames"
+LONGEST = 16384
 NO_CONDITION = "patches of diffusion models match in another way: one random destination in each cell of the grid"
 
 
@@ -109,10 +111,10 @@ def _image(name: str, model: str, size: int, r: int, **options: Any) -> Case:
 
 
 def _dit(tokens: int, **options: Any) -> Case:
-    """DiT-B/2 over a latent of `tokens` patches, of which half merge in each branch."""
+    """DiT-B/2 over a latent of `tokens` patches, of which half merge in each branch; the largest has four blocks."""
     side = 2 * math.isqrt(tokens)
-    fixed: dict[str, Any] = {"placement": "branch", "rounds": 5, "no_patch": NO_CONDITION}
-    shape = {"input_shape": (4, side, side)}
+    fixed: dict[str, Any] = {"placement": "branch", "rounds": 5 if tokens < LONGEST else 3, "no_patch": NO_CONDITION}
+    shape = {"input_shape": (4, side, side), **({} if tokens < LONGEST else {"depth": 4})}
     return Case(f"dit_base_{tokens}", "diffusion", "dit", shape, tokens // 2, **fixed, **options)
 
 
@@ -163,6 +165,12 @@ TABLE = (
     ),
     _dit(1024, train={"cpu": 2, "cuda": 32}),
     _dit(4096, batches={"cpu": (1,), "cuda": (1, 8, 32)}),
+    _dit(16384, batches={"cpu": (1,), "cuda": (1, 8)}, limits=near_oracle(1)),
+    Case(
+        "alternating_16384", "video", "alternating",
+        {"input_shape": (3, 16, 512, 512), "kernel": (1, 16, 16)}, 256,
+        batches={"cpu": (1,), "cuda": (1, 8)}, rounds=3, limits=near_oracle(1), no_patch=NO_FRAMES,
+    ),
 )  # fmt: skip
 CASES = {case.name: case for case in TABLE}
 

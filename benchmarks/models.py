@@ -70,6 +70,28 @@ class Encoder(nn.Module):
         return self.read(self.blocks(self.embed(x)))
 
 
+class InFrames(nn.Module):
+    """A block over the tokens of each of `frames` frames alone."""
+
+    def __init__(self, block: nn.Module, frames: int) -> None:
+        super().__init__()
+        self.block, self.frames = block, frames
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, frames * n, C] -> [B, frames * m, C], of a block [B, n, C] -> [B, m, C]."""
+        own = self.block(x.unflatten(1, (self.frames, -1)).flatten(0, 1))
+        return own.unflatten(0, (-1, self.frames)).flatten(1, 2)
+
+
+class Alternating(Encoder):
+    """VGGT-like: blocks over each frame alone and over all frames in turn, [frames, height, width] in `grid`."""
+
+    def __init__(self, embed_dim: int = 768, depth: int = 4, num_heads: int = 12, **options: Any) -> None:
+        super().__init__(embed_dim=embed_dim, depth=depth, num_heads=num_heads, **options)
+        for i in range(0, depth, 2):
+            self.blocks[i] = InFrames(self.blocks[i], self.grid[0])
+
+
 class Dense(Encoder):
     """SAM-like: global attention over a grid of patches, read as a feature map by a convolution."""
 
@@ -160,7 +182,9 @@ def vit(model: str, **options: Any) -> nn.Module:
     return timm.create_model(model, **options)
 
 
-BUILDERS: dict[str, Callable[..., nn.Module]] = {"vit": vit, "encoder": Encoder, "dense": Dense, "dit": DiT}
+BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "vit": vit, "encoder": Encoder, "alternating": Alternating, "dense": Dense, "dit": DiT,
+}  # fmt: skip
 
 
 def inputs(net: nn.Module, batch: int) -> tuple[torch.Tensor, ...]:

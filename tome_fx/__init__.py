@@ -3,6 +3,7 @@
 model = torch.compile(model, backend=tome_backend(r=16))
 """
 
+from tome_fx.across import reuse_across_calls
 from tome_fx.backend import ToMeBackend, ToMeError, ToMeWarning, tome_backend
 from tome_fx.calibrate import calibrate
 from tome_fx.check import Approximation, Check, CheckedMerge, CheckedOutput, NoLawError, check
@@ -67,6 +68,7 @@ __all__ = [
     "register_piece",
     "register_rule",
     "reports",
+    "reuse_across_calls",
     "rewrite",
     "tome_backend",
     "trace_tokens",

