@@ -123,7 +123,7 @@ def emoji_task(test: int | None, seed: int, console: Console) -> Task:
     """Emoji at native resolution through DINOv2 and a probe: their subgroups, half of them to fit, half to test."""
     px, model = 224, assets.dinov2_vit_small(224, console)
     pixels, labels, names = emoji.load(px, console)
-    train, rest = np.split(cifar.subset(len(labels), len(labels), seed), 2)
+    train, rest = np.array_split(cifar.subset(len(labels), len(labels), seed), 2)
     rest = rest[:test]
     features = plain_features(model, pixels[train], f"emoji_train-{px}-s{seed}.npy", px, console)
     classifier = probe(features, labels[train], seed)
@@ -132,7 +132,8 @@ def emoji_task(test: int | None, seed: int, console: Console) -> Task:
         title=f"Emoji at {px} px, {WEIGHTS}",
         data=f"{emoji.PICTURES.name}: drawn emoji of 256 px, made smaller, and their {len(names)} Unicode subgroups by "
         f"{emoji.GROUPS.name}, no flags, no skin tones: a ridge probe (penalty {classifier[-1].alpha:g}) on "
-        f"{len(train)} unmerged class-token features, {len(rest)} others (seed {seed}). An even background flatters merging.",
+        f"{len(train)} unmerged class-token features, {len(rest)} others (seed {seed}). An even "
+        "background flatters merging.",
         model=model,
         load=lambda rows: cifar.tensor(pixels[rest[rows]], px),
         labels=labels[rest],
