@@ -65,9 +65,10 @@ MOST = 8
 def normalize(graph: fx.Graph, mode: FakeTensorMode, impure: Callable[[fx.Node], bool]) -> None:
     """Rewrite in place. impure: the nodes that stay though nobody reads them."""
     outputs = Outputs(graph)
-    drop_dead(graph, impure)
-    join_writes(graph)
     _by_table(graph, mode)
+    drop_dead(graph, impure)
+    if join_writes(graph):
+        _by_table(graph, mode)
     drop_dead(graph, impure)
     known = numbers(graph, {})
     narrow_spread(graph, mode, known.get)

@@ -17,8 +17,9 @@ aten = torch.ops.aten
 _WRITES = {aten.slice_scatter.default, aten.select_scatter.default}
 
 
-def join_writes(graph: fx.Graph) -> None:
-    """Rewrite in place. Dead code is left to the caller."""
+def join_writes(graph: fx.Graph) -> bool:
+    """Rewrite in place, and say whether anything was joined. Dead code is left to the caller."""
+    joined = False
     for node in graph.find_nodes(op="call_function", target=aten.slice.Tensor):
         _read_past(node)
     for node in list(graph.nodes):
@@ -26,6 +27,8 @@ def join_writes(graph: fx.Graph) -> None:
             pieces = _pieces(node)
             if pieces is not None:
                 _join(graph, node, pieces)
+                joined = True
+    return joined
 
 
 def _read_past(node: fx.Node) -> None:
