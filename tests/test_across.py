@@ -158,7 +158,7 @@ def test_gradients() -> None:
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_inductor(dtype: torch.dtype) -> None:
     model, (x, y) = model_and_inputs(Spec(depth=2), 2)
     model, x, y = model.to(dtype), *(tuple(part.to(dtype) for part in parts) for parts in (x, y))

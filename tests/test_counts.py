@@ -151,7 +151,7 @@ CASES = [(method, prefix, rule, counts) for method in METHODS for prefix in (1, 
          if (method, rule[0]) != ("saint", "threshold") for counts in ((10, 0), (12, 3), (20, 6))]  # fmt: skip
 
 
-@pytest.mark.parametrize(("method", "prefix", "rule", "counts"), strategies.thinned(CASES, 13))
+@pytest.mark.parametrize(("method", "prefix", "rule", "counts"), strategies.thinned(CASES, 23))
 def test_each_sample_is_as_if_its_tokens_had_really_gone(
     method: str, prefix: int, rule: tuple[str, float], counts: tuple[int, int]
 ) -> None:

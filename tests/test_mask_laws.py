@@ -91,7 +91,8 @@ PLAIN = [name for name in (*APPLY, *MODULES) if name not in FLEX]
 SPELLED = [(kind, way) for kind in MADE for way in MADE[kind]]
 SPELLED += zip(list(KINDS) * len(HELD), HELD, strict=False)
 TURNS = [  # the ways to apply take turns
-    pytest.param(kind, way, PLAIN[i % len(PLAIN)], id=f"{kind}-{way}") for i, (kind, way) in enumerate(SPELLED)
+    pytest.param(kind, way, PLAIN[i % len(PLAIN)], id=f"{kind}-{way}", marks=[pytest.mark.slow] * (i % 2))
+    for i, (kind, way) in enumerate(SPELLED)
 ]
 APPLIED = [
     *(("causal", "finfo.min buffer", name) for name in (*PLAIN, FLEX[0], CAUSAL)),

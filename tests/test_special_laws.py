@@ -590,7 +590,7 @@ FREE = {"nothing": (), "image": (1,), "both": (0, 1), "both and batch": (0, 1)}
 
 
 @pytest.mark.parametrize(
-    ("form", "early", "text_first", "free"), grid(FORMS, [True, False], [True, False], list(FREE), step=3)
+    ("form", "early", "text_first", "free"), grid(FORMS, [True, False], [True, False], list(FREE), step=5)
 )
 def test_the_longer_stream_merges(form: tuple[str, str], early: bool, text_first: bool, free: str) -> None:
     """Case 10: of a fixed length and of dynamic ones, at the lengths compiled for and at others, in one graph."""

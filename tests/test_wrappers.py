@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import tome_fx
 from tests.palette import assert_lossless, compiled, distance, palette_tokens, run
+from tests.strategies import thinned
 from tests.test_explain import D, Stack
 
 N, R = 48, 6
@@ -141,7 +142,7 @@ def test_quantised_weights(kind: type[Coded], placement: str) -> None:
     assert not report.unknown_ops
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", thinned(KINDS, 2, lambda kind: kind.__name__))
 def test_quantised_weights_whole_way(kind: type[Coded]) -> None:
     """Through AOTAutograd and Inductor, by `rewrite`, and tied on any input."""
     model, x = quantised(Stack(), kind), palette_tokens(2, N, D)
