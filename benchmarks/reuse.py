@@ -92,7 +92,7 @@ def of_sampler(rounds: int, console: Console) -> dict[str, Any]:
     side = 2 * math.isqrt(TOKENS)
     model, x = models.BUILDERS["dit"](input_shape=(4, side, side)).eval(), torch.randn(1, 4, side, side)
     steps_of, error = path(model, x), {}
-    fast = compiled(model, r=SHARE, inner="eager")
+    fast = compiled(model, r=SHARE, placement="branch", inner="eager")
     for steps in (*STEPS, SAMPLED):
         with reusing(steps):
             off = [float((fast(x, time) - y).norm() / y.norm()) for x, time, y in steps_of]
@@ -108,7 +108,7 @@ def seconds(model: nn.Module, x: Tensor, rounds: int) -> dict[str, list[float]]:
     """Of 8 calls each, interleaved: unmerged, merged, and with groups that serve so many calls."""
     calls = max(STEPS)
     torch._dynamo.reset()
-    plain, fast = torch.compile(model), torch.compile(model, backend=tome_fx.tome_backend(r=SHARE))
+    plain, fast = torch.compile(model), torch.compile(model, backend=tome_fx.tome_backend(r=SHARE, placement="branch"))
 
     def job(run: Callable[..., Tensor], steps: int) -> Callable[[], None]:
         def go() -> None:
