@@ -131,7 +131,7 @@ def tables(result: dict[str, Any]) -> list[str]:
     lines += ["", "| steps that share groups | relative error | times as fast as unmerged |", "| --: | --: | --: |"]
     times = result["sampler"].get("seconds", {})
     for steps, error in result["sampler"]["error"].items():
-        speed = f"{timing.ratio(times['unmerged'], times[steps]):.2f}" if steps in times else ""
+        speed = f"{timing.ratio(times[steps], times['unmerged']):.2f}" if steps in times else ""
         lines.append(f"| {steps} | {error:.5f} | {speed} |")
     return lines
 
