@@ -13,7 +13,7 @@
 | attention, norms, convolutions as below autograd        | as above it: `scaled_dot_product_attention`, `conv2d`    |
 | `pad(x, (m, 0))`                                        | `cat([full(m), x], -1)`                                  |
 | the sum of what stands side by side along a dim         | adds: `add(x, y)`                                        |
-| the same, each times a number of its own                | adds: `add(mul(x, w0), mul(y, w1))`                      |
+| the same, each times a number of its own (`linear` too) | adds: `add(mul(x, w0), mul(y, w1))`                      |
 | `cat` of slices that the same op was done to            | the op, of the whole                                     |
 | exp over its sum, or of what has been normalised        | `softmax` (`normal/weights.py`)                          |
 | the mean of it                                          | adds, divided: `div(add(x, y), 2)`                       |
@@ -300,19 +300,23 @@ def _total(terms: Sequence[fx.Node], emit: Emit) -> fx.Node:
 
 
 def _weighted(call: Call, emit: Emit) -> fx.Node | None:
-    """A product that sums what stands side by side, each times a number of its own."""
+    """A product that sums what stands side by side, each times a number of its own; a result may be a dim of size 1."""
     rule = find(call)
     if not isinstance(rule, Contraction) or len(call.nodes) != 2 or not _one_kind(call):
         return None
     sig = rule.signature(call, NO_FACTS)
     for (letters, node), (by, weights) in permutations(zip(sig.ins, call.nodes, strict=True)):
-        x = by[0] if len(by) == 1 else None
-        if x is None or sig.role(x) is not Role.SUM or (*sig.outs[0],) != (*(c for c in letters if c != x),):
+        x = next((c for c in by if c in letters and sig.role(c) is Role.SUM), None)
+        new = [c for c in by if c != x]
+        one = all(expr(weights.meta["val"].shape[by.index(c)]) == 1 for c in new[:1]) and len(new) < 2
+        if x is None or not one or (*sig.outs[0],) != (*(c for c in letters if c != x), *new):
             continue
         terms = _pieces(node, letters.index(x), emit)
         if terms is not None and 1 < len(terms) <= MOST:
-            scaled = (emit(aten.mul.Tensor, n, emit(aten.select.int, weights, 0, k)) for k, n in enumerate(terms))
-            return _total(list(scaled), emit)
+            row = emit(aten.select.int, weights, by.index(new[0]), 0) if new else weights
+            scaled = (emit(aten.mul.Tensor, n, emit(aten.select.int, row, 0, k)) for k, n in enumerate(terms))
+            total = _total(list(scaled), emit)
+            return emit(aten.unsqueeze.default, total, -1) if new else total
     return None
 
 
@@ -444,7 +448,7 @@ FORMS: dict[Any, Form] = {
     aten.div.Tensor: lambda call, emit: _changed_by(1)(call, emit) or over_their_sum(call, emit),
     aten.exp.default: from_log,
     aten.softmax.int: shifted,
-    **dict.fromkeys((aten.einsum.default, aten.matmul.default), _weighted),
+    **dict.fromkeys((aten.einsum.default, aten.matmul.default, aten.linear.default), _weighted),
     **dict.fromkeys((aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar), _changed_by(0)),
     aten.native_layer_norm.default: _whole(_layer_norm),
     aten.convolution.default: _convolution,

@@ -129,6 +129,17 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
         lambda x, y: torch.einsum("s,sabc->abc", y[0, 0, :2], torch.stack([x, y])),
         ["aten.select.int"] * 2 + ["aten.slice.Tensor", "aten.select.int", MUL, "aten.select.int", MUL, ADD],
     ),
+    "linear of a stack": (
+        lambda x, y: F.linear(torch.stack([x, y], -1), y[0, :1, :2]).squeeze(-1),
+        ["aten.select.int", *["aten.slice.Tensor"] * 2, "aten.select.int",
+         *["aten.select.int", MUL] * 2, ADD, "aten.unsqueeze.default", "aten.squeeze.dim"],
+    ),
+    "einsum, a sum of its own": (lambda x, y: torch.einsum("abc,s->abc", x, y[0, 0]),
+        ["aten.select.int"] * 2 + ["aten.einsum.default"]),
+    "linear of a stack, two results": (
+        lambda x, y: F.linear(torch.stack([x, y], -1), torch.ones(2, 2)),
+        ["aten.stack.default", "aten.ones.default", "aten.linear.default"],
+    ),
     "stack times a column": (
         lambda x, y: (torch.stack([x, y]) * torch.arange(2.0)[:, None, None, None]).sum(0),
         ["aten.arange.default", "aten.unsqueeze.default", "aten.unsqueeze.default", "aten.unsqueeze.default",
