@@ -86,6 +86,20 @@ def test_turns() -> None:
     assert all(torch.equal(fast(*x), y) for x, y in zip(xs, plain, strict=True))
 
 
+def test_a_call_that_raised_has_no_turn(replayed: Replayed) -> None:
+    """Called again it finds its groups: there are none that it could reuse."""
+    model, (x, y) = model_and_inputs(Spec(depth=2), 2)
+    fast = compiled(model, matcher="replayed")
+    plain = fast(*x)
+    with tome_fx.reuse_across_calls(2):
+        replayed.turn = iter(())
+        with pytest.raises(StopIteration):
+            fast(*x)
+        replayed.turn = None
+        assert torch.equal(fast(*x), plain)
+        assert not torch.equal(fast(*y), plain)
+
+
 def test_calls_of_a_step_have_groups_of_their_own() -> None:
     model, xs = model_and_inputs(Spec(depth=2), 4)
     fast = compiled(model)

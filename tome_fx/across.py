@@ -87,11 +87,12 @@ class reuse_across_calls:
         shapes = tuple(map(_shape, args))
         # whose call it is: one graph may serve many modules, which differ in their parameters
         turns = self._turns.setdefault((graph, *shapes, *(x for x in args if isinstance(x, nn.Parameter))), _Turns())
-        place, due = turns.count % self.calls, turns.count // self.calls % self.steps == 0
-        turns.count += 1
-        if not due:
-            return graph.reusing(shapes, args, turns.groups[place])
-        found, turns.groups[place] = graph.finding(shapes, args)
+        place = turns.count % self.calls
+        if turns.count // self.calls % self.steps:
+            found = graph.reusing(shapes, args, turns.groups[place])
+        else:
+            found, turns.groups[place] = graph.finding(shapes, args)
+        turns.count += 1  # a call that raised has no turn
         return found
 
 
