@@ -45,7 +45,7 @@ for line in sys.stdin:
         held[name]()
     spent = time.process_time()
     seconds = timing.seconds_of(held[name], setting["device"])
-    print("seconds", seconds, time.process_time() - spent, flush=True)
+    print("found", seconds, time.process_time() - spent, flush=True)
 """
 
 
@@ -95,27 +95,9 @@ def known(root: Path, python: str) -> list[str]:
 @contextmanager
 def worker(root: Path, setting: str, python: str = sys.executable) -> Iterator[Any]:
     """A process of a build that runs a variant whenever it gets its name, and says how many seconds it took."""
-    path = os.pathsep.join([str(root), str(root / "benchmarks")])
-    command = [python, "-c", WORKER, setting]
-    process = subprocess.Popen(
-        command, env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdin is not None and process.stdout is not None
-
-    def seconds(name: str) -> tuple[float, float]:
-        process.stdin.write(f"{name}\n")
-        process.stdin.flush()
-        for line in process.stdout:
-            if line.startswith("seconds "):
-                wall, spent = map(float, line.split()[1:])
-                return wall, spent
-        raise timing.ChildError(f"the build in {root} ended while it ran {name}")
-
-    try:
-        yield seconds
-    finally:
-        process.stdin.close()
-        process.wait()
+    paths = [str(root), str(root / "benchmarks")]
+    with harness.asked([python, "-c", WORKER, setting], paths, f"the build in {root}") as ask:
+        yield lambda name: tuple(map(float, ask(name)))
 
 
 def times(case: str, args: argparse.Namespace, other_build: tuple[Path, str]) -> dict[str, list[Times]]:

@@ -19,6 +19,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -135,6 +136,33 @@ def _sent(pipe: Any, job: Callable[..., dict[str, Any]], *args: Any) -> None:
         pipe.send(job(*args))
     except Exception as error:  # noqa: BLE001 - the row says what went wrong
         pipe.send({"failed": f"{type(error).__name__}: {str(error)[:300]}"})
+
+
+@contextlib.contextmanager
+def asked(command: Sequence[str], paths: Sequence[str], what: str) -> Iterator[Callable[[object], list[str]]]:
+    """A process that gets a line whenever it is asked, and answers with a line of words that begins with "found".
+
+    paths: its PYTHONPATH. what: the process in words, for timing.ChildError where it ends instead.
+    """
+    process = subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+
+    def ask(line: object) -> list[str]:
+        process.stdin.write(f"{line}\n")
+        process.stdin.flush()
+        for said in process.stdout:
+            if said.startswith("found "):
+                return said.split()[1:]
+        raise timing.ChildError(f"{what} ended when it was asked for {line}")
+
+    try:
+        yield ask
+    finally:
+        process.stdin.close()
+        process.wait()
 
 
 def measure(

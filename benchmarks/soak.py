@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import random
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -82,27 +81,15 @@ def arguments() -> argparse.Namespace:
 @contextmanager
 def worker(setting: str) -> Iterator[Any]:
     """A process that is called with so many samples, or "trim", and says the seconds and the bytes it then holds."""
-    path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     command = [sys.executable, "-W", "ignore", "-c", WORKER, setting]
-    process = subprocess.Popen(
-        command, env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdin is not None and process.stdout is not None
+    with harness.asked(command, paths, f"the process of {setting}") as ask:
 
-    def ask(what: object) -> tuple[float, int]:
-        process.stdin.write(f"{what}\n")
-        process.stdin.flush()
-        for line in process.stdout:
-            if line.startswith("found "):
-                seconds, held = line.split()[1:]
-                return float(seconds), int(held)
-        raise timing.ChildError(f"the process of {setting} ended")
+        def found(what: object) -> tuple[float, int]:
+            seconds, held = ask(what)
+            return float(seconds), int(held)
 
-    try:
-        yield ask
-    finally:
-        process.stdin.close()
-        process.wait()
+        yield found
 
 
 def measured(name: str, calls: int, threads: int) -> dict[str, Any]:
