@@ -11,7 +11,8 @@ merges the value. Every shape that depended on the token count comes out of the 
     ...
     sdpa(q, k, v, attn_mask=tome.log_size(size)[:, None, None, :])
 
-Invariants: placeholders and outputs keep their order, shapes, dtypes and devices; matching carries no gradient.
+Invariants: placeholders and outputs keep their order, shapes, dtypes and devices, outputs the order of their dims in
+memory; matching carries no gradient.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .algebra.axes import Dims, leaves
 from .algebra.layout import Layout, Run, is_plain, plain
 from .analysis.reach import only_summed
 from .building.emit import drop_dead
-from .building.trace import Builder, Traced
+from .building.trace import Builder, Traced, in_order
 from .capture import Captured
 from .merging.groups import Groups
 from .merging.kept import Kept
@@ -62,6 +63,7 @@ class Emitter:
         self.inputs: dict[fx.Node, Any] = {}
         self.env: dict[fx.Node, Any] = {}
         self._converted: dict[Any, Traced] = {}
+        self._ordered: dict[fx.Node, Traced] = {}
 
     # -- nodes -----------------------------------------------------------------------------------------------------
 
@@ -74,7 +76,7 @@ class Emitter:
             if node.op == "output":
                 self.builder.begin(node)
                 outputs = Kept(self)
-                found = fx.map_arg(node.args[0], outputs.value if kept else self.whole)
+                found = fx.map_arg(node.args[0], outputs.value if kept else self._in_order)
                 found = [*found, *outputs.told()] if kept else found
                 self.builder.graph.output(self.builder.arguments(found))
                 break
@@ -110,13 +112,22 @@ class Emitter:
         val = n.meta.get("val")
         if isinstance(val, (int, torch.SymInt)) and (n.target in _OF_A_SHAPE or not _reads_tensors(n)):
             return val  # a size: made anew where it is read
-        args, kwargs = fx.map_arg((n.args, n.kwargs), self.whole)
+        args, kwargs = fx.map_arg((n.args, n.kwargs), self._in_order if _opaque(n.target) else self.whole)
         return self.builder.copy(n.target, args, kwargs, val)
 
     def whole(self, n: fx.Node) -> Any:
         """A node's value at full length."""
         value = self.env[n]
         return self.fetch(n, plain(value.dim())) if isinstance(value, Traced) else value
+
+    def _in_order(self, n: fx.Node) -> Any:
+        """A node's value at full length, lying in memory as it did: what was unmerged may not, and who reads it from
+        here on (the caller's `view`, a kernel) may count on it."""
+        if n.op == "placeholder" or not isinstance(value := self.whole(n), Traced):
+            return self.whole(n)
+        if n not in self._ordered:
+            self._ordered[n] = in_order(value, n.meta["val"])
+        return self._ordered[n]
 
     def _merge_here(self, node: fx.Node, merges: Sequence[Merge], value: Traced) -> Traced:
         first, last, after = merges[0].step.prev, merges[-1].step, self.layout(node)
@@ -133,6 +144,8 @@ class Emitter:
     def run(self, call: Call, operands: Sequence[Traced], **overrides: Any) -> Any:
         """The op of a call with new tensor operands, all other arguments as they were but for `overrides`."""
         values = dict(call.args)
+        if _opaque(call.target):
+            operands = [in_order(x, n.meta["val"]) for x, n in zip(operands, call.nodes, strict=False)]
         for ((name, at), _), tensor in zip(call.operands, operands, strict=False):
             if at is None:
                 values[name] = tensor
@@ -220,6 +233,13 @@ class Emitter:
 
 
 _OF_A_SHAPE = {aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default, aten.sym_storage_offset.default}
+
+
+def _opaque(target: Any) -> bool:
+    """Whether an operator may read memory as it lies: one that is none of torch's, or that gives the same bytes."""
+    if target in (aten.view_as_complex.default, aten.view.dtype):
+        return True
+    return isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "prims", "tome")
 
 
 def _reads_tensors(node: fx.Node) -> bool:

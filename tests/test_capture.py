@@ -148,7 +148,17 @@ def through(view: Callable[[Tensor], Tensor], write: Callable[[Tensor], Tensor],
     return f
 
 
-FUNCTIONS: list[Fn] = [view_then_write, nested_views, two_writes, chained, select_write, masked, writes_its_input]
+def overloads_of_other_names(x: Tensor) -> Tensor:
+    """In-place ops whose form without a write is another overload, by its name: pow_.Scalar is pow.Tensor_Scalar."""
+    two = torch.tensor(2)
+    y = x.clone().pow_(2).floor_divide_(two).ldexp_(two)
+    return y.pow_(two) + x.double().float_power_(2)
+
+
+FUNCTIONS: list[Fn] = [
+    view_then_write, nested_views, two_writes, chained, select_write, masked, writes_its_input,
+    overloads_of_other_names,
+]  # fmt: skip
 
 
 def captured(f: Callable[..., Tensor], *args: Tensor) -> tuple[fx.GraphModule, list[Tensor]]:

@@ -242,6 +242,36 @@ def test_no_word_where_nothing_is_lost() -> None:
     assert told(Cut("middle"), torch.randn(2, N, D), protect=1, strict=True)[0] == []
 
 
+class Decoded(nn.Module):
+    """A tower, and behind a graph break a causal decoder of its tokens; first: the decoder is called before it too."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.tower = first, nn.Sequential(Block(), Block(), Block())
+        self.decoder = nn.TransformerEncoderLayer(D, 2, D, batch_first=True)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        if self.first:
+            x = self.decoder(x, src_mask=mask, is_causal=True)
+            torch._dynamo.graph_break()
+        x = self.tower(x)
+        torch._dynamo.graph_break()
+        return self.decoder(x, src_mask=mask, is_causal=True)
+
+
+def test_a_decoder_behind_a_tower_that_merges_is_not_told() -> None:
+    """Causal attention never merges: no break took anything from it. Nor does strict refuse it; where nothing has
+    merged so far it is told."""
+    for strict in (False, True):
+        messages, report = told(Decoded(False), tokens(), strict=strict)
+        assert (messages, report.merged_sites, report.attention_sites) == ([], 3, 4)
+    messages, report = told(Decoded(True), tokens())
+    assert len(messages) == 1 and "causal" in messages[0] and report.merged_sites == 3
+
+
 def test_blocks_compiled_one_by_one() -> None:
     model, x = Cut(""), torch.randn(2, N, D)
     for block in model.blocks:

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 import tome_fx
 from tests.palette import compiled, distance
 from tests.test_explain import D, N, tokens
+from tome_fx.passes.rules import base
 from tome_fx.passes.verify import VerifyError, verify
 
 
@@ -77,3 +78,65 @@ def test_other_inputs_are_refused(after: tuple[str, ...]) -> None:
     verify(graph("a", "b", "c"), graph("a", "b", "c"))
     with pytest.raises(VerifyError, match="the graph had the inputs a, b, c and has"):
         verify(graph("a", "b", "c"), graph(*after))
+
+
+class Stack(nn.Module):
+    """Three blocks, then `head`."""
+
+    def __init__(self, head: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(D, 2, D, batch_first=True, norm_first=True)
+        self.blocks, self.head = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), head
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(x))
+
+
+HEADS: dict[str, Callable[[Tensor], Tensor]] = {
+    "turned": lambda x: x.mT,
+    "channels first": lambda x: x.mT.contiguous(),
+    "channels first, then a map": lambda x: x.mT.contiguous() * 2,
+    "tokens first": lambda x: x.transpose(0, 1).contiguous(),
+    "heads first": lambda x: x.unflatten(-1, (2, -1)).transpose(1, 2).clone(memory_format=torch.contiguous_format),
+    "channels last in memory alone": lambda x: x.mT.contiguous().mT,
+    "convolved": lambda x: F.conv1d(x.mT, torch.ones(4, D, 1)),
+    "two of them": lambda x: torch.stack([x, x.flip(1)], 1).mT,
+}
+
+
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_outputs_lie_in_memory_as_they_did(head: str) -> None:
+    """So that a caller's `view` of an output goes on working."""
+    model, x = Stack(HEADS[head]), tokens()
+    with torch.no_grad():
+        want, gm = model(x), tome_fx.rewrite(model, (x,), r=6)
+        assert gm.meta["tome_report"].merged_sites == 3
+        for got in (gm(x), compiled(model, 6)(x)):
+            assert (got.shape, got.stride()) == (want.shape, want.stride())
+
+
+@torch.library.custom_op("tome_test::doubled", mutates_args=())
+def doubled(x: Tensor) -> Tensor:
+    """Of a kernel that reads memory as it lies."""
+    assert x.is_contiguous(), x.stride()
+    return x * 2
+
+
+doubled.register_fake(torch.empty_like)
+
+
+@pytest.mark.parametrize("rule", [False, True], ids=["no rule", "a rule"])
+@pytest.mark.parametrize("head", ["channels first", "tokens first", "heads first"])
+def test_an_operator_of_anothers_gets_what_it_was_given(head: str, rule: bool) -> None:
+    letters = "abcd"[: HEADS[head](tokens()).dim()]
+    if rule:
+        tome_fx.register_rule(doubled, f"{letters}->{letters}")
+    try:
+        model, x = Stack(lambda x: doubled(HEADS[head](x)).mean(-1)), tokens()
+        with torch.no_grad():
+            assert compiled(model, 6)(x).shape == model(x).shape
+            assert tome_fx.reports()[-1].merged_sites == 3
+    finally:
+        base._RULES.pop(base.op_key(torch.ops.tome_test.doubled.default), None)

@@ -293,11 +293,13 @@ def _lost(result: Result, config: ToMeConfig, piece: Piece) -> list[str]:
 
 def _tell_of_piece(report: ToMeReport, lost: list[str], config: ToMeConfig, piece: Piece) -> None:
     """Of all the pieces of a model the user hears once. One without attention, a stem or a head, is none to speak of,
-    unless no piece has any."""
+    unless no piece has any, nor one that is masked (the language model behind a tower) if another has merged."""
     model, merged = piece.model, report.merged_sites > 0
     model.attention |= bool(report.attention_sites)
+    model.merged |= merged
     spoken_of = report.attention_sites or (piece.last and not model.attention)
-    if not merged and spoken_of and not _only(NO_LOSS, report.skipped):
+    fine = (*NO_LOSS, "causal or windowed mask") if model.merged else NO_LOSS
+    if not merged and spoken_of and not _only(fine, report.skipped):
         lost = [report.summary()]
     if not lost or model.told or _nothing_wanted(config):
         return

@@ -28,7 +28,8 @@ from tome_fx.passes.analysis.special import Before
 
 @dataclass
 class Model:
-    """What is known of a model while its graphs are compiled: whether one had attention, whether the user was told.
+    """What is known of a model while its graphs are compiled: whether one had attention, whether one merged, whether
+    the user was told.
 
     name: of what the user called. cut: why its graphs are pieces; empty for a model that is one graph. remedy: what to
     do about it. after: what each frame's graph told of the tokens that it gives out, by the number of the frame.
@@ -37,6 +38,7 @@ class Model:
     name: str = ""
     number: int = field(default_factory=itertools.count().__next__)
     attention: bool = False
+    merged: bool = False
     told: bool = False
     cut: str = ""
     remedy: str = ""

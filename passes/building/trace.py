@@ -24,7 +24,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from ..algebra.axes import Size, expr, sized
+from ..algebra.axes import Size, expr, same, sized
 
 aten = torch.ops.aten
 
@@ -156,6 +156,35 @@ def fake_like(val: FakeTensor, shape: Sequence[Any]) -> FakeTensor:
     return FakeTensor(val.fake_mode, torch.empty(tuple(shape), dtype=val.dtype, device="meta"), val.device)
 
 
+def in_order(x: Traced, like: Any) -> Traced:
+    """`x` with its dims in memory in the order of those of `like`, which has as many; no copy is made where they are.
+    Where `like` does not fill the memory that it spans, `x` as it is."""
+    order = _order(like)
+    if order is None:
+        return x
+    if order == sorted(order):
+        return x.contiguous()
+    return x.permute(order).contiguous().permute([order.index(d) for d in range(len(order))])
+
+
+def _order(val: Any) -> list[int] | None:
+    """The dims from the outermost in memory; None where no order says how they lie. Compared without guards."""
+    if not isinstance(val, Tensor) or val.layout is not torch.strided:
+        return None
+    sizes, strides = list(map(expr, val.shape)), list(map(expr, val.stride()))
+    left, step = [*range(val.dim())], expr(1)
+    order: list[int] = []
+    while left:
+        # Of dims of size 1 the stride says nothing.
+        d = next((d for d in reversed(left) if sizes[d] == 1 or same(strides[d], step)), None)
+        if d is None:
+            return None
+        left.remove(d)
+        order.insert(0, d)
+        step = step * sizes[d]
+    return order
+
+
 def flat(value: Any) -> list[Any]:
     """What the arguments of a node hold, out of lists and dicts."""
     found: list[Any] = []
@@ -208,6 +237,9 @@ class Traced:
 
     def permute(self, order: Sequence[int]) -> Traced:
         return self._call(aten.permute.default, list(order))
+
+    def contiguous(self) -> Traced:
+        return self._call(aten.contiguous.default)
 
     def transpose(self, a: int, b: int) -> Traced:
         return self._call(aten.transpose.int, a, b)
@@ -287,4 +319,4 @@ def cat(parts: Sequence[Traced], d: int) -> Traced:
     return parts[0].builder.call(aten.cat.default, list(parts), d)
 
 
-__all__ = ["OF_THE_VALUE", "Builder", "Traced", "cat", "fake_like", "single"]
+__all__ = ["OF_THE_VALUE", "Builder", "Traced", "cat", "fake_like", "in_order", "single"]

@@ -173,15 +173,19 @@ def _one_of_several(emit: Emit, node: fx.Node, base: fx.Node) -> fx.Node | None:
 
 def _as_view(target: Any) -> Any:
     """The op that gives as a view what an in-place view op makes of its operand."""
-    space, name = target._schema.name.split("::")
-    packet = getattr(getattr(torch.ops, space), name.rstrip("_"), None)
-    wanted = [str(a.type) for a in target._schema.arguments]
-    for overload in packet.overloads() if packet is not None else ():
-        found = getattr(packet, overload)
-        taken, given = found._schema.arguments, found._schema.returns
-        if [str(a.type) for a in taken] == wanted and given[0].alias_info is not None and not found._schema.is_mutable:
+    for found in _pure(target, _pure_name(target._schema)):
+        if found._schema.returns[0].alias_info is not None:
             return found
     raise CaptureError(f"the in-place op {target._schema.name} has no form that returns a view")
+
+
+def _pure(target: Any, name: str) -> list[Any]:
+    """The overloads under a name that write nothing and take the arguments of an in-place op. Overloads of one name
+    need not agree: pow_.Scalar is pow.Tensor_Scalar."""
+    packet = getattr(getattr(torch.ops, target.namespace), name, None)
+    wanted = [str(a.type) for a in target._schema.arguments]
+    found = [getattr(packet, overload) for overload in packet.overloads()] if packet is not None else []
+    return [o for o in found if not o._schema.is_mutable and [str(a.type) for a in o._schema.arguments] == wanted]
 
 
 class _Functionaliser:
@@ -278,14 +282,11 @@ class _Functionaliser:
             sizes = [n if isinstance(n, int) else self.emit(aten.sym_size.int, target, d)
                      for d, n in enumerate(held.shape)]  # fmt: skip
             return self.emit(aten.expand.default, out, sizes)
-        space, name = schema.name.split("::")
         kwargs = {name: value for name, value in node.kwargs.items() if name != "out"}
         if kwargs.keys() != node.kwargs.keys():
             overload = _without_out(node.target)
         else:
-            packet = getattr(getattr(torch.ops, space), _FUNCTIONAL.get(name, name.rstrip("_")), None)
-            overload = getattr(packet, schema.overload_name or "default", None)
-            overload = _FUNCTIONAL_OVERLOAD.get(node.target, overload)
+            overload = _FUNCTIONAL_OVERLOAD.get(node.target) or next(iter(_pure(node.target, _pure_name(schema))), None)
         if overload is None or overload._schema.is_mutable:
             raise CaptureError(f"the in-place op {schema.name} has no form that returns a new value")
         return self._as(self.emit(overload, *node.args, **kwargs), held)
@@ -378,6 +379,11 @@ def _permutation(whole: Tensor, taken: Tensor) -> list[int] | None:
 
 def _schema(node: fx.Node) -> Any:
     return node.target._schema  # type: ignore[union-attr]
+
+
+def _pure_name(schema: Any) -> str:
+    name = schema.name.split("::")[1]
+    return _FUNCTIONAL.get(name, name.rstrip("_"))
 
 
 _FUNCTIONAL = {"zero_": "zero", "fill_": "fill", "normal_": "normal_functional", "uniform_": "uniform"}
