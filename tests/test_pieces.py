@@ -243,33 +243,39 @@ def test_no_word_where_nothing_is_lost() -> None:
 
 
 class Decoded(nn.Module):
-    """A tower, and behind a graph break a causal decoder of its tokens; first: the decoder is called before it too."""
+    """A tower, and behind a graph break a causal decoder of its tokens. first: the decoder is called before it too;
+    outside: its mask is made there."""
 
-    def __init__(self, first: bool) -> None:
+    def __init__(self, first: bool = False, outside: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.tower = first, nn.Sequential(Block(), Block(), Block())
+        self.first, self.outside, self.tower = first, outside, nn.Sequential(Block(), Block(), Block())
         self.decoder = nn.TransformerEncoderLayer(D, 2, D, batch_first=True)
         self.eval()
 
+    def decoded(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1]) if mask is None else mask
+        return self.decoder(x, src_mask=mask, is_causal=True)
+
     def forward(self, x: Tensor) -> Tensor:
-        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1]) if self.outside else None
         if self.first:
-            x = self.decoder(x, src_mask=mask, is_causal=True)
+            x = self.decoded(x, mask)
             torch._dynamo.graph_break()
         x = self.tower(x)
         torch._dynamo.graph_break()
-        return self.decoder(x, src_mask=mask, is_causal=True)
+        return self.decoded(x, mask)
 
 
 def test_a_decoder_behind_a_tower_that_merges_is_not_told() -> None:
-    """Causal attention never merges: no break took anything from it. Nor does strict refuse it; where nothing has
-    merged so far it is told."""
+    """Causal attention never merges: no break took anything from it, and strict does not refuse it. Where nothing has
+    merged so far, and where a break keeps the mask from being known, it is told."""
     for strict in (False, True):
-        messages, report = told(Decoded(False), tokens(), strict=strict)
+        messages, report = told(Decoded(), tokens(), strict=strict)
         assert (messages, report.merged_sites, report.attention_sites) == ([], 3, 4)
-    messages, report = told(Decoded(True), tokens())
-    assert len(messages) == 1 and "causal" in messages[0] and report.merged_sites == 3
+    for options in ({"first": True}, {"outside": True}):
+        messages, report = told(Decoded(**options), tokens())
+        assert len(messages) == 1 and "causal" in messages[0] and report.merged_sites == 3
 
 
 def test_blocks_compiled_one_by_one() -> None:

@@ -25,11 +25,12 @@ from tome_fx.across import Across
 from tome_fx.config import ToMeConfig, config_from, from_environment, updated
 from tome_fx.kernels import cpu
 from tome_fx.passes import KeptError, PortableError, Result, Target, run_pipeline
+from tome_fx.passes.analysis.sites import UNKNOWN_VALUE
 from tome_fx.passes.inner import lengths
 from tome_fx.passes.inner.shared import compile_shared
 from tome_fx.passes.lower import KERNELS, call_kernels
 from tome_fx.passes.normal.wrappers import closed_input
-from tome_fx.pieces import Piece, compilations, piece_of
+from tome_fx.pieces import Model, Piece, compilations, piece_of
 from tome_fx.register import RuleError
 from tome_fx.report import SkipReason, ToMeError, ToMeReport, ToMeWarning, record
 from tome_fx.schedule import ScheduleError
@@ -293,13 +294,13 @@ def _lost(result: Result, config: ToMeConfig, piece: Piece) -> list[str]:
 
 def _tell_of_piece(report: ToMeReport, lost: list[str], config: ToMeConfig, piece: Piece) -> None:
     """Of all the pieces of a model the user hears once. One without attention, a stem or a head, is none to speak of,
-    unless no piece has any, nor one that is masked (the language model behind a tower) if another has merged."""
+    unless no piece has any."""
     model, merged = piece.model, report.merged_sites > 0
     model.attention |= bool(report.attention_sites)
     model.merged |= merged
     spoken_of = report.attention_sites or (piece.last and not model.attention)
-    fine = (*NO_LOSS, "causal or windowed mask") if model.merged else NO_LOSS
-    if not merged and spoken_of and not _only(fine, report.skipped):
+    nothing_lost = report.skipped and all(_no_loss(reason, model) for reason in report.skipped)
+    if not merged and spoken_of and not nothing_lost:
         lost = [report.summary()]
     if not lost or model.told or _nothing_wanted(config):
         return
@@ -311,8 +312,11 @@ def _tell_of_piece(report: ToMeReport, lost: list[str], config: ToMeConfig, piec
     )
 
 
-def _only(kinds: Sequence[str], reasons: Sequence[SkipReason]) -> bool:
-    return bool(reasons) and all(reason.kind in kinds for reason in reasons)
+def _no_loss(reason: SkipReason, model: Model) -> bool:
+    """Whether an attention that merges nothing has lost nothing: no schedule had anything for it, or it is masked (the
+    language model behind a tower that merged), and not by a mask that a graph break may have made unknown."""
+    masked = reason.kind == "causal or windowed mask" and UNKNOWN_VALUE not in reason.detail
+    return reason.kind in NO_LOSS or (masked and model.merged)
 
 
 NO_LOSS = "nothing to merge", "not read"
