@@ -75,7 +75,7 @@ def infer_axes(graph: fx.Graph, model_input: Sequence[bool], held: Mapping[fx.No
             facts.decided.add(node)
         angles.note(call, rule)
         if rule is UNKNOWN and call.operands:
-            facts.unknown[call.op] = facts.unknown.get(call.op, 0) + 1
+            facts.unknown.append(call)
     _match_pieces(facts)
     _note_given(facts)
     facts.scores = _scores(facts)

@@ -29,7 +29,7 @@ from ..rules.pointwise import POINTWISE
 from ..rules.slices import SelectRule, SliceRule, SplitRule
 from ..rules.views import PermuteRule, ViewRule
 from .pairs import elementwise
-from .sites import AttentionSite
+from .sites import AttentionSite, no_rule
 from .values import size_hint
 
 aten = torch.ops.aten
@@ -151,6 +151,20 @@ def stream_beside(site: AttentionSite, facts: Facts) -> fx.Node | None:
     return next((stream for stream in found if facts.leads(stream, site.q.node)), None)
 
 
+def lost(site: AttentionSite, facts: Facts) -> str:
+    """The op without a rule after which nothing tells the tokens of a site from others, between the stream and the
+    attention, in words."""
+    stream, tokens = stream_beside(site, facts), {*site.q.axis(facts), *site.k.axis(facts)}
+    if stream is None or not facts.leads(stream, site.k.node):
+        return ""
+    for call in facts.unknown:
+        made = {leaf for dims in facts.axes[call.node] for dim in dims for leaf in leaves(dim)}
+        new = made.difference(*map(facts.leaves_of, call.nodes))
+        if new & tokens and facts.leads(stream, call.node):
+            return f"its tokens come out of {no_rule([call])}"
+    return ""
+
+
 def _whole(node: fx.Node, facts: Facts) -> fx.Node:
     """What a value is a part of."""
     while True:
@@ -231,5 +245,5 @@ def _combined(site: AttentionSite, facts: Facts) -> set[Atom]:
     return found
 
 
-__all__ = ["ADDS", "Spot", "branch_point", "holds", "length_of", "merge_point", "origin", "pooled", "residuals",
-           "stream_beside", "tokens_in"]  # fmt: skip
+__all__ = ["ADDS", "Spot", "branch_point", "holds", "length_of", "lost", "merge_point", "origin", "pooled",
+           "residuals", "stream_beside", "tokens_in"]  # fmt: skip
