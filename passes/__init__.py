@@ -236,7 +236,7 @@ def run_config(read: Read, config: ToMeConfig, target: Target | None = None) -> 
     if not plan.merges:
         if not facts.sites:
             other = any(isinstance(find(call), Softmax) for call in facts.calls.values())
-            why = "its softmax is not over products of queries and keys"
+            why = "no softmax of it stands between a product of queries and keys and one with values"
             why = why if other else "no queries and keys make the weights of a sum over tokens"
             if facts.unknown:
                 why += "; register_attention makes a site of an attention, if one is among: " + no_rule(facts.unknown)

@@ -134,6 +134,9 @@ def _product_above(node: fx.Node, axis: Dim, facts: Facts) -> Call | None:
 
 
 def _product_below(node: fx.Node, axis: Dim, facts: Facts) -> Call | None:
+    """The product that sums over keys, or over what joins them with others."""
+    axes = {axis, *(leaves(whole) for parts, whole in facts.joins if axis in map(leaves, parts))}
+
     def readers(node: fx.Node) -> list[fx.Node]:
         # Through the pieces of a split.
         return [n for user in node.users for n in (user.users if user.target is operator.getitem else [user])]
@@ -145,7 +148,7 @@ def _product_below(node: fx.Node, axis: Dim, facts: Facts) -> Call | None:
         sig = rule.signature(call, facts)
         for source, letters in zip(call.nodes, sig.ins, strict=True):
             for dim, letter in zip(facts.dims(source), letters, strict=True):
-                if letter is not None and sig.role(letter) is Role.SUM and leaves(dim) == axis:
+                if letter is not None and sig.role(letter) is Role.SUM and leaves(dim) in axes:
                     return call
     return None
 

@@ -72,7 +72,13 @@ ADDS: dict[str, Any] = {
     "subtracted": lambda x, y: x - y * -1.0, "weights": lambda x, y: F.linear(x, torch.eye(D)) + y,
     "channels first": lambda x, y: (x.mT + y.mT).mT,
     "rows": lambda x, y: (x.flatten(0, 1) + y.flatten(0, 1)).view_as(x),
+    "scaled apart": lambda x, y: torch.cat([x[:, :1] * 0.5, x[:, 1:] * 2], 1) + y,
+    "added apart": lambda x, y: torch.cat([x[:, :1] + y[:, :1] * 0.5, x[:, 1:] + y[:, 1:]], 1),
 }  # fmt: skip
+
+
+APART = ("weights", "added apart")
+"""Of these the MLP has no stream of its own to merge in."""
 
 
 @pytest.mark.parametrize(("name", "placement"), thinned(product(ADDS, ("stream", "branch")), 3))
@@ -82,7 +88,7 @@ def test_residual_adds_through_ops_that_keep_each_entry(name: str, placement: st
     assert {site.placement for site in report.sites} == {placement}, report
     plain = assert_lossless(net(), (tokens(),), 6, sites=2, placement=placement)
     assert [site.tokens for site in report.sites] == [site.tokens for site in plain.sites]
-    assert [site.mlp for site in report.sites] == [site.mlp for site in plain.sites] or name == "weights"
+    assert [site.mlp for site in report.sites] == [site.mlp for site in plain.sites] or name in APART
 
 
 class Hyper(nn.Module):
@@ -162,6 +168,21 @@ def test_padding_in_other_words(name: str, placement: str) -> None:
     fast = compiled(model, 6, placement=placement)
     with torch.no_grad():
         torch.testing.assert_close(fast(x)[SEEN], fast(other)[SEEN])
+
+
+BESIDE: dict[str, Attend] = {
+    # columns beside the scores, which leave no key out
+    "padded": lambda q, k, v: F.pad(q @ k.mT, (1, 0)).softmax(-1)[..., 1:] @ v,
+    "values padded": lambda q, k, v: F.pad(q @ k.mT, (1, 0)).softmax(-1) @ F.pad(v, (0, 0, 1, 0)),
+    "padded low": lambda q, k, v: F.pad(q @ k.mT, (0, 3), value=-torch.inf).softmax(-1) @ F.pad(v, (0, 0, 0, 3)),
+    "weights padded": lambda q, k, v: F.pad((q @ k.mT).softmax(-1), (0, 1)) @ F.pad(v, (0, 0, 0, 1)),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_columns_beside_the_scores(name: str) -> None:
+    found = tome_fx.check(net(BESIDE[name]), (torch.randn(2, N, D),), r=6, placement="stream")
+    assert found.holds and len(found.merges) == 2, found
 
 
 EITHER: dict[str, Attend] = {

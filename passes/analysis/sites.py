@@ -16,7 +16,8 @@ from ..rules.facts import Facts
 
 TELLS_PAIRS = "its mask decides for each query which keys it sees"
 UNKNOWN_VALUE = (
-    "or may: it has a row for each of them, and the caller gives its value (a mask of keys has one row for all)"
+    "or may: it has a row for each of them, and only a call tells its value, which is no buffer of the model's "
+    "(a mask of keys has one row for all)"
 )
 
 
