@@ -11,6 +11,8 @@
 | `lerp(x, y, w)`                                         | `add(x, mul(sub(y, x), w))`                              |
 | `baddbmm(x, a, b, beta=c, alpha=d)`, `addmm` of rows    | `add(mul(x, c), mul(bmm(a, b), d))`                      |
 | attention, norms, convolutions as below autograd        | as above it: `scaled_dot_product_attention`, `conv2d`    |
+| `index_add`, `scatter_add`, `index_put` of what is      | `add(x, y)`                                              |
+| added to every row, each once and in order              |                                                          |
 | `pad(x, (m, 0))`                                        | `cat([full(m), x], -1)`                                  |
 | the sum of what stands side by side along a dim         | adds: `add(x, y)`                                        |
 | the same, each times a number of its own (`linear` too) | adds: `add(mul(x, w0), mul(y, w1))`                      |
@@ -44,7 +46,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .algebra.axes import expr
 from .building.emit import Emit, drop_dead
 from .normal.idle import drop_idle, numbers
-from .normal.join_writes import join_writes
+from .normal.join_writes import added_in_order, join_writes
 from .normal.memory import Outputs
 from .normal.spread import narrow_spread
 from .normal.weights import from_log, over_their_sum, shifted
@@ -64,13 +66,13 @@ MOST = 8
 
 def normalize(graph: fx.Graph, mode: FakeTensorMode, impure: Callable[[fx.Node], bool]) -> None:
     """Rewrite in place. impure: the nodes that stay though nobody reads them."""
-    outputs = Outputs(graph)
-    _by_table(graph, mode)
+    outputs, known = Outputs(graph), numbers(graph, {})
+    _by_table(graph, Emit(graph, mode, known=known))
     drop_dead(graph, impure)
     if join_writes(graph):
-        _by_table(graph, mode)
+        _by_table(graph, Emit(graph, mode, known=known))
     drop_dead(graph, impure)
-    known = numbers(graph, {})
+    known = numbers(graph, known)
     narrow_spread(graph, mode, known.get)
     drop_dead(graph, impure)
     drop_idle(graph, known)
@@ -78,8 +80,7 @@ def normalize(graph: fx.Graph, mode: FakeTensorMode, impure: Callable[[fx.Node],
     drop_dead(graph, impure)
 
 
-def _by_table(graph: fx.Graph, mode: FakeTensorMode) -> None:
-    emit = Emit(graph, mode)
+def _by_table(graph: fx.Graph, emit: Emit) -> None:
     for node in list(graph.nodes):
         form = FORMS.get(node.target) if node.op == "call_function" else None
         if form is None:
@@ -462,6 +463,8 @@ FORMS: dict[Any, Form] = {
     aten.addmm.default: _plus_product(aten.mm.default),
     aten.cat.default: lambda call, emit: _beside_itself(call, emit) or _tiled(call.nodes, CatRule.dim(call), emit),
     aten.stack.default: _beside_itself,
+    **dict.fromkeys((aten.index_add.default, aten.scatter_add.default, aten.scatter_reduce.two,
+                     aten.index_put.default), added_in_order),
     aten.pad.default: _padded,
     aten.constant_pad_nd.default: _padded,
     aten.sum.dim_IntList: _summed,

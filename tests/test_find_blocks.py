@@ -72,6 +72,8 @@ ADDS: dict[str, Any] = {
     "subtracted": lambda x, y: x - y * -1.0, "weights": lambda x, y: F.linear(x, torch.eye(D)) + y,
     "channels first": lambda x, y: (x.mT + y.mT).mT,
     "rows": lambda x, y: (x.flatten(0, 1) + y.flatten(0, 1)).view_as(x),
+    "index_add": lambda x, y: x.index_add(1, torch.arange(N), y),
+    "tensordot": lambda x, y: torch.tensordot(torch.tensor([1.0, 0.5]), torch.stack([x, y]), 1),
     "scaled apart": lambda x, y: torch.cat([x[:, :1] * 0.5, x[:, 1:] * 2], 1) + y,
     "added apart": lambda x, y: torch.cat([x[:, :1] + y[:, :1] * 0.5, x[:, 1:] + y[:, 1:]], 1),
 }  # fmt: skip

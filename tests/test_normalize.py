@@ -163,6 +163,23 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
         product_first,
         ["aten.transpose.int", SOFTMAX, "aten.matmul.default"],
     ),
+    "index_add": (lambda x, y: x.index_add(-2, torch.arange(3), y, alpha=2), [ADD]),
+    "index_add, backwards": (
+        lambda x, y: x.index_add(1, torch.arange(3).flip(0), y),
+        ["aten.arange.default", "aten.flip.default", "aten.index_add.default"],
+    ),
+    "scatter_add": (
+        lambda x, y: x.scatter_add(1, torch.arange(3)[:, None].expand(2, 3, 4), y), [ADD]
+    ),
+    "index_put": (
+        lambda x, y: x.index_put((torch.arange(2)[:, None], torch.arange(3)), y, accumulate=True), [ADD]
+    ),
+    "index_put of the diagonal": (
+        lambda x, y: x.mT.index_put((torch.arange(2), torch.arange(2)), y[:, 0, :3], accumulate=True),
+        ["aten.transpose.int", "aten.arange.default", "aten.arange.default", "aten.select.int", "aten.slice.Tensor",
+         "aten.index_put.default"],
+    ),
+    "tensordot": (lambda x, y: torch.tensordot(torch.ones(2), torch.stack([x, y], 1), ([0], [1])), [ADD]),
     "square": (lambda x, y: x.square(), ["aten.pow.Tensor_Scalar"]),
     "less_equal": (lambda x, y: torch.less_equal(x, y), ["aten.le.Tensor"]),
     "clip": (lambda x, y: torch.clip(x, 0, 1), ["aten.clamp.default"]),
