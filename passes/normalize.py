@@ -13,6 +13,7 @@
 | attention, norms, convolutions as below autograd        | as above it: `scaled_dot_product_attention`, `conv2d`    |
 | `index_add`, `scatter_add`, `index_put` of what is      | `add(x, y)`                                              |
 | added to every row, each once and in order              |                                                          |
+| `x == 0`, `x != 0`                                      | `logical_not(x)`, `x` as bools                           |
 | `pad(x, (m, 0))`                                        | `cat([full(m), x], -1)`                                  |
 | the sum of what stands side by side along a dim         | adds: `add(x, y)`                                        |
 | the same, each times a number of its own (`linear` too) | adds: `add(mul(x, w0), mul(y, w1))`                      |
@@ -136,6 +137,11 @@ def _added(product: Any) -> Form:
         return emit(aten.add.Tensor, a["self"], other, **({} if value == 1 else {"alpha": value}))
 
     return form
+
+
+def _compared(target: Any, **kwargs: Any) -> Form:
+    """A comparison with 0 is the negation, or the truth, of what is compared."""
+    return lambda call, emit: emit(target, call.nodes[0], **kwargs) if call.args["other"] == 0 else None
 
 
 def _padded(call: Call, emit: Emit) -> fx.Node | None:
@@ -453,6 +459,8 @@ FORMS: dict[Any, Form] = {
     **dict.fromkeys((aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar), _changed_by(0)),
     aten.native_layer_norm.default: _whole(_layer_norm),
     aten.convolution.default: _convolution,
+    aten.eq.Scalar: _compared(aten.logical_not.default),
+    aten.ne.Scalar: _compared(aten._to_copy.default, dtype=torch.bool),
     aten.new_zeros.default: _filled(0.0),
     aten.new_ones.default: _filled(1.0),
     aten.addcmul.default: _added(aten.mul.Tensor),

@@ -149,6 +149,21 @@ PADDED: dict[str, Attend] = {
     "with itself, numbers": lambda q, k, v: (q @ k.mT).masked_fill(
         ~(SEEN.long()[:, None, None] * SEEN.long()[:, None, :, None]).bool(), -1e9
     ).softmax(-1) @ v,
+    "with itself, outer product": lambda q, k, v: (q @ k.mT).masked_fill(
+        torch.bmm(SEEN.float()[:, :, None], SEEN.float()[:, None])[:, None] == 0, -1e9
+    ).softmax(-1) @ v,
+    "with itself, einsum": lambda q, k, v: (q @ k.mT).masked_fill(
+        ~torch.einsum("bi,bj->bij", SEEN.float(), SEEN.float()).bool()[:, None], -1e9
+    ).softmax(-1) @ v,
+    "with itself, the smaller": lambda q, k, v: (q @ k.mT).masked_fill(
+        ~torch.minimum(SEEN.long()[:, None, None], SEEN.long()[:, None, :, None]).bool(), -1e9
+    ).softmax(-1) @ v,
+    "exp2": lambda q, k, v: (lambda e: e / e.sum(-1, keepdim=True) @ v)(
+        torch.exp2(torch.where(SEEN[:, None, None], q @ k.mT * 1.44, -1e9))
+    ),
+    "pow, zeroed": lambda q, k, v: (lambda e: e @ v / e.sum(-1, keepdim=True))(
+        torch.pow(2, (q @ k.mT - 1) * 0.5) * SEEN[:, None, None]
+    ),
     "none of either": lambda q, k, v: (q @ k.mT).masked_fill(
         (~SEEN)[:, None, None] | (~SEEN)[:, None, :, None], -1e9
     ).softmax(-1) @ v,
@@ -191,6 +206,9 @@ EITHER: dict[str, Attend] = {
     "alike": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, SEEN[:, None, None] == SEEN[:, None, :, None]),
     "one of them": lambda q, k, v: F.scaled_dot_product_attention(
         q, k, v, SEEN[:, None, None] | SEEN[:, None, :, None]
+    ),
+    "the larger": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, torch.maximum(SEEN.long()[:, None, None], SEEN.long()[:, None, :, None]).bool()
     ),
     "not both out": lambda q, k, v: F.scaled_dot_product_attention(
         q, k, v, ~((~SEEN)[:, None, None] & (~SEEN)[:, None, :, None])

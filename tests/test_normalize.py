@@ -153,6 +153,11 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
     "log_softmax": (lambda x, y: x.log_softmax(-1).exp(), [SOFTMAX]),
     "logsumexp": (lambda x, y: (x - x.logsumexp(1, keepdim=True)).exp(), [SOFTMAX]),
     "over their sum": (lambda x, y: by_sum(x.exp()), [SOFTMAX]),
+    "powers of two": (lambda x, y: by_sum(torch.exp2(x - y[:1, :1, :1])), [MUL, SOFTMAX]),
+    "powers, masked": (
+        lambda x, y: by_sum(3 ** (x + y).masked_fill(x > y, -torch.inf)),
+        ["aten.gt.Tensor", MUL, MUL, ADD, "aten.masked_fill.Scalar", SOFTMAX],
+    ),
     "less the largest": (lambda x, y: by_sum((x - x.amax(-1, keepdim=True)).exp()), [SOFTMAX]),
     "softmax, less the largest": (lambda x, y: (x - x.amax(1, keepdim=True)).softmax(1), [SOFTMAX]),
     "times a mask, over their sum": (
@@ -162,6 +167,10 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
     "product first": (
         product_first,
         ["aten.transpose.int", SOFTMAX, "aten.matmul.default"],
+    ),
+    "is zero": (
+        lambda x, y: (x == 0) | (y != 0),
+        ["aten.logical_not.default", "aten._to_copy.default", "aten.bitwise_or.Tensor"],
     ),
     "index_add": (lambda x, y: x.index_add(-2, torch.arange(3), y, alpha=2), [ADD]),
     "index_add, backwards": (

@@ -30,7 +30,6 @@ from ..rules.joins import CatRule
 from ..rules.pointwise import MaskRule, scalar
 from ..rules.reduce import Softmax, reduced_dims
 from ..rules.views import ExpandRule, PermuteRule, ViewRule
-from .pairs import OUTER
 from .reach import nearest
 from .sites import AttentionSite
 
@@ -352,8 +351,8 @@ class _Reader:
             if not low:
                 return []
             return [(call.nodes[parts[0]], scale), (call.nodes[parts[1]], LEFT_OUT if parts[3] else -LEFT_OUT)]
-        sign = OUTER.get(_packet(call)) if self.facts.pairs is not None and self.facts.pairs.outer(node) else None
-        if sign is not None and sign * scale >= -LEFT_OUT:
+        pairs = self.facts.pairs
+        if pairs is not None and pairs.outer(node) and pairs.sign(call) * scale >= -LEFT_OUT:
             return [(n, scale) for n in call.nodes]
         found = list(zip(call.nodes, _shares(call, scale), strict=True))
         lost = [n for n, share in found if share is None and varies_with(n, self.facts) & self.around]
