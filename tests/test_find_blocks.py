@@ -187,6 +187,27 @@ def test_padding_in_other_words(name: str, placement: str) -> None:
         torch.testing.assert_close(fast(x)[SEEN], fast(other)[SEEN])
 
 
+TRANSPOSED: dict[str, Attend] = {
+    # scores of keys by queries
+    "softmax": lambda q, k, v: (k @ q.mT).softmax(-2).mT @ v,
+    "values first": lambda q, k, v: (v.mT @ (k @ q.mT * 0.3).softmax(2)).mT,
+    "turned": lambda q, k, v: (k @ q.mT).mT.softmax(-1) @ v,
+    "einsum": lambda q, k, v: torch.einsum(
+        "bmnh,bhmd->bhnd", torch.einsum("bhmd,bhnd->bmnh", k, q).softmax(1), v
+    ),
+    "sigmoid": lambda q, k, v: torch.sigmoid(k @ q.mT).mT @ v,
+    "by hand": lambda q, k, v: (lambda e: (e / (e.sum(-2, keepdim=True) + 1e-6)).mT @ v)((k @ q.mT).exp()),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_transposed_scores_compare_keys(name: str) -> None:
+    x, plain, model = torch.randn(2, N, D), net(), net(TRANSPOSED[name])
+    model.load_state_dict(plain.state_dict())
+    first, other = (tome_fx.trace_tokens(m, (x,), r=[6, 0], placement="stream").groups for m in (plain, model))
+    assert torch.equal(first, other)
+
+
 BESIDE: dict[str, Attend] = {
     # columns beside the scores, which leave no key out
     "padded": lambda q, k, v: F.pad(q @ k.mT, (1, 0)).softmax(-1)[..., 1:] @ v,
