@@ -77,7 +77,8 @@ def find_blocks(facts: Facts) -> tuple[list[Block], list[SkipReason]]:
         try:
             found = _block(site, facts)
             if any(b.merge is found.merge and (b.alone or found.alone) for b in blocks):
-                raise _Left("shared merge point", "another attention of the same block merges here")
+                why = "another attention of the same block merges here, by its own keys alone"
+                raise _Left("shared merge point", why)
             blocks.append(found)
         except _Left as left:
             why = lost(site, facts) if left.kind in NAMELESS else ""
