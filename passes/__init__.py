@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -49,6 +50,7 @@ from tome_fx.report import SkipReason, ToMeReport
 
 from .algebra.axes import leaves, size_of
 from .analysis.blocks import Block
+from .analysis.sites import no_rule
 from .analysis.special import Before, before, entering, special
 from .capture import Captured, CaptureError, capture
 from .drop_unread import drop_unread
@@ -221,7 +223,7 @@ def run_config(read: Read, config: ToMeConfig, target: Target | None = None) -> 
     seconds = report.seconds
     seconds.update(read.seconds)
     facts.use(config)
-    report.unknown_ops = facts.unknown
+    report.unknown_ops = dict(Counter(call.op for call in facts.unknown))
     with _timed(seconds, "find_blocks"):
         blocks, skipped = find_blocks(facts)
     with _timed(seconds, "plan"):
@@ -234,8 +236,10 @@ def run_config(read: Read, config: ToMeConfig, target: Target | None = None) -> 
     if not plan.merges:
         if not facts.sites:
             other = any(isinstance(find(call), Softmax) for call in facts.calls.values())
-            why = "its softmax is not over products of queries and keys"
+            why = "no softmax of it stands between a product of queries and keys and one with values"
             why = why if other else "no queries and keys make the weights of a sum over tokens"
+            if facts.unknown:
+                why += "; register_attention makes a site of an attention, if one is among: " + no_rule(facts.unknown)
             report.skipped.append(SkipReason("no attention", "", why))
         return Result(None, report, captured, facts=facts, blocks=blocks, plan=plan)
     with _timed(seconds, "rewrite"):

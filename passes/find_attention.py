@@ -16,7 +16,7 @@ from torch import fx
 from .algebra.axes import Dim, leaves
 from .analysis.reach import nearest
 from .analysis.sites import AttentionSite, Operand, place, tells_pairs
-from .analysis.sums import find_sums
+from .analysis.sums import find_sums, place_in
 from .fuse_attention import sdpa
 from .rules import Call, find
 from .rules.base import Role
@@ -59,7 +59,8 @@ def _open_site(softmax: Call, facts: Facts) -> AttentionSite | None:
             break
     else:
         return None
-    found = _queries_and_keys(product, axis, facts)
+    spot = place_in(product.node, softmax.nodes[0], softmax.axis(softmax.args["dim"]), facts)
+    found = _queries_and_keys(product, axis, spot, facts)
     if found is None:
         return None
     q, k = found
@@ -76,8 +77,8 @@ def _key_axes(axis: Dim, facts: Facts) -> Iterator[Dim]:
     yield from (found for found in (axis, *(part for parts in facts.joined(axis) for part in parts)) if found)
 
 
-def _queries_and_keys(product: Call, axis: Dim, facts: Facts) -> tuple[Operand, Operand] | None:
-    """The operands of a product of which `axis` is the keys'."""
+def _queries_and_keys(product: Call, axis: Dim, spot: int | None, facts: Facts) -> tuple[Operand, Operand] | None:
+    """The operands of a product of which `axis` is the keys', dim `spot` of the result if that is known."""
     rule = find(product)
     assert isinstance(rule, Contraction)
     sig = rule.signature(product, facts)
@@ -86,7 +87,7 @@ def _queries_and_keys(product: Call, axis: Dim, facts: Facts) -> tuple[Operand, 
     outs = [sig.outs[0].index(sig.ins[i][d]) if sig.ins[i][d] in sig.outs[0] else -1 for i, d in holders]
     if not holders or max(outs) < 0:
         return None
-    keys, key_dim = holders[outs.index(max(outs))]
+    keys, key_dim = holders[outs.index(spot if spot in outs else max(outs))]
     other = next(i for i in operands if i != keys)
     # The queries' tokens are what the product keeps of the other operand alone.
     shared = {*sig.ins[keys], None}
@@ -134,6 +135,9 @@ def _product_above(node: fx.Node, axis: Dim, facts: Facts) -> Call | None:
 
 
 def _product_below(node: fx.Node, axis: Dim, facts: Facts) -> Call | None:
+    """The product that sums over keys, or over what joins them with others."""
+    axes = {axis, *(leaves(whole) for parts, whole in facts.joins if axis in map(leaves, parts))}
+
     def readers(node: fx.Node) -> list[fx.Node]:
         # Through the pieces of a split.
         return [n for user in node.users for n in (user.users if user.target is operator.getitem else [user])]
@@ -145,7 +149,7 @@ def _product_below(node: fx.Node, axis: Dim, facts: Facts) -> Call | None:
         sig = rule.signature(call, facts)
         for source, letters in zip(call.nodes, sig.ins, strict=True):
             for dim, letter in zip(facts.dims(source), letters, strict=True):
-                if letter is not None and sig.role(letter) is Role.SUM and leaves(dim) == axis:
+                if letter is not None and sig.role(letter) is Role.SUM and leaves(dim) in axes:
                     return call
     return None
 

@@ -49,12 +49,15 @@ from .analysis.partition import Room, parted, same_mask
 from .analysis.projections import Projection, projection
 from .analysis.sites import TELLS_PAIRS, AttentionSite, tells_pairs
 from .analysis.special import Before, before, special
-from .analysis.streams import Spot, branch_point, holds, length_of, merge_point, pooled, residuals, stream_beside
+from .analysis.streams import Spot, branch_point, holds, length_of, lost, merge_point, pooled, residuals, stream_beside
 from .analysis.values import size_hint
 from .rules.facts import Facts
 
 MASKED = ("causal or windowed mask", "unclear mask")
 """Why a site is left alone whose mask keeps tokens apart, or may."""
+
+NAMELESS = ("cross attention", "pooled tokens", "no residual add", "no branch point")
+"""Why a site is left alone that may be told by the names of its tokens alone."""
 
 
 class _Left(Exception):
@@ -74,10 +77,12 @@ def find_blocks(facts: Facts) -> tuple[list[Block], list[SkipReason]]:
         try:
             found = _block(site, facts)
             if any(b.merge is found.merge and (b.alone or found.alone) for b in blocks):
-                raise _Left("shared merge point", "another attention of the same block merges here")
+                why = "another attention of the same block merges here, by its own keys alone"
+                raise _Left("shared merge point", why)
             blocks.append(found)
         except _Left as left:
-            skipped.append(SkipReason(left.kind, site.name, left.detail))
+            why = lost(site, facts) if left.kind in NAMELESS else ""
+            skipped.append(SkipReason("no rule" if why else left.kind, site.name, why or left.detail))
             masked |= {site} if left.kind in MASKED else set()
     # Once all sites are judged: one mask may part several.
     facts.parted |= {term for block in blocks if block.parts is not None for term in score_terms(block.site, facts)}

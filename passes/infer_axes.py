@@ -75,7 +75,7 @@ def infer_axes(graph: fx.Graph, model_input: Sequence[bool], held: Mapping[fx.No
             facts.decided.add(node)
         angles.note(call, rule)
         if rule is UNKNOWN and call.operands:
-            facts.unknown[call.op] = facts.unknown.get(call.op, 0) + 1
+            facts.unknown.append(call)
     _match_pieces(facts)
     _note_given(facts)
     facts.scores = _scores(facts)
@@ -111,8 +111,8 @@ def _given(call: Call, rule: Rule, facts: Facts) -> bool:
     if summing is not None and summing.summed(call, facts, (Role.SUM, Role.NORM2)) & facts.features:
         return False
     given = [n for n in read if n in facts.given]
-    if isinstance(rule, Contraction) and Role.SUM not in rule.signature(call, facts).roles.values():
-        return bool(given) and len(given) == len(read)  # an outer product
+    if isinstance(rule, Contraction) and rule.outer(call, facts):
+        return bool(given) and len(given) == len(read)
     if not given or isinstance(rule, (Contraction, Convolution, Attention)):
         return False
     if not elementwise(rule) or all(n in facts.given or n in facts.constant for n in read):
@@ -237,7 +237,7 @@ def _note_made_channels(call: Call, facts: Facts, made: Sequence[tuple[Dim, Dim]
 
 
 _ANGULAR = {aten.sin.default, aten.cos.default, aten.polar.default}
-_EXP = {aten.exp.default, aten.exp2.default}
+_EXP = {aten.exp.default, aten.exp2.default, aten.pow.Scalar}
 
 
 def _scores(facts: Facts) -> set[fx.Node]:

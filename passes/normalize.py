@@ -11,6 +11,9 @@
 | `lerp(x, y, w)`                                         | `add(x, mul(sub(y, x), w))`                              |
 | `baddbmm(x, a, b, beta=c, alpha=d)`, `addmm` of rows    | `add(mul(x, c), mul(bmm(a, b), d))`                      |
 | attention, norms, convolutions as below autograd        | as above it: `scaled_dot_product_attention`, `conv2d`    |
+| `index_add`, `scatter_add`, `index_put` of what is      | `add(x, y)`                                              |
+| added to every row, each once and in order              |                                                          |
+| `x == 0`, `x != 0`                                      | `logical_not(x)`, `x` as bools                           |
 | `pad(x, (m, 0))`                                        | `cat([full(m), x], -1)`                                  |
 | the sum of what stands side by side along a dim         | adds: `add(x, y)`                                        |
 | the same, each times a number of its own (`linear` too) | adds: `add(mul(x, w0), mul(y, w1))`                      |
@@ -44,7 +47,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .algebra.axes import expr
 from .building.emit import Emit, drop_dead
 from .normal.idle import drop_idle, numbers
-from .normal.join_writes import join_writes
+from .normal.join_writes import added_in_order, join_writes
 from .normal.memory import Outputs
 from .normal.spread import narrow_spread
 from .normal.weights import from_log, over_their_sum, shifted
@@ -64,13 +67,13 @@ MOST = 8
 
 def normalize(graph: fx.Graph, mode: FakeTensorMode, impure: Callable[[fx.Node], bool]) -> None:
     """Rewrite in place. impure: the nodes that stay though nobody reads them."""
-    outputs = Outputs(graph)
-    _by_table(graph, mode)
+    outputs, known = Outputs(graph), numbers(graph, {})
+    _by_table(graph, Emit(graph, mode, known=known))
     drop_dead(graph, impure)
     if join_writes(graph):
-        _by_table(graph, mode)
+        _by_table(graph, Emit(graph, mode, known=known))
     drop_dead(graph, impure)
-    known = numbers(graph, {})
+    known = numbers(graph, known)
     narrow_spread(graph, mode, known.get)
     drop_dead(graph, impure)
     drop_idle(graph, known)
@@ -78,8 +81,7 @@ def normalize(graph: fx.Graph, mode: FakeTensorMode, impure: Callable[[fx.Node],
     drop_dead(graph, impure)
 
 
-def _by_table(graph: fx.Graph, mode: FakeTensorMode) -> None:
-    emit = Emit(graph, mode)
+def _by_table(graph: fx.Graph, emit: Emit) -> None:
     for node in list(graph.nodes):
         form = FORMS.get(node.target) if node.op == "call_function" else None
         if form is None:
@@ -135,6 +137,11 @@ def _added(product: Any) -> Form:
         return emit(aten.add.Tensor, a["self"], other, **({} if value == 1 else {"alpha": value}))
 
     return form
+
+
+def _compared(target: Any, **kwargs: Any) -> Form:
+    """A comparison with 0 is the negation, or the truth, of what is compared."""
+    return lambda call, emit: emit(target, call.nodes[0], **kwargs) if call.args["other"] == 0 else None
 
 
 def _padded(call: Call, emit: Emit) -> fx.Node | None:
@@ -452,6 +459,8 @@ FORMS: dict[Any, Form] = {
     **dict.fromkeys((aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar), _changed_by(0)),
     aten.native_layer_norm.default: _whole(_layer_norm),
     aten.convolution.default: _convolution,
+    aten.eq.Scalar: _compared(aten.logical_not.default),
+    aten.ne.Scalar: _compared(aten._to_copy.default, dtype=torch.bool),
     aten.new_zeros.default: _filled(0.0),
     aten.new_ones.default: _filled(1.0),
     aten.addcmul.default: _added(aten.mul.Tensor),
@@ -462,6 +471,8 @@ FORMS: dict[Any, Form] = {
     aten.addmm.default: _plus_product(aten.mm.default),
     aten.cat.default: lambda call, emit: _beside_itself(call, emit) or _tiled(call.nodes, CatRule.dim(call), emit),
     aten.stack.default: _beside_itself,
+    **dict.fromkeys((aten.index_add.default, aten.scatter_add.default, aten.scatter_reduce.two,
+                     aten.index_put.default), added_in_order),
     aten.pad.default: _padded,
     aten.constant_pad_nd.default: _padded,
     aten.sum.dim_IntList: _summed,

@@ -198,15 +198,15 @@ def _profitable(facts: Facts, blocks: list[Block], schedule: Any) -> Plan:
 
 def _unpaid(block: Block, site: int, plan: Plan) -> SkipReason:
     """Why a block does not merge that costs more than it saves, itself or with the others of its chain."""
-    bill = plan.bill
+    bill, until = plan.bill, plan.bill.until(block, site)
     if not block.branch and bill.at[site][0] < NO_PRODUCT * elements_of(block.merge):
-        return SkipReason("nothing to save", block.name, "no product is computed on its tokens after it")
+        return SkipReason("nothing to save", block.name, f"no product is computed on its tokens after it{until}")
     anyway = "branch" if block.branch else "stream"
     chain = next(sites for sites in plan.chains() if site in sites)
     alone = bill.saved[site] <= bill.total(site) or len(chain) == 1
     whose = "merging" if alone else f"merging here and at {len(chain) - 1} other places on the same stream"
     spent, saved = (sum(map(of, [site] if alone else chain)) for of in (bill.total, bill.saved.__getitem__))
-    why = f"{whose} costs as much as {spent:.2g} FLOPs, {bill.spends(site)}, and saves {saved:.2g}"
+    why = f"{whose} costs as much as {spent:.2g} FLOPs, {bill.spends(site)}, and saves {saved:.2g}{until}"
     more = "least" if any(merge.how.padded for merge in plan.every) else "r"
     why += f'; a larger {more} may pay, and placement="{anyway}" merges all the same'
     return SkipReason("MLP does not pay" if block.mlp else "does not pay", block.name, why)

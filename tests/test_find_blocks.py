@@ -72,7 +72,15 @@ ADDS: dict[str, Any] = {
     "subtracted": lambda x, y: x - y * -1.0, "weights": lambda x, y: F.linear(x, torch.eye(D)) + y,
     "channels first": lambda x, y: (x.mT + y.mT).mT,
     "rows": lambda x, y: (x.flatten(0, 1) + y.flatten(0, 1)).view_as(x),
+    "index_add": lambda x, y: x.index_add(1, torch.arange(N), y),
+    "tensordot": lambda x, y: torch.tensordot(torch.tensor([1.0, 0.5]), torch.stack([x, y]), 1),
+    "scaled apart": lambda x, y: torch.cat([x[:, :1] * 0.5, x[:, 1:] * 2], 1) + y,
+    "added apart": lambda x, y: torch.cat([x[:, :1] + y[:, :1] * 0.5, x[:, 1:] + y[:, 1:]], 1),
 }  # fmt: skip
+
+
+APART = ("weights", "added apart")
+"""Of these the MLP has no stream of its own to merge in."""
 
 
 @pytest.mark.parametrize(("name", "placement"), thinned(product(ADDS, ("stream", "branch")), 3))
@@ -82,7 +90,7 @@ def test_residual_adds_through_ops_that_keep_each_entry(name: str, placement: st
     assert {site.placement for site in report.sites} == {placement}, report
     plain = assert_lossless(net(), (tokens(),), 6, sites=2, placement=placement)
     assert [site.tokens for site in report.sites] == [site.tokens for site in plain.sites]
-    assert [site.mlp for site in report.sites] == [site.mlp for site in plain.sites] or name == "weights"
+    assert [site.mlp for site in report.sites] == [site.mlp for site in plain.sites] or name in APART
 
 
 class Hyper(nn.Module):
@@ -141,6 +149,21 @@ PADDED: dict[str, Attend] = {
     "with itself, numbers": lambda q, k, v: (q @ k.mT).masked_fill(
         ~(SEEN.long()[:, None, None] * SEEN.long()[:, None, :, None]).bool(), -1e9
     ).softmax(-1) @ v,
+    "with itself, outer product": lambda q, k, v: (q @ k.mT).masked_fill(
+        torch.bmm(SEEN.float()[:, :, None], SEEN.float()[:, None])[:, None] == 0, -1e9
+    ).softmax(-1) @ v,
+    "with itself, einsum": lambda q, k, v: (q @ k.mT).masked_fill(
+        ~torch.einsum("bi,bj->bij", SEEN.float(), SEEN.float()).bool()[:, None], -1e9
+    ).softmax(-1) @ v,
+    "with itself, the smaller": lambda q, k, v: (q @ k.mT).masked_fill(
+        ~torch.minimum(SEEN.long()[:, None, None], SEEN.long()[:, None, :, None]).bool(), -1e9
+    ).softmax(-1) @ v,
+    "exp2": lambda q, k, v: (lambda e: e / e.sum(-1, keepdim=True) @ v)(
+        torch.exp2(torch.where(SEEN[:, None, None], q @ k.mT * 1.44, -1e9))
+    ),
+    "pow, zeroed": lambda q, k, v: (lambda e: e @ v / e.sum(-1, keepdim=True))(
+        torch.pow(2, (q @ k.mT - 1) * 0.5) * SEEN[:, None, None]
+    ),
     "none of either": lambda q, k, v: (q @ k.mT).masked_fill(
         (~SEEN)[:, None, None] | (~SEEN)[:, None, :, None], -1e9
     ).softmax(-1) @ v,
@@ -164,10 +187,49 @@ def test_padding_in_other_words(name: str, placement: str) -> None:
         torch.testing.assert_close(fast(x)[SEEN], fast(other)[SEEN])
 
 
+TRANSPOSED: dict[str, Attend] = {
+    # scores of keys by queries
+    "softmax": lambda q, k, v: (k @ q.mT).softmax(-2).mT @ v,
+    "values first": lambda q, k, v: (v.mT @ (k @ q.mT * 0.3).softmax(2)).mT,
+    "turned": lambda q, k, v: (k @ q.mT).mT.softmax(-1) @ v,
+    "einsum": lambda q, k, v: torch.einsum(
+        "bmnh,bhmd->bhnd", torch.einsum("bhmd,bhnd->bmnh", k, q).softmax(1), v
+    ),
+    "sigmoid": lambda q, k, v: torch.sigmoid(k @ q.mT).mT @ v,
+    "by hand": lambda q, k, v: (lambda e: (e / (e.sum(-2, keepdim=True) + 1e-6)).mT @ v)((k @ q.mT).exp()),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_transposed_scores_compare_keys(name: str) -> None:
+    x, plain, model = torch.randn(2, N, D), net(), net(TRANSPOSED[name])
+    model.load_state_dict(plain.state_dict())
+    first, other = (tome_fx.trace_tokens(m, (x,), r=[6, 0], placement="stream").groups for m in (plain, model))
+    assert torch.equal(first, other)
+
+
+BESIDE: dict[str, Attend] = {
+    # columns beside the scores, which leave no key out
+    "padded": lambda q, k, v: F.pad(q @ k.mT, (1, 0)).softmax(-1)[..., 1:] @ v,
+    "values padded": lambda q, k, v: F.pad(q @ k.mT, (1, 0)).softmax(-1) @ F.pad(v, (0, 0, 1, 0)),
+    "padded low": lambda q, k, v: F.pad(q @ k.mT, (0, 3), value=-torch.inf).softmax(-1) @ F.pad(v, (0, 0, 0, 3)),
+    "weights padded": lambda q, k, v: F.pad((q @ k.mT).softmax(-1), (0, 1)) @ F.pad(v, (0, 0, 0, 1)),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_columns_beside_the_scores(name: str) -> None:
+    found = tome_fx.check(net(BESIDE[name]), (torch.randn(2, N, D),), r=6, placement="stream")
+    assert found.holds and len(found.merges) == 2, found
+
+
 EITHER: dict[str, Attend] = {
     "alike": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, SEEN[:, None, None] == SEEN[:, None, :, None]),
     "one of them": lambda q, k, v: F.scaled_dot_product_attention(
         q, k, v, SEEN[:, None, None] | SEEN[:, None, :, None]
+    ),
+    "the larger": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, torch.maximum(SEEN.long()[:, None, None], SEEN.long()[:, None, :, None]).bool()
     ),
     "not both out": lambda q, k, v: F.scaled_dot_product_attention(
         q, k, v, ~((~SEEN)[:, None, None] & (~SEEN)[:, None, :, None])

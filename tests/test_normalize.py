@@ -153,6 +153,11 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
     "log_softmax": (lambda x, y: x.log_softmax(-1).exp(), [SOFTMAX]),
     "logsumexp": (lambda x, y: (x - x.logsumexp(1, keepdim=True)).exp(), [SOFTMAX]),
     "over their sum": (lambda x, y: by_sum(x.exp()), [SOFTMAX]),
+    "powers of two": (lambda x, y: by_sum(torch.exp2(x - y[:1, :1, :1])), [MUL, SOFTMAX]),
+    "powers, masked": (
+        lambda x, y: by_sum(3 ** (x + y).masked_fill(x > y, -torch.inf)),
+        ["aten.gt.Tensor", MUL, MUL, ADD, "aten.masked_fill.Scalar", SOFTMAX],
+    ),
     "less the largest": (lambda x, y: by_sum((x - x.amax(-1, keepdim=True)).exp()), [SOFTMAX]),
     "softmax, less the largest": (lambda x, y: (x - x.amax(1, keepdim=True)).softmax(1), [SOFTMAX]),
     "times a mask, over their sum": (
@@ -163,6 +168,27 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
         product_first,
         ["aten.transpose.int", SOFTMAX, "aten.matmul.default"],
     ),
+    "is zero": (
+        lambda x, y: (x == 0) | (y != 0),
+        ["aten.logical_not.default", "aten._to_copy.default", "aten.bitwise_or.Tensor"],
+    ),
+    "index_add": (lambda x, y: x.index_add(-2, torch.arange(3), y, alpha=2), [ADD]),
+    "index_add, backwards": (
+        lambda x, y: x.index_add(1, torch.arange(3).flip(0), y),
+        ["aten.arange.default", "aten.flip.default", "aten.index_add.default"],
+    ),
+    "scatter_add": (
+        lambda x, y: x.scatter_add(1, torch.arange(3)[:, None].expand(2, 3, 4), y), [ADD]
+    ),
+    "index_put": (
+        lambda x, y: x.index_put((torch.arange(2)[:, None], torch.arange(3)), y, accumulate=True), [ADD]
+    ),
+    "index_put of the diagonal": (
+        lambda x, y: x.mT.index_put((torch.arange(2), torch.arange(2)), y[:, 0, :3], accumulate=True),
+        ["aten.transpose.int", "aten.arange.default", "aten.arange.default", "aten.select.int", "aten.slice.Tensor",
+         "aten.index_put.default"],
+    ),
+    "tensordot": (lambda x, y: torch.tensordot(torch.ones(2), torch.stack([x, y], 1), ([0], [1])), [ADD]),
     "square": (lambda x, y: x.square(), ["aten.pow.Tensor_Scalar"]),
     "less_equal": (lambda x, y: torch.less_equal(x, y), ["aten.le.Tensor"]),
     "clip": (lambda x, y: torch.clip(x, 0, 1), ["aten.clamp.default"]),

@@ -54,6 +54,13 @@ def one_key(m: Any, y: Tensor) -> Any:
     return q.unflatten(-1, (H, -1)).transpose(1, 2), k.unsqueeze(1), v.unsqueeze(1)
 
 
+def repeated(m: Any, y: Tensor) -> Any:
+    """Two heads of keys, each for two of the queries."""
+    q, k, v = m.qkv(y).split([D, D // 2, 3 * D // 2], -1)
+    heads = (x.unflatten(-1, (-1, D // H)).transpose(1, 2) for x in (q, k, v[..., : D // 2]))
+    return (x.repeat_interleave(n, 1) for x, n in zip(heads, (1, 2, 2), strict=True))
+
+
 def scaled(m: Any, y: Tensor) -> Any:
     q, k, v = by_block(m, y)
     return q, k * 0.5, v
@@ -116,7 +123,9 @@ def block(heads: Heads) -> tuple[Block, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "heads", [by_block, by_head, heads_inside, apart, unbiased, added, summed, scaled], ids=lambda f: f.__name__
+    "heads",
+    [by_block, by_head, heads_inside, apart, unbiased, added, summed, repeated, scaled],
+    ids=lambda f: f.__name__,
 )
 @torch.no_grad()
 def test_it_is_the_mean_of_the_keys_over_heads(heads: Heads) -> None:

@@ -115,6 +115,49 @@ def test_without_a_rule_tokens_are_given_back() -> None:
     assert list(report.unknown_ops) == ["tome_test.norm_unknown"]
 
 
+@torch.library.custom_op("tome_test::opaque", mutates_args=())
+def opaque(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+opaque.register_fake(torch.empty_like)
+
+
+class At(nn.Module):
+    """A block with an operator without a rule at one place."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.at: Any = lambda here, x: opaque(x) if place in here.split() else x
+        self.norm, self.qkv, self.out = nn.LayerNorm(D), nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.mlp = nn.Sequential(nn.Linear(D, 64), nn.GELU(), nn.Linear(64, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.at("products", self.qkv(self.at("norm", self.norm(x))))
+        q, k, v = y.unflatten(-1, (3, H, -1)).permute(2, 0, 3, 1, 4).unbind()
+        y = self.at("attention", v)
+        y = self.at("scores", q @ k.mT).softmax(-1) @ v if y is v else y
+        x = x + self.out(self.at("products values", y).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.at("norm", self.norm(x)))
+
+
+@pytest.mark.filterwarnings("ignore::tome_fx.ToMeWarning")
+@pytest.mark.parametrize(
+    ("place", "placement", "said"),
+    [
+        ("norm", "auto", "nothing to save"), ("norm", "stream", "tokens are given back before"),
+        ("products", "stream", "no rule"), ("products", "auto", "back before"), ("attention", "auto", "no attention"),
+        ("scores", "stream", "back before"), ("values", "stream", "back before"), ("", "auto", ""),
+    ],
+)  # fmt: skip
+def test_what_an_operator_without_a_rule_keeps_whole_is_said(place: str, placement: str, said: str) -> None:
+    """By its name and its place, and only where it is the cause."""
+    model = redraw(nn.Sequential(*(At(place) for _ in range(2)))).eval()
+    told = tome_fx.explain(model, (torch.randn(2, N, D),), r=6, placement=placement).summary()
+    named = rf"{said}.* tome_test.opaque at [01], which has no rule \(tome_fx.register_rule"
+    assert re.search(named, told) if said else "rule" not in told, told
+
+
 def test_a_causal_one_is_left_alone() -> None:
     with pytest.warns(tome_fx.ToMeWarning, match="causal"):
         _, report = run(redraw(Net(causal=True)).eval(), (torch.randn(2, N, D),), None, 6, placement="stream")

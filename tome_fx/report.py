@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,6 +18,15 @@ class ToMeWarning(UserWarning):
 
 class ToMeError(RuntimeError):
     """With `strict=True`: what would otherwise be a ToMeWarning."""
+
+
+NO_RULE = "no rule (tome_fx.register_rule gives it one)"
+
+
+def without_rule(places: Mapping[str, str]) -> str:
+    """Operators without a rule, each with a place in the model where it stands, in words."""
+    named = [f"{op} at {where}" if where else op for op, where in places.items()]
+    return f"{', '.join(named)}, which {'has' if len(named) == 1 else 'have'} {NO_RULE}"
 
 
 @dataclass(frozen=True)
@@ -182,6 +192,8 @@ class ToMeReport:
         capped = sum(site.asked is not None for site in self.sites)
         alone += f", r capped in {capped}" if capped else ""
         unread = f", {self.unread_ops} ops on the rows that are read alone" if self.unread_ops else ""
+        back = {u.op: u.where for u in reversed(self.unmerges) if u.detail == NO_RULE}
+        unread += f"; tokens are given back before {without_rule(back)}" if back else ""
         return (
             f"{self.merged_sites} of {self.attention_sites} attention sites merged in {graphs}{alone}: "
             f"{tokens}{_flops(self.flops_before)} -> {_flops(self.flops_after)} ({share:.0%}){unread}"

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from ..algebra.axes import Atom, Size, count_of, leaves
 from ..algebra.layout import Layout, Step
-from ..rules import Call, Decision
+from ..rules import UNKNOWN, Call, Decision
 from ..rules.base import Fill, Rule
 from ..rules.contraction import Attention
 from ..rules.facts import Facts
@@ -22,6 +22,8 @@ from ..rules.signature import SignatureRule, fill_of
 from ..rules.slices import SelectRule, SliceRule, SplitRule
 from ..rules.views import ExpandRule, PermuteRule, ViewRule
 from .blocks import Block
+from .sites import no_rule
+from .streams import lost
 from .values import size_hint
 
 # Rules of ops that compute nothing.
@@ -72,7 +74,7 @@ PARTS = {
 class Bill:
     """The account of one plan. before, after: FLOPs of the graph. at: of the ops that a site's merge is the last to
     reach, before and after. saved, spent: by site, the second by what it is spent on. compared: what a site saves at
-    least where it is on the stream."""
+    least where it is on the stream. stopped: the first op without a rule, before which its tokens are given back."""
 
     def __init__(self, facts: Facts, blocks: Sequence[Block]) -> None:
         device = blocks[0].merge.meta["val"].device.type if blocks else ""
@@ -84,6 +86,7 @@ class Bill:
         self.saved: dict[int, float] = defaultdict(float)
         self.spent: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self.compared: dict[int, float] = {}
+        self.stopped: dict[int, Call] = {}
 
     def total(self, site: int) -> float:
         """All that a site spends."""
@@ -93,6 +96,11 @@ class Bill:
         """What makes up most of what a site spends, in words."""
         part, cost = max(self.spent[site].items(), key=lambda item: item[1])
         return f"{cost / max(self.total(site), 1e-30):.0%} of it for {PARTS[part]}"
+
+    def until(self, block: Block, site: int) -> str:
+        """How far the tokens of a block stay merged, where an op without a rule ends that, in words."""
+        why = lost(block.site, self.facts) if block.branch else ""
+        return f", as {why}" if why else f" up to {no_rule([self.stopped[site]])}" if site in self.stopped else ""
 
     def op(self, call: Call, rule: Rule, decision: Decision) -> None:
         """The FLOPs of an op before and after, and what each merge saves of its cost."""
@@ -123,6 +131,8 @@ class Bill:
         """Operands that are merged to meet the others, or given back at full length."""
         if all(have == want for have, want in zip(ins, decision.ins, strict=True)):
             return
+        for site in _sites(ins) if rule is UNKNOWN else ():
+            self.stopped.setdefault(site, call)
         sig = rule.signature(call, self.facts) if isinstance(rule, SignatureRule) else None
         for i, (have, want) in enumerate(zip(ins, decision.ins, strict=True)):
             if have == want:

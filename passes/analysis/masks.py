@@ -23,14 +23,13 @@ from tome_fx.ops import LEFT_OUT
 
 from ..algebra.axes import Dim, leaves
 from ..rules import Call, find
-from ..rules.base import UNKNOWN, op_name, sources
+from ..rules.base import FILLED, UNKNOWN, op_name, sources
 from ..rules.contraction import Contraction
 from ..rules.facts import Facts
 from ..rules.joins import CatRule
 from ..rules.pointwise import MaskRule, scalar
 from ..rules.reduce import Softmax, reduced_dims
 from ..rules.views import ExpandRule, PermuteRule, ViewRule
-from .pairs import OUTER
 from .reach import nearest
 from .sites import AttentionSite
 
@@ -75,7 +74,7 @@ def _columns(
 
 def _said(node: fx.Node) -> str:
     """A value in the user's words."""
-    return "an input of the model" if node.op == "placeholder" else f"the result of {op_name(node)}"
+    return "a tensor that goes into the graph" if node.op == "placeholder" else f"the result of {op_name(node)}"
 
 
 def masked_by_place(site: AttentionSite, facts: Facts) -> bool:
@@ -352,8 +351,8 @@ class _Reader:
             if not low:
                 return []
             return [(call.nodes[parts[0]], scale), (call.nodes[parts[1]], LEFT_OUT if parts[3] else -LEFT_OUT)]
-        sign = OUTER.get(_packet(call)) if self.facts.pairs is not None and self.facts.pairs.outer(node) else None
-        if sign is not None and sign * scale >= -LEFT_OUT:
+        pairs = self.facts.pairs
+        if pairs is not None and pairs.outer(node) and pairs.sign(call) * scale >= -LEFT_OUT:
             return [(n, scale) for n in call.nodes]
         found = list(zip(call.nodes, _shares(call, scale), strict=True))
         lost = [n for n, share in found if share is None and varies_with(n, self.facts) & self.around]
@@ -431,6 +430,8 @@ def token_dims(node: fx.Node, facts: Facts, tokens: Dim) -> list[int]:
 
 
 def varies_with(node: fx.Node, facts: Facts) -> set[Any]:
+    if node.target in FILLED:
+        return set()
     return {leaf for d, dim in enumerate(facts.dims(node)) if facts.varies(node, d) for leaf in leaves(dim)}
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from ..algebra.axes import Dim, leaves
 from ..rules import Call, find
 from ..rules.base import Rule, sources
+from ..rules.contraction import Contraction
 from ..rules.facts import Facts
 from ..rules.joins import CatRule, StackRule
 from ..rules.pointwise import POINTWISE, MaskRule
@@ -29,9 +30,9 @@ _PLACED = ViewRule, PermuteRule, ExpandRule
 _SUMS = {aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor}
 _NOTS = {aten.bitwise_not.default, aten.logical_not.default}
 _COPIES = {aten._to_copy.default, aten.clone.default, *_NOTS}
-_ALL_OF, _ANY_OF = (aten.mul, aten.bitwise_and, aten.logical_and), (aten.bitwise_or, aten.logical_or, aten.add)
-OUTER = {**dict.fromkeys(_ALL_OF, 1), **dict.fromkeys(_ANY_OF, -1)}
-"""Ops that join a mask of queries and one of keys: where both, or one of them, hold; and the sign of what they say."""
+_ALL_OF = (aten.mul, aten.bitwise_and, aten.logical_and, aten.minimum)
+_ANY_OF = (aten.bitwise_or, aten.logical_or, aten.add, aten.maximum)
+_OUTER = {**dict.fromkeys(_ALL_OF, 1), **dict.fromkeys(_ANY_OF, -1)}
 _LOGS = {aten.log.default, aten.log2.default, aten.log1p.default, aten.log10.default}
 
 
@@ -121,13 +122,21 @@ class Pairs:
         told = node in self.facts.given or node in self.facts.decided or node.meta["val"].dtype is torch.bool
         return told or (node in self.facts.constant and self._may_rule_out(node))
 
+    def sign(self, call: Call) -> int:
+        """Of an op that joins masks: 1 where both must hold, -1 where one of them must, else 0."""
+        rule = find(call)
+        product = isinstance(rule, Contraction) and rule.outer(call, self.facts)
+        return 1 if product else _OUTER.get(call.target.overloadpacket, 0)
+
     def outer(self, node: fx.Node) -> bool:
         """Whether a value joins a mask of single tokens, as queries, with itself, as keys: tokens of one kind see, and
         are seen, alike."""
         call = self.facts.calls.get(node)
-        if call is None or len(call.nodes) != 2 or getattr(call.target, "overloadpacket", None) not in OUTER:
+        operator = call is not None and isinstance(call.target, torch._ops.OpOverload)
+        if call is None or not operator or len(call.nodes) != 2 or not self.sign(call):
             return False
-        return len({self.placed(n) for n in call.nodes}) == 1 and call.nodes[0] is not call.nodes[1]
+        apart = call.nodes[0] is not call.nodes[1] or isinstance(find(call), Contraction)
+        return len({self.placed(n) for n in call.nodes}) == 1 and apart
 
     def placed(self, node: fx.Node) -> tuple[fx.Node, bool]:
         """What a value is a view of, or a copy in another dtype; and whether it says the contrary."""
@@ -177,4 +186,4 @@ class Pairs:
         return False
 
 
-__all__ = ["OUTER", "Pairs", "elementwise"]
+__all__ = ["Pairs", "elementwise"]

@@ -193,6 +193,8 @@ def _by_head(
     rest = [i for i in range(len(atoms)) if i not in (*head, *feature)]
     state = state.permute([*rest, *head, *feature])
     state = state.reshape(prod(sizes[i] for i in head), prod(sizes[i] for i in feature))
+    rows, each = state.unique(dim=0, return_counts=True)
+    state = rows if len(each.unique()) == 1 else state  # heads that several groups of queries share are repeated
     heads, width = state.shape
     first, far, next_ = (int(x) for x in (state[0, 0], state[min(1, heads - 1), 0], state[0, min(1, width - 1)]))
     even = first + torch.arange(heads)[:, None] * (far - first) + torch.arange(width) * (next_ - first)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
+from tome_fx.report import without_rule
+
 from ..algebra.axes import Dim, leaves
+from ..rules import Call
 from ..rules.facts import Facts
 
 TELLS_PAIRS = "its mask decides for each query which keys it sees"
 UNKNOWN_VALUE = (
-    "or may: it has a row for each of them, and the caller gives its value (a mask of keys has one row for all)"
+    "or may: it has a row for each of them, and only a call tells its value, which is no buffer of the model's "
+    "(a mask of keys has one row for all)"
 )
 
 
@@ -63,6 +68,11 @@ def place(node: fx.Node) -> str:
     return ""
 
 
+def no_rule(calls: Sequence[Call]) -> str:
+    """Ops without a rule in the user's words, each once, and what to do about it."""
+    return without_rule({call.op: place(call.node) for call in reversed(calls)})
+
+
 def _clean(path: str) -> str:
     """`L['self']._modules['blocks']._modules['0'].attn`, `getattr(G['model'].blocks, '0').attn` -> `blocks.0.attn`."""
     path = re.sub(r"getattr\((.*?), '(\w+)'\)", r"\1.\2", path)
@@ -79,4 +89,4 @@ def tells_pairs(mask: fx.Node, facts: Facts) -> str:
     return TELLS_PAIRS if known or mask not in facts.given else f"{TELLS_PAIRS}, {UNKNOWN_VALUE}"
 
 
-__all__ = ["TELLS_PAIRS", "AttentionSite", "Operand", "place", "tells_pairs"]
+__all__ = ["TELLS_PAIRS", "AttentionSite", "Operand", "no_rule", "place", "tells_pairs"]

@@ -25,11 +25,12 @@ from ..rules import Call, find
 from ..rules.base import sources
 from ..rules.contraction import Attention, Contraction, Convolution
 from ..rules.facts import Facts
+from ..rules.joins import CatRule
 from ..rules.pointwise import POINTWISE
 from ..rules.slices import SelectRule, SliceRule, SplitRule
 from ..rules.views import PermuteRule, ViewRule
 from .pairs import elementwise
-from .sites import AttentionSite
+from .sites import AttentionSite, no_rule
 from .values import size_hint
 
 aten = torch.ops.aten
@@ -60,11 +61,14 @@ def length_of(node: fx.Node, facts: Facts, tokens: Dim) -> Any:
 
 
 def _adds_after(site: AttentionSite, facts: Facts) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
-    """The sums that an attention's output goes into, and their operands that are not computed from it."""
+    """The sums that an attention's output goes into, part by part or as a whole, and their operands that are not
+    computed from it; of parts, what they are parts of."""
     for node in facts.reach.nodes[facts.reach.index[site.out] + 1 :]:
-        if node.target in ADDS and facts.leads(site.out, node):
-            operands = [a for a in node.args[:2] if isinstance(a, fx.Node)]
-            yield node, [a for a in operands if not facts.leads(site.out, a)] if len(operands) == 2 else []
+        joined = facts.calls[node].nodes if node.target is aten.cat.default else []
+        if (node.target in ADDS or any(n.target in ADDS for n in joined)) and facts.leads(site.out, node):
+            operands = [a for n in joined or [node] for a in (facts.calls[n].nodes if n.target in ADDS else [n])]
+            others = [a for a in operands if not facts.leads(site.out, a)]
+            yield node, list({_whole(a, facts, site.k.node): None for a in others}) if joined else others
 
 
 def residuals(site: AttentionSite, facts: Facts, tokens: Dim, mixed: bool = False) -> Iterator[Spot | None]:
@@ -85,7 +89,8 @@ def origin(node: fx.Node, goal: fx.Node, facts: Facts) -> fx.Node:
     while not facts.leads(node, goal) and node.op == "call_function":
         above = [n for n in sources(node, node.all_input_nodes) if n not in facts.constant]
         rule = find(Call(node))
-        if len(above) != 1 or not (rule is POINTWISE or isinstance(rule, (PermuteRule, ViewRule))):
+        above = list({_whole(n, facts, goal): None for n in above}) if isinstance(rule, CatRule) else above
+        if len(above) != 1 or not (rule is POINTWISE or isinstance(rule, (PermuteRule, ViewRule, CatRule))):
             break
         if _content(above[0], facts) != _content(node, facts):
             break
@@ -151,13 +156,31 @@ def stream_beside(site: AttentionSite, facts: Facts) -> fx.Node | None:
     return next((stream for stream in found if facts.leads(stream, site.q.node)), None)
 
 
-def _whole(node: fx.Node, facts: Facts) -> fx.Node:
-    """What a value is a part of."""
-    while True:
+def lost(site: AttentionSite, facts: Facts) -> str:
+    """The op without a rule after which nothing tells the tokens of a site from others, between the stream and the
+    attention, in words."""
+    stream, tokens = stream_beside(site, facts), {*site.q.axis(facts), *site.k.axis(facts)}
+    if stream is None or not facts.leads(stream, site.k.node):
+        return ""
+    for call in facts.unknown:
+        made = {leaf for dims in facts.axes[call.node] for dim in dims for leaf in leaves(dim)}
+        new = made.difference(*map(facts.leaves_of, call.nodes))
+        if new & tokens and facts.leads(stream, call.node):
+            return f"its tokens come out of {no_rule([call])}"
+    return ""
+
+
+def _whole(node: fx.Node, facts: Facts, goal: fx.Node | None = None) -> fx.Node:
+    """What a value is a part of. goal: scaled perhaps, up to the first value that this is computed from."""
+    while goal is None or not facts.leads(node, goal):
         call = facts.calls.get(node.all_input_nodes[0] if node.target is operator.getitem else node)
-        if call is None or not isinstance(find(call), (SelectRule, SliceRule, SplitRule)):
-            return node
-        node = call.nodes[0]
+        above = [n for n in call.nodes if n not in facts.constant] if call is not None else []
+        rule = find(call) if call is not None else None
+        scaled = goal is not None and (rule is POINTWISE or isinstance(rule, ViewRule))
+        if len(above) != 1 or not (scaled or isinstance(rule, (SelectRule, SliceRule, SplitRule))):
+            break
+        node = above[0]
+    return node
 
 
 def _multiplies(call: Call) -> bool:
@@ -231,5 +254,5 @@ def _combined(site: AttentionSite, facts: Facts) -> set[Atom]:
     return found
 
 
-__all__ = ["ADDS", "Spot", "branch_point", "holds", "length_of", "merge_point", "origin", "pooled", "residuals",
-           "stream_beside", "tokens_in"]  # fmt: skip
+__all__ = ["ADDS", "Spot", "branch_point", "holds", "length_of", "lost", "merge_point", "origin", "pooled",
+           "residuals", "stream_beside", "tokens_in"]  # fmt: skip

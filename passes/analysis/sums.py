@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..algebra.axes import Dim, leaves
+from ..algebra.axes import expr as size_expr
 from ..rules import Call, find
 from ..rules.base import Role, Signature, sources
 from ..rules.contraction import Contraction
@@ -54,6 +55,22 @@ class _Product:
 
     def node(self, i: int) -> fx.Node:
         return self.call.nodes[-2:][i]
+
+
+def place_in(product: fx.Node, node: fx.Node, d: int, facts: Facts) -> int | None:
+    """The dim of a product that is dim d of a value made of it; None unless all between keeps the dims from there on,
+    or their order alone."""
+    while node is not product:
+        call, behind = facts.calls[node], len(node.meta["val"].shape) - d
+        if isinstance(rule := find(call), PermuteRule):
+            node, d = call.nodes[0], rule.order(call)[d]
+            continue
+        sizes = {n: list(map(size_expr, n.meta["val"].shape)) for n in (node, *call.nodes)}
+        above = (n for n in call.nodes if facts.leads(product, n) and sizes[n][-behind:] == sizes[node][-behind:])
+        if (found := next(above, None)) is None:
+            return None
+        node, d = found, len(sizes[found]) - behind
+    return d
 
 
 def _site(q: Operand, k: Operand, v: Operand, out: fx.Node) -> AttentionSite:
@@ -104,7 +121,8 @@ class _Finder:
             above = self._scores(product.node(i), query, product.axis)
             if above is None or any(self._of_tokens(self._axis(product.node(1 - i), d)) for d in values):
                 continue
-            for j in (0, 1):
+            key = place_in(above.call.node, product.node(i), product.at[i], self.facts)
+            for j in (j for j in (0, 1) if key is None or above.sig.outs[0][key] not in above.sig.ins[-2:][j]):
                 q, k = self._operand(above, j, query), self._operand(above, 1 - j, product.axis)
                 if q is not None and k is not None:
                     v = Operand(product.node(1 - i), product.at[1 - i], tuple(values))
@@ -171,4 +189,4 @@ class _Finder:
         return Operand(node, tokens, features)
 
 
-__all__ = ["find_sums"]
+__all__ = ["find_sums", "place_in"]

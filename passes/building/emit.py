@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .trace import OF_THE_VALUE
@@ -15,11 +15,13 @@ from .trace import OF_THE_VALUE
 
 @dataclass
 class Emit:
-    """Appends nodes to a graph, each with its fake value and the place in the model of `origin`."""
+    """Appends nodes to a graph, each with its fake value and the place in the model of `origin`. known: the values of
+    nodes that are made of numbers alone."""
 
     graph: fx.Graph
     mode: FakeTensorMode
     origin: fx.Node | None = None
+    known: Mapping[fx.Node, Tensor] = field(default_factory=dict)
 
     def before(self, node: fx.Node) -> Any:
         self.origin = node

@@ -43,6 +43,7 @@ def composites() -> dict[Any, Callable[..., Any]]:
             table[op] = functools.partial(_each, packet.removeprefix(_EACH))
         elif rule_for(op) is None and any("Tensor" in str(result.type) for result in op._schema.returns):
             table[op] = op.decompose
+    table[aten.tensordot.default] = _tensordot
     return table
 
 
@@ -93,6 +94,16 @@ def _repeat(x: torch.Tensor, repeats: Any) -> Any:
     after = [n for (k, size), one in zip(counts, once, strict=True) for n in ((size,) if one else (k, size))]
     whole = x.reshape(before).expand(after).clone(memory_format=torch.contiguous_format)
     return whole.reshape([k * n for k, n in counts])
+
+
+def _tensordot(x: torch.Tensor, y: torch.Tensor, dims_self: Any, dims_other: Any) -> Any:
+    """The einsum that it is: made of matrix products it would be views that hide what stands side by side."""
+    left = list(string.ascii_letters[: x.dim()])
+    right = list(string.ascii_letters[x.dim() : x.dim() + y.dim()])
+    for a, b in zip(dims_self, dims_other, strict=True):
+        right[b] = left[a]
+    once = (c for c in left + right if (c in left) != (c in right))
+    return torch.einsum(f"{''.join(left)},{''.join(right)}->{''.join(once)}", x, y)
 
 
 def _each(name: str, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,5 @@
-"""join_writes: slices that are written one after the other until nothing is left of what was there are one cat.
+"""join_writes: slices that are written one after the other until nothing is left of what was there are one cat, and
+what is added to every row by an index is added.
 
     y = empty(B, n + m, D); y[:, :n] = a; y[:, n:] = b        ->    y = cat([a, b], 1)
     slice_scatter(slice_scatter(y, a, 1, 0, n), b, 1, n)
@@ -6,12 +7,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ..algebra.axes import expr, from_front, same
+from ..building.emit import Emit
+from ..rules import Call
 
 aten = torch.ops.aten
 _WRITES = {aten.slice_scatter.default, aten.select_scatter.default}
@@ -108,3 +112,34 @@ def _join(graph: fx.Graph, node: fx.Node, pieces: list[fx.Node]) -> None:
     node.replace_all_uses_with(joined)
 
 
+def added_in_order(call: Call, emit: Emit) -> fx.Node | None:
+    """What is added to all rows, each once and in order."""
+    a, own = call.args, call.out
+    other = next(a[name] for name in ("source", "src", "values") if name in a)
+    sums = a.get("accumulate", True) and a.get("reduce", "sum") == "sum" and a.get("include_self", True)
+    indices = dict(enumerate(a["indices"])) if "indices" in a else {call.axis(a["dim"]): a["index"]}
+    indices = {d: index for d, index in indices.items() if index is not None}
+    last, val = max(indices, default=0), other.meta["val"]
+    if not sums or val.shape != own.shape or val.dtype != own.dtype or [*indices] != [*range(min(indices), last + 1)]:
+        return None
+    each = call.target in (aten.scatter_add.default, aten.scatter_reduce.two)  # an index for each entry
+    behind = 0 if each else own.dim() - 1 - last
+    known = {d: emit.known.get(index) for d, index in indices.items()}
+    if any(each and index.meta["val"].shape != own.shape for index in indices.values()) or not all(
+        value is not None and _counts_up(value, d, behind, own.shape) for d, value in known.items()
+    ):
+        return None
+    return emit(aten.add.Tensor, a["self"], other, **({"alpha": a["alpha"]} if a.get("alpha", 1) != 1 else {}))
+
+
+def _counts_up(value: Tensor, d: int, behind: int, shape: Sequence[Any]) -> bool:
+    """Whether an index of a tensor, with so many dims behind its own, is the place of each entry along dim d."""
+    for k, step in enumerate(value.stride()):
+        value = value.narrow(k, 0, 1) if step == 0 else value
+    value = value.reshape(*value.shape, *[1] * behind)
+    at, places = d - len(shape) + value.dim(), torch.arange(shape[d]).view(-1, *[1] * (len(shape) - 1 - d))
+    whole = value.dtype is torch.int64 and at >= 0 and value.shape[at] == shape[d]
+    return whole and bool((value == places.to(value.device)).all())
+
+
+__all__ = ["added_in_order", "join_writes"]

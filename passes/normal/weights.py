@@ -4,6 +4,7 @@
 |-------------------------------------------------------|--------------------------------------------|
 | `exp(log_softmax(s))`, `exp(s - logsumexp(s))`        | `softmax(s)`                               |
 | `e / e.sum(-1)`, `e @ v / e.sum(-1)` of `e = exp(s)`  | `softmax(s)`, `softmax(s) @ v`             |
+| the same of `exp2(s)`, `pow(2, s)`                    | of `s * log(2)`                            |
 | the same of `e * mask`, of `where(mask, e, 0)`        | of `masked_fill(s, ~mask, -inf)`           |
 | `softmax(s - s.amax(-1))`                             | `softmax(s)`: what is the same for all goes |
 """
@@ -21,6 +22,7 @@ from ..rules import Call, find
 from ..rules.pointwise import MaskRule
 
 aten = torch.ops.aten
+_BASES: dict[Any, float] = {aten.exp.default: math.e, aten.exp2.default: 2.0}
 
 
 def from_log(call: Call, emit: Emit) -> fx.Node | None:
@@ -74,8 +76,9 @@ def _scores(weights: fx.Node, d: int, emit: Emit) -> fx.Node | None:
     if weights.op != "call_function":
         return None
     call = Call(weights)
-    if weights.target is aten.exp.default:
-        return _free(call.nodes[0], d)
+    base = call.args["self"] if weights.target is aten.pow.Scalar else _BASES.get(weights.target, 0.0)
+    if base > 0:
+        return _times(_free(call.nodes[0], d), math.log(base), emit)
     if weights.target is aten.softmax.int:
         return call.nodes[0] if call.axis(call.args["dim"]) == d and call.args["dtype"] is None else None
     x, mask, fills = _masked(call)
@@ -84,6 +87,21 @@ def _scores(weights: fx.Node, d: int, emit: Emit) -> fx.Node | None:
         return None
     drop = mask if fills else emit(aten.logical_not.default, mask)
     return emit(aten.masked_fill.Scalar, scores, drop, -math.inf)
+
+
+def _times(scores: fx.Node, by: float, emit: Emit) -> fx.Node:
+    """Scores times a number, which goes before the masks that are filled in or added."""
+    if by == 1:
+        return scores
+    call = Call(scores)
+    parts = MaskRule.parts(call) if isinstance(find(call), MaskRule) else None
+    if parts is not None and parts[2] is not None and call.vals[parts[0]].shape == call.out.shape:
+        x, mask, value, fills = parts
+        drop = call.nodes[mask] if fills else emit(aten.logical_not.default, call.nodes[mask])
+        return emit(aten.masked_fill.Scalar, _times(call.nodes[x], by, emit), drop, value * by)
+    if scores.target is aten.add.Tensor and len(call.nodes) == 2 and not scores.kwargs:
+        return emit(aten.add.Tensor, *(_times(n, by, emit) for n in call.nodes))
+    return emit(aten.mul.Tensor, scores, by)
 
 
 def _masked(call: Call) -> tuple[fx.Node | None, fx.Node | None, bool]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from tome_fx.config import ToMeConfig
+from tome_fx.report import NO_RULE
 
 from ..algebra.axes import Dims, fresh_dims
 from ..algebra.layout import Layout, Run, plain
@@ -219,7 +220,7 @@ class Rule:
         return tuple(fresh_dims(v.shape) for v in call.results)
 
     def plan(self, call: Call, ins: Sequence[Layout], facts: Facts) -> Decision:
-        why = tuple((i, "no rule") for i, layout in enumerate(ins) if any(layout))
+        why = tuple((i, NO_RULE) for i, layout in enumerate(ins) if any(layout))
         return Decision(tuple(plain(v.dim()) for v in call.vals), tuple(plain(v.dim()) for v in call.results), why)
 
     def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:

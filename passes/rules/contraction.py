@@ -42,6 +42,12 @@ class Contraction(SignatureRule):
     def __init__(self, signature: Callable[[Call, Facts], Signature]) -> None:
         super().__init__(signature, contraction=True)
 
+    def outer(self, call: Call, facts: Facts) -> bool:
+        """Whether a product sums over nothing, or over dims of size 1."""
+        sig = self.signature(call, facts)
+        dims = (pair for own, val in zip(sig.ins, call.vals, strict=True) for pair in zip(own, val.shape, strict=True))
+        return all(sig.role(x) is not Role.SUM or size_expr(size) == 1 for x, size in dims)
+
     def operand(self, call: Call, env: Emitter, decision: Decision, sig: Signature, i: int) -> Traced:
         """What tokens are summed with (a mask, weights) keeps its share of each group, of all that sizes count if these
         weigh the sum."""

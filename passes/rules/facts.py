@@ -38,7 +38,7 @@ class Facts:
     (None, ...). buffers: the model's buffers. attends: axes of queries and of keys whose scores stand open. special:
     what was found of the tokens of an axis that never merge. grids: how those of an axis stand. parted: masks of pairs
     within whose parts alone tokens merge. angles: sines and cosines of positions, and what is put together from them.
-    unknown: ops without a rule, and how often they occur. config: the options. before: of a piece of a model, what the
+    unknown: ops without a rule. config: the options. before: of a piece of a model, what the
     pieces before it know of tokens, by how many they are.
 
     Known once all axes are: pairs (what masks say of pairs), reach (what is computed from what), sites (attention).
@@ -63,7 +63,7 @@ class Facts:
     grids: dict[Dim, Grid] = field(default_factory=dict)
     parted: set[fx.Node] = field(default_factory=set)
     angles: set[fx.Node] = field(default_factory=set)
-    unknown: dict[str, int] = field(default_factory=dict)
+    unknown: list[Call] = field(default_factory=list)
     config: ToMeConfig = field(default_factory=ToMeConfig)
     before: Mapping[int, Before] = field(default_factory=dict)
     pairs: Pairs | None = None
