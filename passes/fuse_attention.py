@@ -44,7 +44,7 @@ _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, at
           aten.squeeze.dim}  # fmt: skip
 # A mask value this low leaves a key out; a milder one is an ordinary score and stays as it is written.
 _MASKED_OUT = -1e4
-_ABSORBS = -1e9
+_ABSORBS = -1e18  # in float64 too
 
 Order = list[int | None]
 

@@ -78,6 +78,31 @@ def test_a_query_without_any_key() -> None:
     holds(*build(spec), r=1, exact=False, placement="stream")
 
 
+class Joined(nn.Module):
+    """Blocks under padding that is joined with itself: of each padded query all keys are ruled out, by a number."""
+
+    def __init__(self, fills: bool) -> None:
+        super().__init__()
+        self.fills = fills
+        self.qkv, self.out = (nn.ModuleList(nn.Linear(32, n) for _ in range(2)) for n in (96, 32))
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        both = keep[:, None, :, None] & keep[:, None, None, :]
+        for qkv, out in zip(self.qkv, self.out, strict=True):
+            q, k, v = qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+            scores = q @ k.mT
+            scores = scores.masked_fill(~both, -2e7) if self.fills else scores + (1 - both.to(scores.dtype)) * -2e7
+            x = x + out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return x
+
+
+@pytest.mark.parametrize("fills", [False, True])
+def test_queries_that_numbers_leave_no_key(fills: bool) -> None:
+    """2e7 absorbs scores of float32 and none of float64, in which the law is checked."""
+    keep = torch.arange(36) < torch.tensor([[36], [20]])
+    holds(redraw(Joined(fills)).eval(), (torch.randn(2, 36, 32), keep), placement="stream")
+
+
 @settings(max_examples=6)
 @given(strategies.specs(), st.integers(1, 12), st.sampled_from(["auto", "stream", "branch"]),
        st.sampled_from(["mean", "plain", "keep"]))  # fmt: skip

@@ -32,10 +32,8 @@ from .facts import Facts
 from .signature import SignatureRule, fill_of, frame_dims
 
 aten = torch.ops.aten
-ABSORBS = -(2.0**23)
-"""Beside numbers of this size float32 keeps no fractions."""
 LOW = -1e3
-"""Beside numbers of this size half precision keeps none."""
+"""Beside numbers of this size half precision keeps no fractions."""
 
 
 class Contraction(SignatureRule):
@@ -266,12 +264,14 @@ def _may_leave_all_out(call: Call, env: Emitter) -> bool:
 
 def _all_left_out(mask: Traced) -> tuple[Traced, Traced]:
     """The queries that a mask of very low numbers leaves no key (bool), and what the mask of those with low ones is to
-    be taken from. Low numbers would absorb the sizes; very low ones absorb the scores too, which makes
-    all keys alike. (A mask of -inf gives no result: that needs no help.)"""
+    be taken from. Low numbers would absorb the sizes; very low ones absorb the scores too (in the precision in which
+    the graph runs, and of half precision in float32), which makes all keys alike. (A mask of -inf gives no result: that
+    needs no help.)"""
     call = mask.builder.call
     top = call(aten.amax.default, mask.detach(), [-1], True)
     some = call(aten.gt.Scalar, top, float("-inf"))
-    unseen = call(aten.logical_and.default, call(aten.le.Scalar, top, ABSORBS), some)
+    wide = top.to(torch.promote_types(top.dtype, torch.float32))
+    unseen = call(aten.logical_and.default, call(aten.eq.Tensor, wide + 1.0, wide), some)
     low = call(aten.logical_and.default, call(aten.le.Scalar, top, LOW), some)
     return unseen, top.masked_fill(low.logical_not(), 0.0)
 
