@@ -11,7 +11,7 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -135,6 +135,11 @@ def wrap_convolutions(model: nn.Module) -> nn.Module:
 
 
 # -- comparing -------------------------------------------------------------------------------------------------------
+
+
+def said(caught: Iterable[Any]) -> list[str]:
+    """What tome_fx warned of, among all warnings: other packages have theirs."""
+    return [str(warning.message) for warning in caught if issubclass(warning.category, tome_fx.ToMeWarning)]
 
 
 def levels() -> tuple[Any, ...]:

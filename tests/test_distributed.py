@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import tome_fx
-from tests.palette import palette_tokens
+from tests.palette import palette_tokens, said
 from tests.test_explain import Block
 
 D, N, R, DEPTH = 256, 32, 3, 3
@@ -74,7 +74,7 @@ def _process(rank: int, port: int, how: str, whole: bool, out: str) -> None:
         fast(x).square().sum().backward()
     report = sum(tome_fx.reports(), tome_fx.ToMeReport())
     grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
-    told = [str(w.message) for w in caught if issubclass(w.category, tome_fx.ToMeWarning)]
+    told = said(caught)
     if rank == 0:
         torch.save(grads, f"{out}.pt")
         found = {"graphs": report.graphs, "tokens": report.tokens, "merged": report.merged_sites, "told": told}

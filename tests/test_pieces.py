@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import tome_fx
-from tests.palette import distance
+from tests.palette import distance, said
 from tests.strategies import thinned
 from tests.test_explain import Block, D, N, Stack, tokens
 
@@ -56,7 +56,7 @@ def told(model: Any, *args: Tensor, strict: bool = False, **options: Any) -> tup
     with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.compile(model, backend=backend)(*args)
-    return [str(w.message) for w in caught if issubclass(w.category, tome_fx.ToMeWarning)], sum(
+    return said(caught), sum(
         tome_fx.reports()[before:], tome_fx.ToMeReport()
     )
 
@@ -278,6 +278,62 @@ def test_a_decoder_behind_a_tower_that_merges_is_not_told() -> None:
         assert len(messages) == 1 and "causal" in messages[0] and report.merged_sites == 3
 
 
+class GivenUp(nn.Module):
+    """Dynamo gives up the forward, which breaks inside of `with`, and compiles what it calls: first a function without
+    attention, then blocks under a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.TransformerEncoderLayer(D, 2, D, batch_first=True)
+        self.eval()
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x * 2 + 1
+
+    def attended(self, x: Tensor) -> Tensor:
+        return self.blocks(x, src_mask=nn.Transformer.generate_square_subsequent_mask(x.shape[1]), is_causal=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with Untraced():
+            torch._dynamo.graph_break()
+            return self.attended(self.scaled(x))
+
+
+class Untraced:
+    """A context manager through which Dynamo does not go on after a break."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *raised: Any) -> None:
+        pass
+
+
+def test_what_a_forward_calls_is_no_model_without_attention() -> None:
+    """The message is of the attention that does not merge, not of a function before it that has none."""
+    messages, report = told(GivenUp(), tokens())
+    assert report.graphs > 1 and report.attention_sites == 1
+    assert len(messages) == 1 and "causal" in messages[0] and "no attention" not in messages[0]
+
+
+class Encoded(nn.Module):
+    """A method is compiled, and called by a forward that is not."""
+
+    def encoded(self, x: Tensor) -> Tensor:
+        return x * 2 + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fast(x)
+
+
+def test_a_method_that_is_compiled_is_whole() -> None:
+    model = Encoded()
+    model.fast = torch.compile(model.encoded, backend=tome_fx.tome_backend(R, inner="eager"))
+    with pytest.warns(tome_fx.ToMeWarning, match="^tome_backend: nothing merged in 1 graph .*: no attention"):
+        model(tokens())
+
+
 def test_blocks_compiled_one_by_one() -> None:
     model, x = Cut(""), torch.randn(2, N, D)
     for block in model.blocks:
@@ -419,7 +475,7 @@ def test_the_recompile_limit_is_told(limit: int) -> None:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 fast(tokens(2, 40 + 4 * i))
-            found.append([str(w.message) for w in caught if issubclass(w.category, tome_fx.ToMeWarning)])
+            found.append(said(caught))
     assert [len(messages) for messages in found] == [int(i == limit - 1) for i in range(limit + 2)]
     assert "recompile_limit" in found[limit - 1][0]
     assert "dynamic=True" in found[limit - 1][0]

@@ -58,9 +58,9 @@ _MODELS: weakref.WeakKeyDictionary[Any, dict[Any, Model]] = weakref.WeakKeyDicti
 
 @dataclass
 class Piece:
-    """A graph as a part of its model. last: no graph break ends it, and it is no module that Dynamo compiles by itself
-    since it gave up the whole. frame: Dynamo's number of the code that it comes from. nth: which compilation of that
-    code it is. shared: other modules of the model may run the same code."""
+    """A graph as a part of its model. last: no graph break ends it, and it is no module, nor a function that one calls,
+    that Dynamo compiles by itself since it gave up the whole. frame: Dynamo's number of the code that it comes from.
+    nth: which compilation of that code it is. shared: other modules of the model may run the same code."""
 
     model: Model
     last: bool
@@ -95,36 +95,50 @@ def piece_of(gm: fx.GraphModule, config: Any) -> Piece:
     """The place of a graph that Dynamo is about to compile. A graph from elsewhere is a whole model."""
     if TracingContext.try_get() is None:
         return Piece(Model(), last=True)
-    owner, modules, asked = _owner()
+    owner, modules, function = _owner()
     model = Model(name=getattr(owner, "__qualname__", type(owner).__qualname__) if owner is not None else "")
     if owner is not None:
         model = _MODELS.setdefault(owner, {}).setdefault(config, model)
     reason = getattr(gm, "compile_subgraph_reason", None)
     broken = reason is not None and reason.graph_break
-    given_up = not broken and len(modules) > 1 and asked is modules[0]
+    inner = _inner(modules, function) if modules and getattr(function, "__self__", None) is modules[0] else ""
+    given_up = not broken and bool(inner)
     if given_up or (not model.cut and (broken or reason is None or len(modules) > 1)):
-        model.cut, model.remedy = _cause(reason if broken else None, modules, asked)
+        model.cut, model.remedy = _cause(reason if broken else None, modules, inner)
     compiled = CompileContext.current_compile_id()
     frame, nth = (compiled.frame_id or 0, compiled.frame_compile_id or 0) if compiled is not None else (0, 0)
     return Piece(model, last=not (broken or given_up), frame=frame, nth=nth, shared=len(modules) > 1)
 
 
-def _cause(reason: Any, modules: list[torch.nn.Module], asked: Any) -> tuple[str, str]:
-    """Why a graph is a piece of its model, and what to do. reason: of the graph break that ends it, if one does. asked:
-    the module that torch.compile was asked for."""
+def _inner(modules: list[torch.nn.Module], function: Any) -> str:
+    """What Dynamo compiles inside of a function that it was asked for, a method of the first of these modules: another
+    one, or a function that is called there; empty where it is what was asked for, or what a graph break left of it."""
+    if len(modules) > 1:
+        return type(modules[-1]).__name__
+    code = next((held["code"] for code, held in _frames() if code.co_name == "_compile" and "code" in held), None)
+    forward = modules[0].forward
+    names = {getattr(f, "__name__", "") for f in (function, forward, inspect.unwrap(forward))}
+    if code is None or code.co_name in names or any(f"_resume_in_{name}_at_" in code.co_name for name in names):
+        return ""
+    return str(code.co_name)
+
+
+def _cause(reason: Any, modules: list[torch.nn.Module], given_up: str) -> tuple[str, str]:
+    """Why a graph is a piece of its model, and what to do. reason: of the graph break that ends it, if one does.
+    given_up: what is compiled by itself, inside of the module that torch.compile was asked for."""
     if any(type(held.get("self")).__name__ == "DDPOptimizer" for _, held in _frames()):
         cause = "torch.compile splits the graph at the gradient buckets of DistributedDataParallel"
         return cause, "Set torch._dynamo.config.optimize_ddp = False before the first call: it is one graph then"
     if reason is not None:
         return f"torch.compile breaks the graph {_where(reason)}", _remedy(reason)
-    if len(modules) < 2:
+    if len(modules) < 2 and not given_up:
         return "the graph was split before it came here", "Hand the backend the whole graph"
-    inner, outer = (type(m).__name__ for m in (modules[-1], modules[0]))
+    inner, outer = given_up or type(modules[-1]).__name__, type(modules[0]).__name__
     cause = f"{inner} is compiled by itself, inside of {outer}"
     sharded = sys.modules.get("torch.distributed.fsdp")
     if sharded is not None and isinstance(modules[-1], sharded.FSDPModule):
         return f"{cause}, as fully_shard was applied to it", f"Apply fully_shard to {outer} alone: it is one graph then"
-    if asked is modules[0]:
+    if given_up:
         cause, broke = f"torch.compile gave up {outer} as a whole and compiles {inner} by itself", _broke(modules)
         if broke is not None:
             return f"{cause}: the graph breaks {_where(broke)}", _remedy(broke)
@@ -191,7 +205,7 @@ LONG = 400
 
 def _owner() -> tuple[Any, list[torch.nn.Module], Any]:
     """What the user called: the outermost module that runs, or the compiled function; the modules, outermost first,
-    whose forward runs; and the module that was compiled."""
+    whose forward runs; and the function, or bound method, that was compiled."""
     running: list[Any] = []
     function = None
     for code, held in _frames():
@@ -201,8 +215,7 @@ def _owner() -> tuple[Any, list[torch.nn.Module], Any]:
                 running.append(module)
         elif code.co_name == "compile_wrapper" and callable(held.get("fn")):
             function = held["fn"]
-    asked = getattr(function, "__self__", function)
-    return running[-1] if running else asked, running[::-1], asked
+    return running[-1] if running else getattr(function, "__self__", function), running[::-1], function
 
 
 def compilations() -> int:
