@@ -68,7 +68,8 @@ def _adds_after(site: AttentionSite, facts: Facts) -> Iterator[tuple[fx.Node, li
         if (node.target in ADDS or any(n.target in ADDS for n in joined)) and facts.leads(site.out, node):
             operands = [a for n in joined or [node] for a in (facts.calls[n].nodes if n.target in ADDS else [n])]
             others = [a for a in operands if not facts.leads(site.out, a)]
-            yield node, list({_whole(a, facts, site.k.node): None for a in others}) if joined else others
+            wholes = {_whole(a, facts, site.k.node): None for a in others if joined}
+            yield node, [a for a in wholes if _content(a, facts) == _content(node, facts)] if joined else others
 
 
 def residuals(site: AttentionSite, facts: Facts, tokens: Dim, mixed: bool = False) -> Iterator[Spot | None]:
