@@ -123,8 +123,9 @@ class Emitter:
     def _in_order(self, n: fx.Node) -> Any:
         """A node's value at full length, lying in memory as it did: what was unmerged may not, and who reads it from
         here on (the caller's `view`, a kernel) may count on it."""
-        if n.op == "placeholder" or not isinstance(value := self.whole(n), Traced):
-            return self.whole(n)
+        value = self.whole(n)
+        if n.op == "placeholder" or not isinstance(value, Traced):
+            return value
         if n not in self._ordered:
             self._ordered[n] = in_order(value, n.meta["val"])
         return self._ordered[n]

@@ -101,7 +101,7 @@ def piece_of(gm: fx.GraphModule, config: Any) -> Piece:
         model = _MODELS.setdefault(owner, {}).setdefault(config, model)
     reason = getattr(gm, "compile_subgraph_reason", None)
     broken = reason is not None and reason.graph_break
-    inner = _inner(modules, function) if modules and getattr(function, "__self__", None) is modules[0] else ""
+    inner = _inner(modules, function)
     given_up = not broken and bool(inner)
     if given_up or (not model.cut and (broken or reason is None or len(modules) > 1)):
         model.cut, model.remedy = _cause(reason if broken else None, modules, inner)
@@ -113,6 +113,8 @@ def piece_of(gm: fx.GraphModule, config: Any) -> Piece:
 def _inner(modules: list[torch.nn.Module], function: Any) -> str:
     """What Dynamo compiles inside of a function that it was asked for, a method of the first of these modules: another
     one, or a function that is called there; empty where it is what was asked for, or what a graph break left of it."""
+    if not modules or getattr(function, "__self__", None) is not modules[0]:
+        return ""
     if len(modules) > 1:
         return type(modules[-1]).__name__
     code = next((held["code"] for code, held in _frames() if code.co_name == "_compile" and "code" in held), None)

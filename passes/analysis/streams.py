@@ -64,12 +64,16 @@ def _adds_after(site: AttentionSite, facts: Facts) -> Iterator[tuple[fx.Node, li
     """The sums that an attention's output goes into, part by part or as a whole, and their operands that are not
     computed from it; of parts, what they are parts of."""
     for node in facts.reach.nodes[facts.reach.index[site.out] + 1 :]:
-        joined = facts.calls[node].nodes if node.target is aten.cat.default else []
-        if (node.target in ADDS or any(n.target in ADDS for n in joined)) and facts.leads(site.out, node):
-            operands = [a for n in joined or [node] for a in (facts.calls[n].nodes if n.target in ADDS else [n])]
-            others = [a for a in operands if not facts.leads(site.out, a)]
-            wholes = {_whole(a, facts, site.k.node): None for a in others if joined}
-            yield node, [a for a in wholes if _content(a, facts) == _content(node, facts)] if joined else others
+        joins = node.target is aten.cat.default
+        parts = facts.calls[node].nodes if joins else [node]
+        if not any(n.target in ADDS for n in parts) or not facts.leads(site.out, node):
+            continue
+        operands = [a for n in parts for a in (facts.calls[n].nodes if n.target in ADDS else [n])]
+        others = [a for a in operands if not facts.leads(site.out, a)]
+        if joins:
+            wholes = dict.fromkeys(_whole(a, facts, site.k.node) for a in others)
+            others = [a for a in wholes if _content(a, facts) == _content(node, facts)]
+        yield node, others
 
 
 def residuals(site: AttentionSite, facts: Facts, tokens: Dim, mixed: bool = False) -> Iterator[Spot | None]:
@@ -90,7 +94,7 @@ def origin(node: fx.Node, goal: fx.Node, facts: Facts) -> fx.Node:
     while not facts.leads(node, goal) and node.op == "call_function":
         above = [n for n in sources(node, node.all_input_nodes) if n not in facts.constant]
         rule = find(Call(node))
-        above = list({_whole(n, facts, goal): None for n in above}) if isinstance(rule, CatRule) else above
+        above = list(dict.fromkeys(_whole(n, facts, goal) for n in above)) if isinstance(rule, CatRule) else above
         if len(above) != 1 or not (rule is POINTWISE or isinstance(rule, (PermuteRule, ViewRule, CatRule))):
             break
         if _content(above[0], facts) != _content(node, facts):

@@ -173,15 +173,17 @@ def _one_of_several(emit: Emit, node: fx.Node, base: fx.Node) -> fx.Node | None:
 
 def _as_view(target: Any) -> Any:
     """The op that gives as a view what an in-place view op makes of its operand."""
-    for found in _pure(target, _pure_name(target._schema)):
+    for found in _pure(target):
         if found._schema.returns[0].alias_info is not None:
             return found
     raise CaptureError(f"the in-place op {target._schema.name} has no form that returns a view")
 
 
-def _pure(target: Any, name: str) -> list[Any]:
-    """The overloads under a name that write nothing and take the arguments of an in-place op. Overloads of one name
-    need not agree: pow_.Scalar is pow.Tensor_Scalar."""
+def _pure(target: Any) -> list[Any]:
+    """The overloads that write nothing and take the arguments of an in-place op. Their names need not agree:
+    pow_.Scalar is pow.Tensor_Scalar."""
+    name = target._schema.name.split("::")[1]
+    name = _FUNCTIONAL.get(name, name.rstrip("_"))
     packet = getattr(getattr(torch.ops, target.namespace), name, None)
     wanted = [str(a.type) for a in target._schema.arguments]
     found = [getattr(packet, overload) for overload in packet.overloads()] if packet is not None else []
@@ -286,7 +288,7 @@ class _Functionaliser:
         if kwargs.keys() != node.kwargs.keys():
             overload = _without_out(node.target)
         else:
-            overload = _FUNCTIONAL_OVERLOAD.get(node.target) or next(iter(_pure(node.target, _pure_name(schema))), None)
+            overload = _FUNCTIONAL_OVERLOAD.get(node.target) or next(iter(_pure(node.target)), None)
         if overload is None or overload._schema.is_mutable:
             raise CaptureError(f"the in-place op {schema.name} has no form that returns a new value")
         return self._as(self.emit(overload, *node.args, **kwargs), held)
@@ -379,11 +381,6 @@ def _permutation(whole: Tensor, taken: Tensor) -> list[int] | None:
 
 def _schema(node: fx.Node) -> Any:
     return node.target._schema  # type: ignore[union-attr]
-
-
-def _pure_name(schema: Any) -> str:
-    name = schema.name.split("::")[1]
-    return _FUNCTIONAL.get(name, name.rstrip("_"))
 
 
 _FUNCTIONAL = {"zero_": "zero", "fill_": "fill", "normal_": "normal_functional", "uniform_": "uniform"}

@@ -77,7 +77,7 @@ def _scores(weights: fx.Node, d: int, emit: Emit) -> fx.Node | None:
         return None
     call = Call(weights)
     base = call.args["self"] if weights.target is aten.pow.Scalar else _BASES.get(weights.target, 0.0)
-    if base > 0:
+    if isinstance(base, (int, float)) and base > 1:  # a smaller one would turn masks of -inf into others
         return _times(_free(call.nodes[0], d), math.log(base), emit)
     if weights.target is aten.softmax.int:
         return call.nodes[0] if call.axis(call.args["dim"]) == d and call.args["dtype"] is None else None
