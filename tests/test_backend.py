@@ -239,7 +239,7 @@ def test_caches(site: Path, tmp_path: Path) -> None:
     assert (warm["aot_hit"], warm["aot_miss"], warm["fx_hit"], warm["fx_miss"]) == (1, 0, 1, 0)
     assert warm["merged"] == cold["merged"] == 1
     assert warm["sum"] == cold["sum"]
-    with (site / "tome_fx" / "ops.py").open("a") as source:
+    with (site / "tome_fx" / "ops" / "merging.py").open("a") as source:
         source.write("\n# changed\n")
     changed = child(site, cache)
     assert (changed["aot_hit"], changed["fx_hit"]) == (0, 0)

@@ -497,7 +497,6 @@ def _cache_identity() -> dict[str, Any]:
 def source_digest() -> str:
     """sha256 over the sources that decide what our operators compute."""
     here, inner = Path(__file__).parent, Path(lengths.__file__).parent
-    sources = [here / name for name in ("ops.py", "matching.py", "attention.py", "kernels/gpu.py")]
-    sources += sorted((here / "methods").glob("*.py"))
-    sources += [*inner.glob("*.py"), inner.parent / "lower.py"]
+    sources = [here / "matching.py", here / "attention.py", here / "kernels" / "gpu.py", inner.parent / "lower.py"]
+    sources += [path for folder in (here / "ops", here / "methods", inner) for path in sorted(folder.glob("*.py"))]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()

@@ -737,7 +737,7 @@ void merge_bias_rows(const T* x, const int64_t* steps, const float* size, const 
 
 // -- operators --------------------------------------------------------------------------------------------------------
 //
-// Arguments and results are those of the same operators in tome_fx/ops.py; floating ones are float32 or bfloat16. All
+// Arguments and results are those of the same operators in tome_fx/ops/; floating ones are float32 or bfloat16. All
 // have the signature that the dispatcher calls: `stack` holds the arguments, then the results.
 
 using Shape = std::vector<int64_t>;

@@ -226,7 +226,7 @@ def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _merge_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.added = inputs[1] is not None
-    ops._merge_setup(ctx, (inputs[0], *inputs[2:]), output)
+    ops.merge_setup(ctx, (inputs[0], *inputs[2:]), output)
 
 
 merge.register_autograd(_merge_backward, setup_context=_merge_setup)
