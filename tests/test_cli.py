@@ -13,6 +13,7 @@ from torch import nn
 
 from tests.models import Spec, build
 from tome_fx import ToMeWarning, cli, runtimes, timing
+from tome_fx.cli import subjects, values
 from tome_fx.export import SUFFIXES
 
 HERE = "tests.test_cli"
@@ -47,7 +48,7 @@ def no_module() -> int:
     ],
 )
 def test_parse_r(text: str, r: Any) -> None:
-    parsed = cli.parse_r(text)
+    parsed = values.parse_r(text)
     assert parsed == r
     assert type(parsed) is type(r)
 
@@ -55,7 +56,7 @@ def test_parse_r(text: str, r: Any) -> None:
 @pytest.mark.parametrize("text", ["", "many", "8,", "8,8,x", "0.5,1"])
 def test_parse_r_refuses(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="count per block"):
-        cli.parse_r(text)
+        values.parse_r(text)
 
 
 @pytest.mark.parametrize(
@@ -64,13 +65,13 @@ def test_parse_r_refuses(text: str) -> None:
 def test_parse_protect(text: str, protect: Any) -> None:
     if protect is None:
         with pytest.raises(argparse.ArgumentTypeError, match="positions"):
-            cli.parse_protect(text)
+            values.parse_protect(text)
     else:
-        assert cli.parse_protect(text) == protect
+        assert values.parse_protect(text) == protect
 
 
 def arguments(*words: str) -> argparse.Namespace:
-    return cli._parser().parse_args(words)
+    return cli.make_parser().parse_args(words)
 
 
 def test_the_configuration_reaches_the_backend() -> None:
@@ -80,16 +81,16 @@ def test_the_configuration_reaches_the_backend() -> None:
               "least", "blocks")  # fmt: skip
     defaults = {**dict.fromkeys((*unsaid, "prop_attn")), "method": "tome"}
     defaults |= {"protect": "auto", "every": 1, "reuse": 0, "multiple": 1, "padding_first": False}
-    assert cli._config(args) == {**expected, **defaults, "drop_unread": True}
+    assert subjects.config_of(args) == {**expected, **defaults, "drop_unread": True}
     choices = {"similarity": "dot", "partition": "random", "matcher": "random", "merging": "prune", "method": "saint"}
     words = [word for name, value in choices.items() for word in (f"--{name}", value)]
-    assert choices.items() <= cli._config(arguments("bench", "m", *words)).items()
-    assert cli._config(arguments("explain", "m"))["r"] == cli.DEFAULT_R
+    assert choices.items() <= subjects.config_of(arguments("bench", "m", *words)).items()
+    assert subjects.config_of(arguments("explain", "m"))["r"] == subjects.DEFAULT_R
     several = arguments("explain", "m", "--merging", "prune,mlerp", "--blocks", "0.25,0.5", "--number", "tau=0.5")
     wanted = {"merging": ("prune", "mlerp"), "blocks": (0.25, 0.5), "tau": 0.5}
-    assert wanted.items() <= cli._config(several).items()
-    assert [cli._config(arguments("explain", "m", "--reuse", k))["reuse"] for k in ("0", "2")] == [0, 2]
-    flops = cli._config(arguments("bench", "m", "--flops", "0.5", "--inner", "eager"))
+    assert wanted.items() <= subjects.config_of(several).items()
+    assert [subjects.config_of(arguments("explain", "m", "--reuse", k))["reuse"] for k in ("0", "2")] == [0, 2]
+    flops = subjects.config_of(arguments("bench", "m", "--flops", "0.5", "--inner", "eager"))
     assert (flops["flops"], flops["inner"], "r" in flops) == (0.5, "eager", False)
 
 
@@ -277,7 +278,7 @@ def test_a_word_that_cannot_be_parsed(words: list[str], sentence: str, capsys: p
 def test_without_timm_the_sentence_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(subjects.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["explain", "vit_tiny_patch16_224"]) == 2
     assert "pip install timm torchvision" in capsys.readouterr().err
 
