@@ -191,14 +191,14 @@ def test_a_mean_without_sizes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def plain(x: Tensor, size: Any, size_out: Tensor, *index: Tensor) -> Tensor:
         return first(x, None, ops.merge_size_aten(None, *index), *index)
 
-    monkeypatch.setattr(ops, "merge_aten", plain)
+    monkeypatch.setattr(ops.merging, "merge_aten", plain)
     found = law(*build(Spec(readout="tokens")), 8, placement="stream")
     errors = [merge.error or 0.0 for merge in found.merges]
     assert not found.holds and errors[0] < 1e-6 and errors[1] > 1e-3
 
 
 def test_a_mask_that_takes_one_row_of_a_group_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "merge_bias_aten", lambda x, size, out, assign, keep, moved: ops.unmerge_aten(x, keep))
+    monkeypatch.setattr(ops.merging, "merge_bias_aten", lambda x, size, out, assign, keep, moved: ops.unmerge_aten(x, keep))
     spec = Spec(readout="masked_mean", mask="bool", prefix="none")
     assert law(*build(spec), r=8, matcher="random", placement="stream").explained > 1e-3
 

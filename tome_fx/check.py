@@ -6,7 +6,7 @@ weights and any input, through convolutions, windows and masks, on the stream an
 
 Some of what a merge does is an approximation on purpose, where a value that still differs within a group meets merged
 tokens (`Approximation`). Such operands are then tied as the merge averages them; what is left is the law's error. The
-runs are in `tied.py`.
+runs are in `tied/`.
 """
 
 from __future__ import annotations
