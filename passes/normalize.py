@@ -100,7 +100,7 @@ Form = Callable[[Call, Emit], "fx.Node | list[fx.Node] | None"]
 
 
 def _itself(call: Call, emit: Emit) -> fx.Node | None:
-    """A view of the same shape."""
+    """A view of the same shape, or a value that is joined with nothing."""
     before, after = (list(map(expr, val.shape)) for val in (call.vals[0], call.out))
     return call.nodes[0] if before == after else None
 
@@ -469,7 +469,11 @@ FORMS: dict[Any, Form] = {
     aten.lerp.Tensor: _toward,
     aten.baddbmm.default: _plus_product(aten.bmm.default),
     aten.addmm.default: _plus_product(aten.mm.default),
-    aten.cat.default: lambda call, emit: _beside_itself(call, emit) or _tiled(call.nodes, CatRule.dim(call), emit),
+    aten.cat.default: lambda call, emit: (
+        (_itself(call, emit) if _one_dtype(call) else None)
+        or _beside_itself(call, emit)
+        or _tiled(call.nodes, CatRule.dim(call), emit)
+    ),
     aten.stack.default: _beside_itself,
     **dict.fromkeys((aten.index_add.default, aten.scatter_add.default, aten.scatter_reduce.two,
                      aten.index_put.default), added_in_order),

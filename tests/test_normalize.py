@@ -121,6 +121,7 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
         lambda x, y: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(x[None], y[None], x[None])[0],
         ["aten.unsqueeze.default"] * 3 + ["aten.scaled_dot_product_attention.default"],
     ),
+    "joined with nothing": (lambda x, y: torch.cat([torch.cat([x]), y[:, :0]], 1) + y, [ADD]),
     "times one": (lambda x, y: x * 1.0 + 0 + y / 1, [ADD]),
     "view of its shape": (lambda x, y: x.view(2, 3, 4) + y.expand(2, 3, 4), [ADD]),
     "all of a dim": (lambda x, y: torch.ops.aten.slice(x, 1, 0, 3) + y, [ADD]),
