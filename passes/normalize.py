@@ -13,6 +13,7 @@
 | attention, norms, convolutions as below autograd        | as above it: `scaled_dot_product_attention`, `conv2d`    |
 | `index_add`, `scatter_add`, `index_put` of what is      | `add(x, y)`                                              |
 | added to every row, each once and in order              |                                                          |
+| `x[mask] = 0`, or a row: the same for all places        | `masked_fill(x, mask, 0)`, `where(mask, row, x)`         |
 | `x == 0`, `x != 0`                                      | `logical_not(x)`, `x` as bools                           |
 | `pad(x, (m, 0))`                                        | `cat([full(m), x], -1)`                                  |
 | the sum of what stands side by side along a dim         | adds: `add(x, y)`                                        |
@@ -24,7 +25,7 @@
 | one of it (`unbind`, `split`, `select`, `slice`)        | itself: `x`                                              |
 | what is the same along a dim, spread out                | its row (`normal/spread.py`)                             |
 | `stack([x, x])`, `cat([x, x])`                          | `expand(unsqueeze(x))`, flattened for a cat              |
-| views and slices of the same shape, `x * 1.0`, `x + 0`  | `x`                                                      |
+| views, slices of the same shape, `cat([x])`, `x * 1.0`  | `x`                                                      |
 | a slice written over all there is                       | what was written                                         |
 | numbers that change nothing                             | left out (`normal/idle.py`)                              |
 
@@ -47,7 +48,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .algebra.axes import expr
 from .building.emit import Emit, drop_dead
 from .normal.idle import drop_idle, numbers
-from .normal.join_writes import added_in_order, join_writes
+from .normal.join_writes import added_in_order, join_writes, put_where
 from .normal.memory import Outputs
 from .normal.spread import narrow_spread
 from .normal.weights import from_log, over_their_sum, shifted
@@ -475,8 +476,8 @@ FORMS: dict[Any, Form] = {
         or _tiled(call.nodes, CatRule.dim(call), emit)
     ),
     aten.stack.default: _beside_itself,
-    **dict.fromkeys((aten.index_add.default, aten.scatter_add.default, aten.scatter_reduce.two,
-                     aten.index_put.default), added_in_order),
+    **dict.fromkeys((aten.index_add.default, aten.scatter_add.default, aten.scatter_reduce.two), added_in_order),
+    aten.index_put.default: lambda call, emit: put_where(call, emit) or added_in_order(call, emit),
     aten.pad.default: _padded,
     aten.constant_pad_nd.default: _padded,
     aten.sum.dim_IntList: _summed,

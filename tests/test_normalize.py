@@ -184,6 +184,15 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
     "index_put": (
         lambda x, y: x.index_put((torch.arange(2)[:, None], torch.arange(3)), y, accumulate=True), [ADD]
     ),
+    "index_put by a mask": (
+        lambda x, y: x.index_put((y[..., 0] > 1.5,), torch.zeros(())),
+        ["aten.select.int", "aten.gt.Scalar", "aten.unsqueeze.default", "aten.masked_fill.Scalar"],
+    ),
+    "index_put of a row by a mask": (
+        lambda x, y: x.index_put((y[..., 0] > 1.5,), y[0, 0]),
+        ["aten.select.int", "aten.gt.Scalar", "aten.select.int", "aten.select.int", "aten.unsqueeze.default",
+         "aten.where.self"],
+    ),
     "index_put of the diagonal": (
         lambda x, y: x.mT.index_put((torch.arange(2), torch.arange(2)), y[:, 0, :3], accumulate=True),
         ["aten.transpose.int", "aten.arange.default", "aten.arange.default", "aten.select.int", "aten.slice.Tensor",
