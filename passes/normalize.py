@@ -15,6 +15,7 @@
 | added to every row, each once and in order              |                                                          |
 | `x[mask] = 0`, or a row: the same for all places        | `masked_fill(x, mask, 0)`, `where(mask, row, x)`         |
 | `x == 0`, `x != 0`                                      | `logical_not(x)`, `x` as bools                           |
+| `x.max(d).values`, a pool to one place                  | `amax(x, d)`, `mean(x, d)` (`normal/pools.py`)           |
 | `pad(x, (m, 0))`                                        | `cat([full(m), x], -1)`                                  |
 | the sum of what stands side by side along a dim         | adds: `add(x, y)`                                        |
 | the same, each times a number of its own (`linear` too) | adds: `add(mul(x, w0), mul(y, w1))`                      |
@@ -50,6 +51,7 @@ from .building.emit import Emit, drop_dead
 from .normal.idle import drop_idle, numbers
 from .normal.join_writes import added_in_order, join_writes, put_where
 from .normal.memory import Outputs
+from .normal.pools import extreme, pooled
 from .normal.spread import narrow_spread
 from .normal.weights import from_log, over_their_sum, shifted
 from .rules import Call, find
@@ -459,6 +461,11 @@ FORMS: dict[Any, Form] = {
     **dict.fromkeys((aten.einsum.default, aten.matmul.default, aten.linear.default), _weighted),
     **dict.fromkeys((aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar), _changed_by(0)),
     aten.native_layer_norm.default: _whole(_layer_norm),
+    **dict.fromkeys((aten.max.dim, aten.min.dim), _whole(extreme)),
+    **dict.fromkeys((aten.max.default, aten.min.default), extreme),
+    **dict.fromkeys((aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default), _whole(pooled)),
+    **dict.fromkeys((aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default,
+                     aten.adaptive_avg_pool3d.default), pooled),
     aten.convolution.default: _convolution,
     aten.eq.Scalar: _compared(aten.logical_not.default),
     aten.ne.Scalar: _compared(aten._to_copy.default, dtype=torch.bool),

@@ -165,6 +165,16 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
         lambda x, y: by_sum(x.softmax(-1) * (y > 1.2)),
         ["aten.gt.Scalar", "aten.logical_not.default", "aten.masked_fill.Scalar", SOFTMAX],
     ),
+    "softmax, less the largest with its place": (
+        lambda x, y: by_sum((x - x.max(-1, keepdim=True).values).exp()), [SOFTMAX]
+    ),
+    "largest": (lambda x, y: x.max(1)[0] - x.min(), ["aten.amax.default", "aten.amin.default", "aten.sub.Tensor"]),
+    "largest and its place": (lambda x, y: torch.add(*x.max(1)), ["aten.max.dim", "<built-in function getitem>", "<built-in function getitem>", ADD]),
+    "adaptive max pool": (
+        lambda x, y: F.adaptive_max_pool1d(x.mT, 1),
+        ["aten.transpose.int", "aten.unsqueeze.default", "aten.amax.default", "aten.squeeze.dim"],
+    ),
+    "adaptive mean pool": (lambda x, y: F.adaptive_avg_pool1d(x.mT, 1), ["aten.transpose.int", "aten.mean.dim"]),
     "product first": (
         product_first,
         ["aten.transpose.int", SOFTMAX, "aten.matmul.default"],
