@@ -43,7 +43,7 @@ from tome_fx.report import SkipReason
 from .algebra.axes import Dim, leaves, size_of, sized
 from .analysis.blocks import Block, unfit
 from .analysis.grid import grid_of, side_fits
-from .analysis.masks import KeyMask, key_masks, masked_by_place, score_terms, token_dims
+from .analysis.masks import KeyMask, key_masks, leaves_all_in, masked_by_place, score_terms, token_dims
 from .analysis.mlps import mlp_blocks, told_before
 from .analysis.partition import Room, parted, same_mask
 from .analysis.projections import Projection, projection
@@ -58,6 +58,9 @@ MASKED = ("causal or windowed mask", "unclear mask")
 
 NAMELESS = ("cross attention", "pooled tokens", "no residual add", "no branch point")
 """Why a site is left alone that may be told by the names of its tokens alone."""
+
+
+UNCUT = "a mask leaves out tokens of the streams that it joins, or may: they merge around the attention alone then"
 
 
 class _Left(Exception):
@@ -199,7 +202,8 @@ def _place(site: AttentionSite, facts: Facts, tokens: Dim) -> Spot:
     if isinstance(found, Spot):
         return found
     if placement == "stream" or not site.fused or (not crossed and site.q.axis(facts) != tokens):
-        raise _Left(found.kind, found.detail)
+        cut = site.masked and any(parts for parts in facts.joined(tokens))
+        raise _Left(found.kind, UNCUT if cut and found.kind == "no residual add" else found.detail)
     if crossed:
         return Spot(merge=site.out, stream=site.q.node, branch=True, operands=((0, site.q.tokens),))
     operands = tuple((i, val.dim() - 2) for i, val in enumerate(facts.calls[site.out].vals[:3]))
@@ -312,13 +316,16 @@ def _joined(site: AttentionSite, facts: Facts, queries: Dim) -> list[tuple[Spot,
     """Where the keys join the tokens of several streams (image and text), or those of the queries and others (learned
     keys): the merge points of these streams, in graph order.
 
-    Each is the add of a part of the output to a stream that was joined. None under a mask: it would have to be cut.
+    Each is the add of a part of the output to a stream that was joined. Under a mask, which would have to be cut, none
+    but those of which it leaves all tokens in.
     """
     keys = site.k.axis(facts)
     pieces = {part for parts in facts.joined(keys) for part in parts} - {()}
     if keys != queries:
         pieces &= {queries}
-    if not pieces or not _unmasked(site, facts, keys):
+    if pieces and not _unmasked(site, facts, keys):
+        pieces = {part for part in pieces if site.causal is None and leaves_all_in(site, facts, part)}
+    if not pieces:
         return []
     if isinstance(merge_point(site, facts, keys), Spot):
         return []

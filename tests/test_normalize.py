@@ -169,7 +169,9 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
         lambda x, y: by_sum((x - x.max(-1, keepdim=True).values).exp()), [SOFTMAX]
     ),
     "largest": (lambda x, y: x.max(1)[0] - x.min(), ["aten.amax.default", "aten.amin.default", "aten.sub.Tensor"]),
-    "largest and its place": (lambda x, y: torch.add(*x.max(1)), ["aten.max.dim", "<built-in function getitem>", "<built-in function getitem>", ADD]),
+    "largest and its place": (
+        lambda x, y: torch.add(*x.max(1)), ["aten.max.dim", *["<built-in function getitem>"] * 2, ADD]
+    ),
     "adaptive max pool": (
         lambda x, y: F.adaptive_max_pool1d(x.mT, 1),
         ["aten.transpose.int", "aten.unsqueeze.default", "aten.amax.default", "aten.squeeze.dim"],
