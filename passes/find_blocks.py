@@ -323,6 +323,8 @@ def _joined(site: AttentionSite, facts: Facts, queries: Dim) -> list[tuple[Spot,
     pieces = {part for parts in facts.joined(keys) for part in parts} - {()}
     if keys != queries:
         pieces &= {queries}
+    else:  # one sequence, cut into its streams
+        pieces |= {leaves(part) for parts, whole in facts.rejoins if leaves(whole) == keys for part in parts}
     if pieces and not _unmasked(site, facts, keys):
         pieces = {part for part in pieces if site.causal is None and leaves_all_in(site, facts, part)}
     if not pieces:

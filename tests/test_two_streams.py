@@ -101,6 +101,26 @@ def test_a_mask_over_both_keeps_the_streams_whole() -> None:
     torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-4)
 
 
+class Cut(nn.Module):
+    """Positions are added to both as one sequence, which is cut into its streams again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.places = Net(), nn.Parameter(torch.randn(IMAGE + TEXT, D))
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        both = torch.cat([x, y], 1) + self.places
+        return self.net(*both.split([IMAGE, TEXT], 1))
+
+
+def test_one_sequence_that_is_cut_into_its_streams() -> None:
+    torch.manual_seed(0)
+    model = redraw(Cut()).eval()
+    found = tome_fx.check(model, (torch.randn(2, IMAGE, D), inputs()[1]), r=6, placement="stream")
+    assert [(m.tokens_before, m.tokens_after) for m in found.merges] == [(48, 42), (42, 36), (36, 30)]
+    assert found.error < 1e-9, found
+
+
 class Padded(nn.Module):
     """The text is padded; the image says in a mask of its own, made of numbers, that it is not."""
 
