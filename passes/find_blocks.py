@@ -51,6 +51,8 @@ from .analysis.sites import TELLS_PAIRS, AttentionSite, tells_pairs
 from .analysis.special import Before, before, special
 from .analysis.streams import Spot, branch_point, holds, length_of, lost, merge_point, pooled, residuals, stream_beside
 from .analysis.values import size_hint
+from .rules import find
+from .rules.contraction import Contraction, Convolution
 from .rules.facts import Facts
 
 MASKED = ("causal or windowed mask", "unclear mask")
@@ -59,8 +61,9 @@ MASKED = ("causal or windowed mask", "unclear mask")
 NAMELESS = ("cross attention", "pooled tokens", "no residual add", "no branch point")
 """Why a site is left alone that may be told by the names of its tokens alone."""
 
-
 UNCUT = "a mask leaves out tokens of the streams that it joins, or may: they merge around the attention alone then"
+
+MIXED = "a weight mixes its tokens with each other, so that they cannot be told from features"
 
 
 class _Left(Exception):
@@ -155,6 +158,8 @@ def _block(site: AttentionSite, facts: Facts) -> Block:
     tokens = queries if crossed else keys
     streams = [] if placement == "branch" else _joined(site, facts, queries)
     if facts.features & {*keys, *queries}:
+        if _mixed(site, facts):
+            raise _Left("mixed tokens", MIXED)
         raise _Left("attention over channels", "its keys are features, which a weight made")
     # Without a softmax nothing shows whether chunk after chunk is read in causal order.
     if not tokens or (crossed and not streams and (placement == "stream" or not site.softmax)):
@@ -169,6 +174,21 @@ def _block(site: AttentionSite, facts: Facts) -> Block:
     if placement != "branch" and not crossed and (part := _part(site, facts, tokens)):
         return part
     return _placed(site, facts, tokens, _place(site, facts, tokens))
+
+
+def _mixed(site: AttentionSite, facts: Facts) -> bool:
+    """Whether the axis of the keys, or of the queries, was there before the last weight on its way: one before it mixes
+    tokens."""
+    reach, own = facts.reach, site.k if facts.features & {*site.k.axis(facts)} else site.q
+    axis = {*own.axis(facts)} & facts.features
+    for node in reversed(reach.nodes[: reach.index[own.node] + 1]):
+        call, rule = facts.calls.get(node), find(facts.calls[node]) if node in facts.calls else None
+        if call is None or not isinstance(rule, (Contraction, Convolution)) or not reach.leads(node, own.node):
+            continue
+        if any(n in facts.constant for n in call.nodes):
+            above = [n for n in call.nodes if n not in facts.constant]
+            return bool(above) and axis <= facts.leaves_of(above[0]) - rule.summed(call, facts)
+    return False
 
 
 def _without_heads(queries: Dim, keys: Dim, facts: Facts) -> Dim:

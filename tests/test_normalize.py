@@ -210,6 +210,10 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
         ["aten.transpose.int", "aten.arange.default", "aten.arange.default", "aten.select.int", "aten.slice.Tensor",
          "aten.index_put.default"],
     ),
+    "a recurrent cell": (
+        lambda x, y: torch.rnn_relu_cell(x[0], y[0], torch.ones(4, 4), torch.ones(4, 4)),
+        ["aten.select.int"] * 2 + ["aten.ones.default"] * 2 + ["aten.linear.default"] * 2 + [ADD, "aten.relu.default"],
+    ),
     "tensordot": (lambda x, y: torch.tensordot(torch.ones(2), torch.stack([x, y], 1), ([0], [1])), [ADD]),
     "square": (lambda x, y: x.square(), ["aten.pow.Tensor_Scalar"]),
     "less_equal": (lambda x, y: torch.less_equal(x, y), ["aten.le.Tensor"]),
