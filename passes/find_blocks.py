@@ -43,7 +43,7 @@ from tome_fx.report import SkipReason
 from .algebra.axes import Dim, leaves, size_of, sized
 from .analysis.blocks import Block, unfit
 from .analysis.grid import grid_of, side_fits
-from .analysis.masks import KeyMask, key_masks, masked_by_place, score_terms, token_dims
+from .analysis.masks import KeyMask, key_masks, leaves_all_in, masked_by_place, score_terms, token_dims
 from .analysis.mlps import mlp_blocks, told_before
 from .analysis.partition import Room, parted, same_mask
 from .analysis.projections import Projection, projection
@@ -51,6 +51,8 @@ from .analysis.sites import TELLS_PAIRS, AttentionSite, tells_pairs
 from .analysis.special import Before, before, special
 from .analysis.streams import Spot, branch_point, holds, length_of, lost, merge_point, pooled, residuals, stream_beside
 from .analysis.values import size_hint
+from .rules import find
+from .rules.contraction import Contraction, Convolution
 from .rules.facts import Facts
 
 MASKED = ("causal or windowed mask", "unclear mask")
@@ -58,6 +60,10 @@ MASKED = ("causal or windowed mask", "unclear mask")
 
 NAMELESS = ("cross attention", "pooled tokens", "no residual add", "no branch point")
 """Why a site is left alone that may be told by the names of its tokens alone."""
+
+UNCUT = "a mask leaves out tokens of the streams that it joins, or may: they merge around the attention alone then"
+
+MIXED = "a weight mixes its tokens with each other, so that they cannot be told from features"
 
 
 class _Left(Exception):
@@ -152,6 +158,8 @@ def _block(site: AttentionSite, facts: Facts) -> Block:
     tokens = queries if crossed else keys
     streams = [] if placement == "branch" else _joined(site, facts, queries)
     if facts.features & {*keys, *queries}:
+        if _mixed(site, facts):
+            raise _Left("mixed tokens", MIXED)
         raise _Left("attention over channels", "its keys are features, which a weight made")
     # Without a softmax nothing shows whether chunk after chunk is read in causal order.
     if not tokens or (crossed and not streams and (placement == "stream" or not site.softmax)):
@@ -166,6 +174,21 @@ def _block(site: AttentionSite, facts: Facts) -> Block:
     if placement != "branch" and not crossed and (part := _part(site, facts, tokens)):
         return part
     return _placed(site, facts, tokens, _place(site, facts, tokens))
+
+
+def _mixed(site: AttentionSite, facts: Facts) -> bool:
+    """Whether the axis of the keys, or of the queries, was there before the last weight on its way: one before it mixes
+    tokens."""
+    reach, own = facts.reach, site.k if facts.features & {*site.k.axis(facts)} else site.q
+    axis = {*own.axis(facts)} & facts.features
+    for node in reversed(reach.nodes[: reach.index[own.node] + 1]):
+        call, rule = facts.calls.get(node), find(facts.calls[node]) if node in facts.calls else None
+        if call is None or not isinstance(rule, (Contraction, Convolution)) or not reach.leads(node, own.node):
+            continue
+        if any(n in facts.constant for n in call.nodes):
+            above = [n for n in call.nodes if n not in facts.constant]
+            return bool(above) and axis <= facts.leaves_of(above[0]) - rule.summed(call, facts)
+    return False
 
 
 def _without_heads(queries: Dim, keys: Dim, facts: Facts) -> Dim:
@@ -199,7 +222,8 @@ def _place(site: AttentionSite, facts: Facts, tokens: Dim) -> Spot:
     if isinstance(found, Spot):
         return found
     if placement == "stream" or not site.fused or (not crossed and site.q.axis(facts) != tokens):
-        raise _Left(found.kind, found.detail)
+        cut = site.masked and any(parts for parts in facts.joined(tokens))
+        raise _Left(found.kind, UNCUT if cut and found.kind == "no residual add" else found.detail)
     if crossed:
         return Spot(merge=site.out, stream=site.q.node, branch=True, operands=((0, site.q.tokens),))
     operands = tuple((i, val.dim() - 2) for i, val in enumerate(facts.calls[site.out].vals[:3]))
@@ -312,13 +336,18 @@ def _joined(site: AttentionSite, facts: Facts, queries: Dim) -> list[tuple[Spot,
     """Where the keys join the tokens of several streams (image and text), or those of the queries and others (learned
     keys): the merge points of these streams, in graph order.
 
-    Each is the add of a part of the output to a stream that was joined. None under a mask: it would have to be cut.
+    Each is the add of a part of the output to a stream that was joined. Under a mask, which would have to be cut, none
+    but those of which it leaves all tokens in.
     """
     keys = site.k.axis(facts)
     pieces = {part for parts in facts.joined(keys) for part in parts} - {()}
     if keys != queries:
         pieces &= {queries}
-    if not pieces or not _unmasked(site, facts, keys):
+    else:  # one sequence, cut into its streams
+        pieces |= {leaves(part) for parts, whole in facts.rejoins if leaves(whole) == keys for part in parts}
+    if pieces and not _unmasked(site, facts, keys):
+        pieces = {part for part in pieces if site.causal is None and leaves_all_in(site, facts, part)}
+    if not pieces:
         return []
     if isinstance(merge_point(site, facts, keys), Spot):
         return []

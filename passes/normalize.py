@@ -13,7 +13,9 @@
 | attention, norms, convolutions as below autograd        | as above it: `scaled_dot_product_attention`, `conv2d`    |
 | `index_add`, `scatter_add`, `index_put` of what is      | `add(x, y)`                                              |
 | added to every row, each once and in order              |                                                          |
+| `x[mask] = 0`, or a row: the same for all places        | `masked_fill(x, mask, 0)`, `where(mask, row, x)`         |
 | `x == 0`, `x != 0`                                      | `logical_not(x)`, `x` as bools                           |
+| `x.max(d).values`, a pool to one place                  | `amax(x, d)`, `mean(x, d)` (`normal/pools.py`)           |
 | `pad(x, (m, 0))`                                        | `cat([full(m), x], -1)`                                  |
 | the sum of what stands side by side along a dim         | adds: `add(x, y)`                                        |
 | the same, each times a number of its own (`linear` too) | adds: `add(mul(x, w0), mul(y, w1))`                      |
@@ -24,7 +26,7 @@
 | one of it (`unbind`, `split`, `select`, `slice`)        | itself: `x`                                              |
 | what is the same along a dim, spread out                | its row (`normal/spread.py`)                             |
 | `stack([x, x])`, `cat([x, x])`                          | `expand(unsqueeze(x))`, flattened for a cat              |
-| views and slices of the same shape, `x * 1.0`, `x + 0`  | `x`                                                      |
+| views, slices of the same shape, `cat([x])`, `x * 1.0`  | `x`                                                      |
 | a slice written over all there is                       | what was written                                         |
 | numbers that change nothing                             | left out (`normal/idle.py`)                              |
 
@@ -47,8 +49,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .algebra.axes import expr
 from .building.emit import Emit, drop_dead
 from .normal.idle import drop_idle, numbers
-from .normal.join_writes import added_in_order, join_writes
+from .normal.join_writes import added_in_order, join_writes, put_where
 from .normal.memory import Outputs
+from .normal.pools import extreme, pooled
 from .normal.spread import narrow_spread
 from .normal.weights import from_log, over_their_sum, shifted
 from .rules import Call, find
@@ -100,7 +103,7 @@ Form = Callable[[Call, Emit], "fx.Node | list[fx.Node] | None"]
 
 
 def _itself(call: Call, emit: Emit) -> fx.Node | None:
-    """A view of the same shape."""
+    """A view of the same shape, or a value that is joined with nothing."""
     before, after = (list(map(expr, val.shape)) for val in (call.vals[0], call.out))
     return call.nodes[0] if before == after else None
 
@@ -458,6 +461,11 @@ FORMS: dict[Any, Form] = {
     **dict.fromkeys((aten.einsum.default, aten.matmul.default, aten.linear.default), _weighted),
     **dict.fromkeys((aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar), _changed_by(0)),
     aten.native_layer_norm.default: _whole(_layer_norm),
+    **dict.fromkeys((aten.max.dim, aten.min.dim), _whole(extreme)),
+    **dict.fromkeys((aten.max.default, aten.min.default), extreme),
+    **dict.fromkeys((aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default), _whole(pooled)),
+    **dict.fromkeys((aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default,
+                     aten.adaptive_avg_pool3d.default), pooled),
     aten.convolution.default: _convolution,
     aten.eq.Scalar: _compared(aten.logical_not.default),
     aten.ne.Scalar: _compared(aten._to_copy.default, dtype=torch.bool),
@@ -469,10 +477,14 @@ FORMS: dict[Any, Form] = {
     aten.lerp.Tensor: _toward,
     aten.baddbmm.default: _plus_product(aten.bmm.default),
     aten.addmm.default: _plus_product(aten.mm.default),
-    aten.cat.default: lambda call, emit: _beside_itself(call, emit) or _tiled(call.nodes, CatRule.dim(call), emit),
+    aten.cat.default: lambda call, emit: (
+        (_itself(call, emit) if _one_dtype(call) else None)
+        or _beside_itself(call, emit)
+        or _tiled(call.nodes, CatRule.dim(call), emit)
+    ),
     aten.stack.default: _beside_itself,
-    **dict.fromkeys((aten.index_add.default, aten.scatter_add.default, aten.scatter_reduce.two,
-                     aten.index_put.default), added_in_order),
+    **dict.fromkeys((aten.index_add.default, aten.scatter_add.default, aten.scatter_reduce.two), added_in_order),
+    aten.index_put.default: lambda call, emit: put_where(call, emit) or added_in_order(call, emit),
     aten.pad.default: _padded,
     aten.constant_pad_nd.default: _padded,
     aten.sum.dim_IntList: _summed,

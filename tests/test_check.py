@@ -178,6 +178,27 @@ def test_a_missing_log_size_is_seen(placement: str, monkeypatch: pytest.MonkeyPa
     assert not found.holds and found.explained > 1e-3 and "BROKEN" in found.summary()
 
 
+class Largest(nn.Module):
+    """Attention that leaves out what is below the eighth largest score: equal tokens stand at that edge."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        scores = q @ k.mT / 6
+        scores = scores.masked_fill(scores < scores.topk(8, -1).values[..., -1:], -torch.inf)
+        return x + self.out(scores.softmax(-1) @ v)
+
+
+def test_an_edge_among_equal_tokens_decides_nothing() -> None:
+    torch.manual_seed(0)
+    found = law(redraw(nn.Sequential(Largest(), Largest(), Largest())).eval(), (torch.randn(2, 40, 32),), 8)
+    assert found.rounds and "compares values of merged tokens" in str(found)
+    assert found.holds or "undecided" in found.summary()
+
+
 def test_a_pool_that_counts_groups_once_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rewriting.Emitter, "weight", _ones)
     found = law(*build(Spec(readout="mean")))

@@ -329,6 +329,25 @@ def test_relative_keys_are_no_channels() -> None:
     assert "attention over channels" not in {s.kind for s in tome_fx.reports()[-1].skipped}
 
 
+class TokenMixer(nn.Module):
+    """A weight mixes the tokens of a residual stream after each attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend, self.mix = nn.MultiheadAttention(D, H, batch_first=True), nn.Linear(N, N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(x, x, x, need_weights=False)[0]
+        return x + self.mix(x.mT).mT
+
+
+def test_tokens_that_a_weight_mixes_are_called_so() -> None:
+    model = nn.Sequential(nn.Linear(D, D), TokenMixer(), TokenMixer()).eval()
+    with pytest.warns(match="a weight mixes its tokens"):
+        report = tome_fx.explain(model, (tokens(),), r=6)
+    assert {s.kind for s in report.skipped if s.kind != "MLP does not pay"} == {"mixed tokens"}
+
+
 class ZeroedBias(nn.Module):
     """Keys without a bias: a part of the joint one is zeroed in each call (Swin v2); queries are normalised."""
 

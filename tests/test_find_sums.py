@@ -134,10 +134,16 @@ def test_every_block_is_a_site(name: str, placement: str) -> None:
         assert report.tokens == [(40, 34), (34, 28), (28, 22)]
 
 
-@pytest.mark.parametrize("attend", [PAIRS["sigmoid"], PAIRS["exp by hand"], LINEAR["elu"], LINEAR["softmax apart"]])
-def test_the_tied_law(attend: Attend) -> None:
+@pytest.mark.parametrize(
+    ("attend", "first"),
+    [(PAIRS["sigmoid"], nn.Identity()), (PAIRS["exp by hand"], nn.Identity()), (LINEAR["elu"], nn.Identity()),
+     (LINEAR["softmax apart"], nn.Identity()), (PAIRS["sigmoid"], nn.Linear(D, D)),
+     (LINEAR["elu"], nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D)))],
+)  # fmt: skip
+def test_the_tied_law(attend: Attend, first: nn.Module) -> None:
     torch.manual_seed(0)
-    found = tome_fx.check(net(attend), (torch.randn(2, N, D),), r=6, placement="stream")
+    model = nn.Sequential(first, net(attend)).eval()  # tokens that are an input have features of their own
+    found = tome_fx.check(model, (torch.randn(2, N, D),), r=6, placement="stream")
     assert len(found.merges) == 3 and found.error < 1e-9, found
 
 

@@ -121,6 +121,7 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
         lambda x, y: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(x[None], y[None], x[None])[0],
         ["aten.unsqueeze.default"] * 3 + ["aten.scaled_dot_product_attention.default"],
     ),
+    "joined with nothing": (lambda x, y: torch.cat([torch.cat([x]), y[:, :0]], 1) + y, [ADD]),
     "times one": (lambda x, y: x * 1.0 + 0 + y / 1, [ADD]),
     "view of its shape": (lambda x, y: x.view(2, 3, 4) + y.expand(2, 3, 4), [ADD]),
     "all of a dim": (lambda x, y: torch.ops.aten.slice(x, 1, 0, 3) + y, [ADD]),
@@ -164,6 +165,18 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
         lambda x, y: by_sum(x.softmax(-1) * (y > 1.2)),
         ["aten.gt.Scalar", "aten.logical_not.default", "aten.masked_fill.Scalar", SOFTMAX],
     ),
+    "softmax, less the largest with its place": (
+        lambda x, y: by_sum((x - x.max(-1, keepdim=True).values).exp()), [SOFTMAX]
+    ),
+    "largest": (lambda x, y: x.max(1)[0] - x.min(), ["aten.amax.default", "aten.amin.default", "aten.sub.Tensor"]),
+    "largest and its place": (
+        lambda x, y: torch.add(*x.max(1)), ["aten.max.dim", *["<built-in function getitem>"] * 2, ADD]
+    ),
+    "adaptive max pool": (
+        lambda x, y: F.adaptive_max_pool1d(x.mT, 1),
+        ["aten.transpose.int", "aten.unsqueeze.default", "aten.amax.default", "aten.squeeze.dim"],
+    ),
+    "adaptive mean pool": (lambda x, y: F.adaptive_avg_pool1d(x.mT, 1), ["aten.transpose.int", "aten.mean.dim"]),
     "product first": (
         product_first,
         ["aten.transpose.int", SOFTMAX, "aten.matmul.default"],
@@ -183,10 +196,23 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
     "index_put": (
         lambda x, y: x.index_put((torch.arange(2)[:, None], torch.arange(3)), y, accumulate=True), [ADD]
     ),
+    "index_put by a mask": (
+        lambda x, y: x.index_put((y[..., 0] > 1.5,), torch.zeros(())),
+        ["aten.select.int", "aten.gt.Scalar", "aten.unsqueeze.default", "aten.masked_fill.Scalar"],
+    ),
+    "index_put of a row by a mask": (
+        lambda x, y: x.index_put((y[..., 0] > 1.5,), y[0, 0]),
+        ["aten.select.int", "aten.gt.Scalar", "aten.select.int", "aten.select.int", "aten.unsqueeze.default",
+         "aten.where.self"],
+    ),
     "index_put of the diagonal": (
         lambda x, y: x.mT.index_put((torch.arange(2), torch.arange(2)), y[:, 0, :3], accumulate=True),
         ["aten.transpose.int", "aten.arange.default", "aten.arange.default", "aten.select.int", "aten.slice.Tensor",
          "aten.index_put.default"],
+    ),
+    "a recurrent cell": (
+        lambda x, y: torch.rnn_relu_cell(x[0], y[0], torch.ones(4, 4), torch.ones(4, 4)),
+        ["aten.select.int"] * 2 + ["aten.ones.default"] * 2 + ["aten.linear.default"] * 2 + [ADD, "aten.relu.default"],
     ),
     "tensordot": (lambda x, y: torch.tensordot(torch.ones(2), torch.stack([x, y], 1), ([0], [1])), [ADD]),
     "square": (lambda x, y: x.square(), ["aten.pow.Tensor_Scalar"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from itertools import product
@@ -332,6 +333,38 @@ def test_a_method_that_is_compiled_is_whole() -> None:
     model.fast = torch.compile(model.encoded, backend=tome_fx.tome_backend(R, inner="eager"))
     with pytest.warns(tome_fx.ToMeWarning, match="^tome_backend: nothing merged in 1 graph .*: no attention"):
         model(tokens())
+
+
+def scaled(forward: Any) -> Any:
+    @functools.wraps(forward)
+    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("scale", None)
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
+class Decorated(nn.Module):
+    """Its forward runs by a decorator's name, and its attributes are looked up by a function of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name)
+
+    @scaled
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_forward_with_a_decorator_is_whole() -> None:
+    (message,), report = told(Decorated().eval(), tokens(), r=0.001)
+    assert message.startswith("tome_backend: nothing merged in 1 graph with 2 attention sites: blocks.0: nothing to")
+    assert [site.name for site in report.sites] == ["blocks.0", "blocks.1"]
 
 
 def test_blocks_compiled_one_by_one() -> None:

@@ -86,6 +86,7 @@ def test_by_request_around_the_attention() -> None:
     assert {site.placement for site in report.sites} == {"branch"}
 
 
+@pytest.mark.filterwarnings("ignore:tome_backend. nothing merged")
 def test_a_mask_over_both_keeps_the_streams_whole() -> None:
     torch.manual_seed(0)
     mask = torch.arange(IMAGE + TEXT).expand(2, 1, 1, -1) < IMAGE + 6
@@ -95,7 +96,49 @@ def test_a_mask_over_both_keeps_the_streams_whole() -> None:
         want = model(*args)
     got, report = run(model, args, None, 6)
     assert {site.placement for site in report.sites if site.merged} <= {"branch", "mlp"}
+    _, report = run(model, args, None, 6, placement="stream")
+    assert {s.detail.split(",")[0] for s in report.skipped} == {"a mask leaves out tokens of the streams that it joins"}
     torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-4)
+
+
+class Cut(nn.Module):
+    """Positions are added to both as one sequence, which is cut into its streams again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.places = Net(), nn.Parameter(torch.randn(IMAGE + TEXT, D))
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        both = torch.cat([x, y], 1) + self.places
+        return self.net(*both.split([IMAGE, TEXT], 1))
+
+
+def test_one_sequence_that_is_cut_into_its_streams() -> None:
+    torch.manual_seed(0)
+    model = redraw(Cut()).eval()
+    found = tome_fx.check(model, (torch.randn(2, IMAGE, D), inputs()[1]), r=6, placement="stream")
+    assert [(m.tokens_before, m.tokens_after) for m in found.merges] == [(48, 42), (42, 36), (36, 30)]
+    assert found.error < 1e-9, found
+
+
+class Padded(nn.Module):
+    """The text is padded; the image says in a mask of its own, made of numbers, that it is not."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.net, self.kind = Net(), kind
+
+    def forward(self, x: Tensor, y: Tensor, keep: Tensor) -> Any:
+        mask = torch.cat([keep.new_ones(x.shape[:2]), keep], 1)[:, None, None]
+        return self.net(x, y, None, mask if self.kind == "bool" else (1 - mask.float()) * -1e9)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_mask_of_the_text_alone_lets_the_image_merge(kind: str) -> None:
+    torch.manual_seed(0)
+    model, keep = redraw(Padded(kind)).eval(), torch.arange(TEXT).expand(2, -1) < torch.tensor([[TEXT], [6]])
+    assert_lossless(model, (*inputs(), keep), 6, sites=3, placement="stream", control=True)
+    assert tome_fx.check(model, (torch.randn(2, IMAGE, D), inputs()[1], keep), r=6, placement="stream").error < 1e-9
 
 
 @pytest.mark.parametrize("first", ["image", "text"])

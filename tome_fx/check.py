@@ -116,8 +116,8 @@ class Check:
     approximations are made in the tied model too: the error of the law. moved: how far merging moves the outputs from
     those of the unmerged model, for context. spelling: how far the outputs of the unmerged model move by the one
     spelling into which the passes bring it. dtype: what it ran in. notes: what was left out, and why. rounds: whether
-    the model rounds merged values to whole numbers, as quantised activations are: a value at an edge then falls either
-    way by noise, so that a law that does not hold may not be broken.
+    the model rounds merged values to whole numbers, as quantised activations are, or compares them with the largest of
+    them: a value at an edge then falls either way by noise, so that a law that does not hold may not be broken.
     """
 
     error: float
@@ -322,16 +322,30 @@ class _Graph:
 
 
 _ROUND = {aten.round.default, aten.floor.default, aten.ceil.default, aten.trunc.default, aten._to_copy.default}
+_COMPARE = {getattr(aten, name).Tensor for name in ("ge", "gt", "le", "lt", "eq", "ne")}
 
 
-def _rounding(result: Result) -> str:
-    """The place of the first op that makes whole numbers of merged floats; empty where none does."""
+def _edge(result: Result) -> str:
+    """What the first op does of which noise may make something else, and its place; empty where there is none."""
     for node, layouts in result.plan.layouts.items():
         if node.target in _ROUND and any(map(any, layouts)):
             whole = not node.meta["val"].is_floating_point() or node.target is not aten._to_copy.default
             if whole and Call(node).vals[0].is_floating_point():
-                return place(node) or op_name(node)
+                return f"{place(node) or op_name(node)} rounds merged values to whole numbers"
+        if node.target in _COMPARE and _compares(node, result):
+            return f"{place(node) or op_name(node)} compares values of merged tokens, some of which are equal"
     return ""
+
+
+def _compares(node: fx.Node, result: Result) -> bool:
+    """Whether an op compares floats with others that are made of the same ones, after a merge."""
+    call, reach = Call(node), result.facts.reach
+    if len(call.nodes) != 2 or not all(val.is_floating_point() for val in call.vals):
+        return False
+    one, other = call.nodes
+    if not reach.leads(one, other) and not reach.leads(other, one):
+        return False
+    return any(reach.leads(merged, n) for merged in result.plan.merges for n in call.nodes)
 
 
 class _Comparison:
@@ -364,12 +378,12 @@ class _Comparison:
         rows = enumerate(zip(got, want, plain, strict=True))
         outputs = [CheckedOutput(0, i, tuple(b.shape), relative(a, b), relative(a, c))
                    for i, (a, b, c) in rows if isinstance(b, Tensor)]  # fmt: skip
-        rounding = _rounding(result)
+        edge = _edge(result)
         notes = dropped(result.captured.gm.graph)
-        if rounding:
-            notes.append(f"{rounding} rounds merged values to whole numbers: a value at an edge falls either way")
+        if edge:
+            notes.append(f"{edge}: a value at an edge falls either way")
         return Check(error, explained, _worst(got, plain), _worst(plain, traced), self._merges(merged, last), outputs,
-                     approximations, result.report, dtype, notes, bool(rounding))  # fmt: skip
+                     approximations, result.report, dtype, notes, bool(edge))  # fmt: skip
 
     def _draw(self, merged: MergedRun) -> None:
         """Random numbers as the merged graph drew them, at full length."""

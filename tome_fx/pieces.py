@@ -10,6 +10,7 @@ import ast
 import inspect
 import itertools
 import linecache
+import re
 import sys
 import weakref
 from collections.abc import Iterator
@@ -118,11 +119,20 @@ def _inner(modules: list[torch.nn.Module], function: Any) -> str:
     if len(modules) > 1:
         return type(modules[-1]).__name__
     code = next((held["code"] for code, held in _frames() if code.co_name == "_compile" and "code" in held), None)
-    forward = modules[0].forward
-    names = {getattr(f, "__name__", "") for f in (function, forward, inspect.unwrap(forward))}
-    if code is None or code.co_name in names or any(f"_resume_in_{name}_at_" in code.co_name for name in names):
+    asked = [f for outer in (function, modules[0].forward) for f in _unwrapped(outer)]
+    codes = [f.__code__ for f in asked if hasattr(f, "__code__")]  # a decorator's code has a name of its own
+    names = {*(getattr(f, "__name__", "") for f in asked), *(own.co_name for own in codes)}
+    resumed = code is not None and any(f"_resume_in_{name}_at_" in code.co_name for name in names)
+    if code is None or code in codes or resumed or code.co_name in {getattr(f, "__name__", "") for f in asked}:
         return ""
-    return str(code.co_name)
+    return re.sub(r"^torch_dynamo_resume_in_(.*)_at_(\d+)$", r"the rest of \1 (from line \2 on)", code.co_name)
+
+
+def _unwrapped(function: Any) -> Iterator[Any]:
+    """A function, and what each of its decorators wraps."""
+    while function is not None:
+        yield function
+        function = getattr(function, "__wrapped__", None)
 
 
 def _cause(reason: Any, modules: list[torch.nn.Module], given_up: str) -> tuple[str, str]:

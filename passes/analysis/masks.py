@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tome_fx.ops import LEFT_OUT
 
@@ -60,6 +61,40 @@ def score_terms(site: AttentionSite, facts: Facts) -> list[fx.Node]:
     tokens |= _columns(site, ways, facts)
     terms = [n for way, _ in ways for *_, n in _aside(way, facts)]
     return [n for n in dict.fromkeys(terms) if (n in fixed or facts.told(n)) and varies_with(n, facts) & tokens]
+
+
+def leaves_all_in(site: AttentionSite, facts: Facts, part: Dim) -> bool:
+    """Whether a mask of joined keys says nothing of one of the streams: its part of the mask is numbers that leave all
+    tokens in."""
+    terms, queries = score_terms(site, facts), {*site.q.axis(facts)} - {*part}
+    if not site.fused or len(terms) != 1 or varies_with(terms[0], facts) & queries - {*site.k.axis(facts)}:
+        return False
+    alone = len(token_dims(terms[0], facts, site.k.axis(facts))) == 1  # no row for each query
+    said = _said_of(terms[0], facts, part) if alone else None
+    return said is not None and said.item() == (1 if said.dtype is torch.bool else 0)
+
+
+def _said_of(node: fx.Node, facts: Facts, part: Dim) -> Tensor | None:
+    """The one number that a value made of a cat has at all places of one of its parts; None where it is not known."""
+    call = facts.calls.get(node)
+    value = facts.value(node)
+    if value is None and call is not None and isinstance(find(call), CatRule):
+        d = CatRule.dim(call)
+        value = next((facts.value(n) for n in call.nodes if leaves(facts.dims(n)[d]) == part), None)
+    if value is not None:
+        first = value.flatten()[:1]
+        return first if bool((value == first).all()) else None
+    if call is None or not (isinstance(find(call), VIEWS) or torch.Tag.pointwise in call.target.tags
+                            or _packet(call) is aten._to_copy):  # fmt: skip
+        return None
+    values = {n: _said_of(n, facts, part) for n in call.nodes}
+    if any(one is None for one in values.values()):
+        return None
+    if isinstance(find(call), VIEWS):
+        return values[call.nodes[0]]
+    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+    with _disable_current_modes(), torch.no_grad():
+        return call.target(*args, **kwargs)
 
 
 def _columns(
@@ -435,4 +470,5 @@ def varies_with(node: fx.Node, facts: Facts) -> set[Any]:
     return {leaf for d, dim in enumerate(facts.dims(node)) if facts.varies(node, d) for leaf in leaves(dim)}
 
 
-__all__ = ["VIEWS", "KeyMask", "key_masks", "masked_by_place", "score_terms", "token_dims", "varies_with"]
+__all__ = ["VIEWS", "KeyMask", "key_masks", "leaves_all_in", "masked_by_place", "score_terms", "token_dims",
+           "varies_with"]  # fmt: skip

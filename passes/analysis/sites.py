@@ -79,7 +79,7 @@ def _clean(path: str) -> str:
     path = re.sub(r"^[GL]\['\w+'\](\[\d+\])?|^G\.\w+", "", path)  # the variable that the model is in
     for junk in (".__dict__", "._modules", "['", "']", "self."):
         path = path.replace(junk, "." if junk in ("['",) else "")
-    parts = [p for p in path.split(".") if p and p not in ("_orig_mod",)]
+    parts = [p for p in path.split(".") if p and p not in ("_orig_mod", "_modules")]
     return ".".join(parts)
 
 

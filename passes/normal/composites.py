@@ -20,7 +20,7 @@ from ..rules.base import rule_for
 
 aten = torch.ops.aten
 _LOOPS = ("lstm", "gru", "rnn")
-"""Ops that would be as many ops as a sequence has steps."""
+"""Ops that would be as many ops as a sequence has steps; those of one step are `..._cell`."""
 _EACH = "_foreach_"
 
 
@@ -36,7 +36,7 @@ def composites() -> dict[Any, Callable[..., Any]]:
     for name in [*torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd"), *each]:
         space, _, rest = name.partition("::")
         packet, _, overload = rest.partition(".")
-        if space != "aten" or any(loop in packet for loop in _LOOPS):
+        if space != "aten" or (any(loop in packet for loop in _LOOPS) and not packet.endswith("_cell")):
             continue
         op = getattr(getattr(aten, packet), overload or "default")
         if packet.startswith(_EACH):

@@ -1,5 +1,5 @@
-"""join_writes: slices that are written one after the other until nothing is left of what was there are one cat, and
-what is added to every row by an index is added.
+"""join_writes: slices that are written one after the other until nothing is left of what was there are one cat, what
+is added to every row by an index is added, and what is written alike where a mask says so is filled in.
 
     y = empty(B, n + m, D); y[:, :n] = a; y[:, n:] = b        ->    y = cat([a, b], 1)
     slice_scatter(slice_scatter(y, a, 1, 0, n), b, 1, n)
@@ -132,6 +132,23 @@ def added_in_order(call: Call, emit: Emit) -> fx.Node | None:
     return emit(aten.add.Tensor, a["self"], other, **({"alpha": a["alpha"]} if a.get("alpha", 1) != 1 else {}))
 
 
+def put_where(call: Call, emit: Emit) -> fx.Node | None:
+    """What is written alike to all places that a mask names: `x[mask] = 0`."""
+    a, own = call.args, call.out
+    mask, value = a["indices"][0], a["values"]
+    if a["accumulate"] or len(a["indices"]) > 1 or mask is None or mask.meta["val"].dtype is not torch.bool:
+        return None
+    rest, val = own.dim() - mask.meta["val"].dim(), value.meta["val"]
+    if val.dtype != own.dtype or val.dim() > rest + 1 or (val.dim() > rest and expr(val.shape[0]) != 1):
+        return None
+    for _ in range(rest):
+        mask = emit(aten.unsqueeze.default, mask, -1)
+    known = emit.known.get(value)
+    if known is not None and known.numel() == 1:
+        return emit(aten.masked_fill.Scalar, a["self"], mask, known.item())
+    return emit(aten.where.self, mask, value, a["self"])
+
+
 def _counts_up(value: Tensor, d: int, behind: int, shape: Sequence[Any]) -> bool:
     """Whether an index of a tensor, with so many dims behind its own, is the place of each entry along dim d."""
     for k, step in enumerate(value.stride()):
@@ -142,4 +159,4 @@ def _counts_up(value: Tensor, d: int, behind: int, shape: Sequence[Any]) -> bool
     return whole and bool((value == places.to(value.device)).all())
 
 
-__all__ = ["added_in_order", "join_writes"]
+__all__ = ["added_in_order", "join_writes", "put_where"]

@@ -32,14 +32,14 @@ class Facts:
     axes: dims of every tensor result of every node. calls: the bound call of every node that runs an op on tensors.
     constant: nodes that depend on no model input. scores: nodes on the way to a softmax. decided: values that a bool
     tensor went into. given: inputs of the model, and what was made of them without a product. origins: axes that are
-    slices: (axis, of which, from, to). mixed: values with
-    entries of several origins (`provenance.py`). joins: axes that were concatenated, and the axis it made. channels:
-    axes that come from a weight. cuts: reads of a part of an axis, (value, axis, from, to), and writes to one,
-    (None, ...). buffers: the model's buffers. attends: axes of queries and of keys whose scores stand open. special:
-    what was found of the tokens of an axis that never merge. grids: how those of an axis stand. parted: masks of pairs
-    within whose parts alone tokens merge. angles: sines and cosines of positions, and what is put together from them.
-    unknown: ops without a rule. config: the options. before: of a piece of a model, what the
-    pieces before it know of tokens, by how many they are.
+    slices: (axis, of which, from, to). mixed: values with entries of several origins (`provenance.py`). joins: axes
+    that were concatenated, and the axis it made. rejoins: parts of an axis that were concatenated to it again.
+    channels: axes that come from a weight. cuts: reads of a part of an axis, (value, axis, from, to), and writes to
+    one, (None, ...). buffers: the model's buffers. attends: axes of queries and of keys whose scores stand open.
+    special: what was found of the tokens of an axis that never merge. grids: how those of an axis stand. parted: masks
+    of pairs within whose parts alone tokens merge. angles: sines and cosines of positions, and what is put together
+    from them. unknown: ops without a rule. config: the options. before: of a piece of a model, what the pieces before
+    it know of tokens, by how many they are.
 
     Known once all axes are: pairs (what masks say of pairs), reach (what is computed from what), sites (attention).
     """
@@ -55,6 +55,7 @@ class Facts:
     origins: list[tuple[Dim, Dim, Any, Any]] = field(default_factory=list)
     mixed: dict[fx.Node, Tensor] = field(default_factory=dict)
     joins: list[tuple[list[Dim], Dim]] = field(default_factory=list)
+    rejoins: list[tuple[list[Dim], Dim]] = field(default_factory=list)
     channels: list[Dim] = field(default_factory=list)
     cuts: list[tuple[fx.Node | None, Dim, Any, Any]] = field(default_factory=list)
     buffers: set[fx.Node] = field(default_factory=set)

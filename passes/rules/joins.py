@@ -53,6 +53,7 @@ class CatRule(Rule):
         total = size_expr(call.out.shape[d])
         whole = next((o for o in origins if o is not None), None)
         if whole is not None and (_adjacent(origins) or self._restores(call, facts, d, pieces, whole)):
+            facts.rejoins.append((dims, whole[0]))
             return whole[0]
         # The same axes in the same order make the same axis: joined queries and joined keys are the same tokens.
         found = [leaves(dim) for dim in dims]
