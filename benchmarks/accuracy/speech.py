@@ -84,7 +84,8 @@ def decode(model: Any, states: torch.Tensor) -> torch.Tensor:
     """Tokens int64 [batch, length], greedily, up to the end of text; the only bound is the decoder's 448 positions."""
     from transformers.modeling_outputs import BaseModelOutput
 
-    return model.generate(encoder_outputs=BaseModelOutput(last_hidden_state=states))
+    # One pass: else a time token in a ruined text has the window read again, see findings/whisper_states_read_twice.sh.
+    return model.generate(encoder_outputs=BaseModelOutput(last_hidden_state=states), force_unique_generate_call=True)
 
 
 @dataclass
