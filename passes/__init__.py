@@ -232,7 +232,7 @@ def run_config(read: Read, config: ToMeConfig, target: Target | None = None) -> 
     report.skipped = skipped + plan.skipped
     report.unmerges = [u for u in plan.unmerges if u.op != "output" or not target.kept]
     report.flops_before, report.flops_after = plan.bill.before, plan.bill.after
-    report.sites = site_reports(facts, plan, skipped)
+    report.sites = site_reports(plan, skipped)
     if not plan.merges:
         if not facts.sites:
             other = any(isinstance(find(call), Softmax) for call in facts.calls.values())
@@ -251,7 +251,7 @@ def run_config(read: Read, config: ToMeConfig, target: Target | None = None) -> 
             reason = SkipReason("not read", merge.block.name, "of its tokens the model reads none that merge")
             plan.skipped.append(reason)
             report.skipped.append(reason)
-        report.sites = site_reports(facts, plan, skipped)
+        report.sites = site_reports(plan, skipped)
     with _timed(seconds, "lower"):
         if target.portable:
             make_portable(rewritten, captured.fake_mode, target.portable)

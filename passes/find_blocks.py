@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -76,10 +77,15 @@ def find_blocks(facts: Facts) -> tuple[list[Block], list[SkipReason]]:
     for site in facts.sites:
         try:
             found = _block(site, facts)
-            if any(b.merge is found.merge and (b.alone or found.alone) for b in blocks):
+            here = [b for b in blocks if b.merge is found.merge and (b.alone or found.alone)]
+            if not here:
+                blocks.append(found)
+            elif _as_heads(here[0], found, facts):
+                masks = tuple(dict.fromkeys((*here[0].masks, *found.masks)))
+                blocks[blocks.index(here[0])] = replace(here[0], masks=masks, beside=(*here[0].beside, found))
+            else:
                 why = "another attention of the same block merges here, by its own keys alone"
                 raise _Left("shared merge point", why)
-            blocks.append(found)
         except _Left as left:
             why = lost(site, facts) if left.kind in NAMELESS else ""
             skipped.append(SkipReason("no rule" if why else left.kind, site.name, why or left.detail))
@@ -93,6 +99,22 @@ def find_blocks(facts: Facts) -> tuple[list[Block], list[SkipReason]]:
     unplaced = [_unplaced(block, facts) for block in blocks]
     skipped += filter(None, unplaced)
     return _in_turn([block for block, why in zip(blocks, unplaced, strict=True) if why is None], facts), skipped
+
+
+def _as_heads(block: Block, other: Block, facts: Facts) -> bool:
+    """Whether two attentions that merge at one place do so as heads of one: the same tokens in the same samples, and
+    as many features to compare them by."""
+    alike = [(b.tokens, b.sample, b.parts, b.crossed, b.alone, _width(b, facts)) for b in (block, other)]
+    return alike[0] == alike[1] and not block.operands
+
+
+def _width(block: Block, facts: Facts) -> int:
+    """How many features of each head the tokens of a block are compared by; 0 where it is the stream."""
+    metric, made = str(facts.config.metric), block.projected
+    if made is not None or block.branch:
+        return made.width[0] if made is not None else 0
+    named = block.site.compared(metric) if metric in ("key", "query", "value") else None
+    return prod(size_hint(named.node.meta["val"].shape[d]) for d in named.features) if named is not None else 0
 
 
 def _in_turn(blocks: list[Block], facts: Facts) -> list[Block]:
@@ -124,7 +146,7 @@ def _unplaced(block: Block, facts: Facts) -> SkipReason | None:
         grid, given = grid_of(facts, block.tokens), list(side.meta["val"].shape)
         why = f"{given} numbers do not fit its tokens, {' x '.join(map(str, grid.sizes))} of each sample"
         return SkipReason("side information", block.name, why)
-    elif config.needs & PAID and not _attends(block, facts):
+    elif config.needs & PAID and not all(_attends(own, facts) for own in block.heads):
         why = f"importance={config.importance!r} reads the attention of tokens before they merge, "
         why += "and these merge before it" if block.branch else "and this one is no plain softmax of one sequence"
         return SkipReason("no attention to read", block.name, why)

@@ -472,13 +472,13 @@ def _pair(merge: Merge) -> tuple[int, int]:
     return size_hint(merge.length), size_hint(merge.length - merge.r)
 
 
-def site_reports(facts: Facts, plan: Plan, skipped: list[SkipReason]) -> list[SiteReport]:
-    """One row per attention site, merged or not."""
+def site_reports(plan: Plan, skipped: list[SkipReason]) -> list[SiteReport]:
+    """One row per attention site, merged or not; one for all heads that are attentions of their own."""
     by_site = {m.block.site: m for m in plan.every if not m.block.mlp}
     mlps = {m.block.site: m for m in plan.every if m.block.mlp}
     why = {s.where: f"{s.kind}: {s.detail}" for s in (*skipped, *plan.skipped)}
     rows = []
-    for site in facts.sites:
+    for site in plan.bill.sites:
         merge, mlp = by_site.get(site), mlps.get(site)
         flops = [plan.bill.at[m.step.site] for m in (merge, mlp) if m is not None]
         total = (sum(f[0] for f in flops), sum(f[1] for f in flops))
@@ -491,7 +491,7 @@ def site_reports(facts: Facts, plan: Plan, skipped: list[SkipReason]) -> list[Si
             placement, asked = "branch" if merge.step.branch else "stream", plan.asked.get(merge.step.site)
             kept = merge.block.special.count
             led = next((m.block.name for m in plan.every if m.step is merge.groups), None)
-            by = f"what {led} was" if led else merge.block.compared(str(facts.config.metric))
+            by = f"what {led} was" if led else merge.block.compared(str(plan.bill.facts.config.metric))
             found = row(tokens=_pair(merge), protected=kept, placement=placement, asked=asked, compared=by)
         rows.append(found)
     return rows

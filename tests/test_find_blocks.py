@@ -208,6 +208,53 @@ def test_transposed_scores_compare_keys(name: str) -> None:
     assert torch.equal(first, other)
 
 
+def each(attend: Attend, q: Tensor, k: Tensor, v: Tensor, at_once: int = 1) -> list[Tensor]:
+    return [attend(*parts) for parts in zip(*(x.split(at_once, 1) for x in (q, k, v)), strict=True)]
+
+
+def heads_written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = torch.empty_like(q)
+    for i in range(H):
+        out[:, i] = F.scaled_dot_product_attention(q[:, i], k[:, i], v[:, i])
+    return out
+
+
+HEADS: dict[str, Attend] = {
+    # heads that are attentions of their own
+    "chunks": lambda *x: torch.cat(each(F.scaled_dot_product_attention, *x), 1),
+    "two by two": lambda *x: torch.cat(each(F.scaled_dot_product_attention, *x, at_once=2), 1),
+    "three and one": lambda *x: torch.cat(each(F.scaled_dot_product_attention, *x, at_once=3), 1),
+    "in other words": lambda *x: torch.cat(each(lambda q, k, v: (q @ k.mT / (D // H) ** 0.5).softmax(-1) @ v, *x), 1),
+    "left open": lambda *x: torch.cat(
+        each(lambda q, k, v: (lambda p: p @ v + p.amax(-1, keepdim=True))((q @ k.mT * 0.3).softmax(-1)), *x), 1
+    ),
+    "selected": lambda q, k, v: torch.stack(
+        [F.scaled_dot_product_attention(q[:, i], k[:, i], v[:, i]) for i in range(H)], 1
+    ),
+    "written": heads_written,
+    "half of them padded": lambda q, k, v: torch.cat(
+        [F.scaled_dot_product_attention(q[:, :2], k[:, :2], v[:, :2], SEEN[:, None, None]),
+         F.scaled_dot_product_attention(q[:, 2:], k[:, 2:], v[:, 2:])], 1
+    ),
+    "sigmoids": lambda *x: torch.cat(each(lambda q, k, v: torch.sigmoid(q @ k.mT * 0.3 - 3) @ v, *x), 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "placement"), thinned(product(HEADS, ("stream", "branch")), 3))
+def test_heads_that_are_attentions_of_their_own(name: str, placement: str) -> None:
+    """They merge once, as one, compared by the mean over all of them."""
+    torch.manual_seed(0)
+    x, plain, model = torch.randn(2, N, D), net(), net(HEADS[name])
+    model.load_state_dict(plain.state_dict())
+    first, other = (tome_fx.trace_tokens(m, (x,), r=[6, 0], placement=placement).groups[0] for m in (plain, model))
+    assert torch.equal(first, other) or name == "half of them padded"  # padded tokens merge with their like
+    reports = [tome_fx.explain(m, (x,), r=6, placement=placement) for m in (plain, model)]
+    assert [[(s.tokens, s.mlp, s.placement) for s in report.sites] for report in reports][1:] == [
+        [(s.tokens, s.mlp, s.placement) for s in reports[0].sites]
+    ], reports[1]
+    assert tome_fx.check(model, (x,), r=6, placement=placement).holds
+
+
 BESIDE: dict[str, Attend] = {
     # columns beside the scores, which leave no key out
     "padded": lambda q, k, v: F.pad(q @ k.mT, (1, 0)).softmax(-1)[..., 1:] @ v,

@@ -57,9 +57,9 @@ class SiteReport:
     graph between this merge and the next, per forward pass, as traced and as rewritten. placement: "stream" (merged for
     good), "branch" (merged around this attention alone) or "mlp" (merged in its MLP alone). mlp: (before, after) of the
     MLP after it, where it merges on its own because the stream keeps its length. asked: the tokens that the schedule
-    asked it to merge away, where it could not merge so many (half of the free ones at most); else None. compared: of a
-    branch, what its tokens are compared by where that is not quite the option `metric`, in words; with `reuse`, whose
-    groups it has."""
+    asked it to merge away, where it could not merge so many (half of the free ones at most); else None. compared: what
+    its tokens are compared by where that is not quite the option `metric`, in words, or of several attentions that
+    merge as one; with `reuse`, whose groups it has."""
 
     name: str
     tokens: tuple[int, int]
@@ -235,7 +235,7 @@ class ToMeReport:
             flops = f"{_flops(site.flops[0])} -> {_flops(site.flops[1])}" if site.flops[0] else ""
             note = "around this attention alone" if site.merged and site.placement == "branch" else site.skipped
             if site.compared:
-                note = f"{note}, compared by {site.compared}"
+                note = ", ".join(filter(None, [note, f"compared by {site.compared}"]))
             if site.asked is not None:
                 capped = f"r capped: {site.tokens[0] - site.tokens[1]} instead of {site.asked}"
                 note = "; ".join(filter(None, [note, capped]))

@@ -152,7 +152,7 @@ def _by_weights(call: Call, facts: Facts) -> bool:
 def mlp_blocks(facts: Facts, blocks: list[Block], masked: set[AttentionSite]) -> list[Block]:
     """Blocks for the MLPs whose stream does not merge. blocks: those of attentions. masked: the sites whose mask keeps
     tokens apart, or may."""
-    held = {block.site: block for block in blocks}
+    held = {own.site: block for block in blocks for own in block.heads}
     taken = {block.merge for block in blocks}
     whole = {site for site in facts.sites if site not in held or held[site].branch}
     found = []
@@ -181,7 +181,8 @@ def _mlp_block(mlp: Mlp, attended: Attended, facts: Facts) -> Block | None:
     rest = facts.features | mlp.features | set(tokens)
     sample = tuple(leaf for dim in facts.dims(value) for leaf in leaves(dim) if leaf not in rest)
     alike = own is not None and not _told_after(own, value, facts)
-    return Block(site=mlp.site, tokens=tokens, sample=sample, spot=mlp.spot, special=kept, mlp=True, masks=keys,
+    site = own.site if own is not None else mlp.site
+    return Block(site=site, tokens=tokens, sample=sample, spot=mlp.spot, special=kept, mlp=True, masks=keys,
                  length=length_of(value, facts, tokens), parts=parts, room=room, alike=alike)  # fmt: skip
 
 
