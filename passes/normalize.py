@@ -13,6 +13,7 @@
 | attention, norms, convolutions as below autograd        | as above it: `scaled_dot_product_attention`, `conv2d`    |
 | `index_add`, `scatter_add`, `index_put` of what is      | `add(x, y)`                                              |
 | added to every row, each once and in order              |                                                          |
+| rows that an index reads or writes one behind the other | `slice`, `slice_scatter`                                 |
 | `x == 0`, `x != 0`                                      | `logical_not(x)`, `x` as bools                           |
 | `pad(x, (m, 0))`                                        | `cat([full(m), x], -1)`                                  |
 | the sum of what stands side by side along a dim         | adds: `add(x, y)`                                        |
@@ -23,6 +24,7 @@
 | one of its running sums (`cumsum`)                      | adds: `add(x, y)`                                        |
 | one of it (`unbind`, `split`, `select`, `slice`)        | itself: `x`                                              |
 | what is the same along a dim, spread out                | its row (`normal/spread.py`)                             |
+| letters of an einsum that always stand side by side      | one letter (`normal/letters.py`)                         |
 | `stack([x, x])`, `cat([x, x])`                          | `expand(unsqueeze(x))`, flattened for a cat              |
 | views and slices of the same shape, `x * 1.0`, `x + 0`  | `x`                                                      |
 | a slice written over all there is                       | what was written                                         |
@@ -47,7 +49,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .algebra.axes import expr
 from .building.emit import Emit, drop_dead
 from .normal.idle import drop_idle, numbers
-from .normal.join_writes import added_in_order, join_writes
+from .normal.join_writes import added_in_order, join_writes, read_in_order, written_in_order
+from .normal.letters import side_by_side
 from .normal.memory import Outputs
 from .normal.spread import narrow_spread
 from .normal.weights import from_log, over_their_sum, shifted
@@ -455,7 +458,8 @@ FORMS: dict[Any, Form] = {
     aten.div.Tensor: lambda call, emit: _changed_by(1)(call, emit) or over_their_sum(call, emit),
     aten.exp.default: from_log,
     aten.softmax.int: shifted,
-    **dict.fromkeys((aten.einsum.default, aten.matmul.default, aten.linear.default), _weighted),
+    **dict.fromkeys((aten.matmul.default, aten.linear.default), _weighted),
+    aten.einsum.default: lambda call, emit: _weighted(call, emit) or side_by_side(call, emit),
     **dict.fromkeys((aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar), _changed_by(0)),
     aten.native_layer_norm.default: _whole(_layer_norm),
     aten.convolution.default: _convolution,
@@ -471,8 +475,10 @@ FORMS: dict[Any, Form] = {
     aten.addmm.default: _plus_product(aten.mm.default),
     aten.cat.default: lambda call, emit: _beside_itself(call, emit) or _tiled(call.nodes, CatRule.dim(call), emit),
     aten.stack.default: _beside_itself,
-    **dict.fromkeys((aten.index_add.default, aten.scatter_add.default, aten.scatter_reduce.two,
-                     aten.index_put.default), added_in_order),
+    **dict.fromkeys((aten.index_add.default, aten.scatter_add.default, aten.scatter_reduce.two), added_in_order),
+    aten.index_put.default: lambda call, emit: added_in_order(call, emit) or written_in_order(call, emit),
+    aten.index_copy.default: written_in_order,
+    **dict.fromkeys((aten.index.Tensor, aten.index_select.default), read_in_order),
     aten.pad.default: _padded,
     aten.constant_pad_nd.default: _padded,
     aten.sum.dim_IntList: _summed,

@@ -196,6 +196,8 @@ TRANSPOSED: dict[str, Attend] = {
         "bmnh,bhmd->bhnd", torch.einsum("bhmd,bhnd->bmnh", k, q).softmax(1), v
     ),
     "sigmoid": lambda q, k, v: torch.sigmoid(k @ q.mT).mT @ v,
+    "distances": lambda q, k, v: (-torch.cdist(k, q)).softmax(-2).mT @ v,
+    "distances, by hand": lambda q, k, v: (2 * q @ k.mT - k.square().sum(-1)[..., None, :]).softmax(-1) @ v,
     "by hand": lambda q, k, v: (lambda e: (e / (e.sum(-2, keepdim=True) + 1e-6)).mT @ v)((k @ q.mT).exp()),
 }
 
@@ -253,6 +255,49 @@ def test_heads_that_are_attentions_of_their_own(name: str, placement: str) -> No
         [(s.tokens, s.mlp, s.placement) for s in reports[0].sites]
     ], reports[1]
     assert tome_fx.check(model, (x,), r=6, placement=placement).holds
+
+
+def setting(x: Tensor, at: Any, value: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, at] = value
+    return x
+
+
+def one_by_one(x: Tensor, p: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, 1], x[:, 2], x[:, 3] = p.unbind(1)
+    return x
+
+
+PROMPTS: dict[str, Any] = {
+    # tokens 1 to 3 of x, which has merged, are prompts p [1, 3, D] from here on
+    "cat": lambda x, p: torch.cat([x[:, :1], p.expand(2, -1, -1), x[:, 4:]], 1),
+    "written": lambda x, p: setting(x, slice(1, 4), p),
+    "one by one": one_by_one,
+    "index_put": lambda x, p: setting(x, [1, 2, 3], p),
+    "index_copy": lambda x, p: x.index_copy(1, torch.arange(1, 4), p.expand(2, -1, -1)),
+    "slice_scatter": lambda x, p: x.slice_scatter(p.expand(2, -1, -1), 1, 1, 4),
+    "an index": lambda x, p: torch.cat([x[:, [0]], p.expand(2, -1, -1), x[:, torch.arange(4, N + 4)]], 1),
+}
+
+
+class Prompted(nn.Module):
+    def __init__(self, put: Any) -> None:
+        super().__init__()
+        self.put, self.blocks = put, nn.ModuleList(Block(F.scaled_dot_product_attention) for _ in range(3))
+        self.first, self.prompts = nn.Parameter(torch.randn(1, 4, D)), nn.Parameter(torch.randn(3, 1, 3, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.first.expand(2, -1, -1), x], 1)
+        for block, prompts in zip(self.blocks, self.prompts, strict=True):
+            x = block(self.put(x, prompts))
+        return x
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_tokens_put_in_the_place_of_protected_ones(name: str) -> None:
+    report = assert_lossless(Prompted(PROMPTS[name]).eval(), (tokens(),), 6, sites=3, placement="stream")
+    assert report.tokens == [(N + 4 - i, N - 2 - i) for i in (0, 6, 12)] and len(report.unmerges) == 1, report
 
 
 BESIDE: dict[str, Attend] = {

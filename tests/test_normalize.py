@@ -183,6 +183,22 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
     "index_put": (
         lambda x, y: x.index_put((torch.arange(2)[:, None], torch.arange(3)), y, accumulate=True), [ADD]
     ),
+    "rows written by an index": (
+        lambda x, y: x.mT.index_put((torch.arange(1, 2),), y.mT[:1]).index_copy(1, torch.arange(2, 4), y.mT[:, :2]),
+        ["aten.transpose.int", "aten.transpose.int", "aten.slice.Tensor", "aten.slice_scatter.default",
+         "aten.transpose.int", "aten.slice.Tensor", "aten.slice_scatter.default"],
+    ),
+    "a row written for all": (
+        lambda x, y: x.index_put((torch.arange(1, 2),), y[0, 0]),
+        ["aten.select.int", "aten.select.int", "aten.expand.default", "aten.slice_scatter.default"],
+    ),
+    "rows by an index": (
+        lambda x, y: x[:, torch.arange(1, 3)] + y.index_select(1, torch.arange(1, 3)),
+        ["aten.slice.Tensor", "aten.slice.Tensor", ADD],
+    ),
+    "rows by an index, apart": (
+        lambda x, y: x[:, torch.arange(0, 3, 2)], ["aten.arange.start_step", "aten.index.Tensor"],
+    ),
     "index_put of the diagonal": (
         lambda x, y: x.mT.index_put((torch.arange(2), torch.arange(2)), y[:, 0, :3], accumulate=True),
         ["aten.transpose.int", "aten.arange.default", "aten.arange.default", "aten.select.int", "aten.slice.Tensor",
