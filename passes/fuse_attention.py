@@ -117,9 +117,11 @@ class _Fuser:
             raise _NoMatch
         match = self._back(scores)
         product, dropout = self._forward(match)
-        whole = _shape(match.product)
-        if match.regrouped and (_shape(self.probabilities) != whole or _shape(self.softmax)[-1] != whole[-1]):
-            raise _NoMatch
+        if match.regrouped:
+            whole = _shape(match.product)
+            if _shape(self.probabilities) != whole or _shape(self.softmax)[-1] != whole[-1]:
+                raise _NoMatch
+            match.shape = whole[:-2]
         q, k = self._queries_and_keys(match.product)
         with self.graph.inserting_before(product):
             self._replace(match, q, k, product, dropout)
@@ -311,9 +313,7 @@ class _Fuser:
         values, value_order, out_order = self._values(product)
         if any(free_unbacked_symbols(n.meta["val"]) for n in (q[0], k[0], values)):
             raise _NoMatch  # torch's SDPA asks whether a size is 0, which only values would tell
-        batch = match.shape
-        if batch is None:
-            batch = _shape(match.product if match.regrouped else self.softmax)[:-2]
+        batch = match.shape if match.shape is not None else _shape(self.softmax)[:-2]
         after = _shape(self.probabilities)[:-2]
         query = self._permuted(*q)
         for op, factor in match.query_factors:

@@ -54,6 +54,7 @@ def in_parts(x: Tensor, y: Tensor) -> Tensor:
     return x
 
 
+BOTH = nn.Parameter(torch.eye(D).repeat(1, 2))
 ADDS: dict[str, Any] = {
     "to(device)": lambda x, y: y + x.to(y.device), "to(like)": lambda x, y: x.to(y) + y,
     "float": lambda x, y: x.float() + y, "clone": lambda x, y: y + x.clone(), "twice": lambda x, y: 2.0 * x + y,
@@ -74,12 +75,16 @@ ADDS: dict[str, Any] = {
     "rows": lambda x, y: (x.flatten(0, 1) + y.flatten(0, 1)).view_as(x),
     "index_add": lambda x, y: x.index_add(1, torch.arange(N), y),
     "tensordot": lambda x, y: torch.tensordot(torch.tensor([1.0, 0.5]), torch.stack([x, y]), 1),
+    "cat, weights": lambda x, y: F.linear(torch.cat([x, y], -1), BOTH),
+    "stack, weights": lambda x, y: torch.stack([x, y], 2).flatten(2) @ BOTH.mT,
+    "difference": lambda x, y: x + 0.7 * (y - x), "gated": lambda x, y: torch.lerp(x, y, x.sigmoid()),
+    "gated by both": lambda x, y: (lambda z: (1 - z) * x + z * y.tanh())((x + y).sigmoid()),
     "scaled apart": lambda x, y: torch.cat([x[:, :1] * 0.5, x[:, 1:] * 2], 1) + y,
     "added apart": lambda x, y: torch.cat([x[:, :1] + y[:, :1] * 0.5, x[:, 1:] + y[:, 1:]], 1),
 }  # fmt: skip
 
 
-APART = ("weights", "added apart")
+APART = ("weights", "added apart", "cat, weights", "stack, weights")
 """Of these the MLP has no stream of its own to merge in."""
 
 

@@ -141,7 +141,7 @@ def read_in_order(call: Call, emit: Emit) -> fx.Node | None:
 def written_in_order(call: Call, emit: Emit) -> fx.Node | None:
     """Rows that an index writes one behind the other are a slice that is written."""
     a, found = call.args, _rows(call, emit)
-    src = a.get("source", a.get("values"))
+    src = a["source" if "source" in a else "values"]
     if found is None or a.get("accumulate") or src.meta["val"].dtype != call.out.dtype:
         return None
     dim, start, stop = found

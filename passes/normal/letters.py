@@ -1,11 +1,12 @@
-"""letters: tokens of two dims (frames of patches, rows and columns) that a product of activations keeps side by side are
-one dim to it.
+"""letters: tokens of two dims (frames of patches, rows and columns) that a product of activations keeps side by side
+are one dim to it.
 
     einsum("btnhd,bsmhd->bhtnsm", q, k)    ->    unflatten(einsum("bxhd,byhd->bhxy", flatten(q), flatten(k)))
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -58,7 +59,7 @@ def _runs(words: list[str], batch: set[str]) -> list[str]:
 def _sizes(word: str, term: str, size: dict[str, int]) -> list[int]:
     """The shape of an operand whose runs are one dim each."""
     ends = [term.index(x) for x in word] + [len(term)]
-    return [prod(size[x] for x in term[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+    return [prod(size[x] for x in term[a:b]) for a, b in pairwise(ends)]
 
 
 __all__ = ["side_by_side"]
