@@ -216,11 +216,30 @@ def _place(site: AttentionSite, facts: Facts, tokens: Dim) -> Spot:
     found: Spot | SkipReason | None = None
     if placement != "branch" and not crossed:
         found = merge_point(site, facts, tokens)
-    if not isinstance(found, Spot) and (found is None or placement != "stream"):
-        found = branch_point(site, facts, tokens)
     if isinstance(found, Spot):
         return found
-    if placement == "stream" or not site.fused or (not crossed and site.q.axis(facts) != tokens):
+    if found is not None and placement == "stream":
+        raise _Left(found.kind, found.detail)
+    return _around(site, facts, tokens)
+
+
+def branch_instead(block: Block, facts: Facts) -> Block | None:
+    """A block on the stream as a branch around its attention; None where that is not possible."""
+    if block.branch or block.beside or not block.alone or block.site.k.axis(facts) != leaves(block.tokens):
+        return None
+    try:
+        found = _placed(block.site, facts, block.tokens, _around(block.site, facts, block.tokens))
+    except _Left:
+        return None
+    return None if found.parts is not None or _unplaced(found, facts) else replace(found, turn=block.turn)
+
+
+def _around(site: AttentionSite, facts: Facts, tokens: Dim) -> Spot:
+    """Where to merge around one attention. Raises _Left."""
+    crossed, found = site.k.axis(facts) != tokens, branch_point(site, facts, tokens)
+    if isinstance(found, Spot):
+        return found
+    if facts.config.placement == "stream" or not site.fused or (not crossed and site.q.axis(facts) != tokens):
         raise _Left(found.kind, found.detail)
     if crossed:
         return Spot(merge=site.out, stream=site.q.node, branch=True, operands=((0, site.q.tokens),))
@@ -395,4 +414,4 @@ def _sliced_from(axis: Dim, facts: Facts) -> Iterator[tuple[Dim, Any, Any]]:
         yield from ((above, start + more, stop + more) for above, more, _ in _sliced_from(source, facts))
 
 
-__all__ = ["find_blocks"]
+__all__ = ["branch_instead", "find_blocks"]

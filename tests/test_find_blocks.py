@@ -84,7 +84,7 @@ ADDS: dict[str, Any] = {
 }  # fmt: skip
 
 
-APART = ("weights", "added apart", "cat, weights", "stack, weights")
+APART = ("weights", "cat, weights", "stack, weights")
 """Of these the MLP has no stream of its own to merge in."""
 
 

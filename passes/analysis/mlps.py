@@ -36,7 +36,7 @@ from .masks import KeyMask, score_terms, token_dims
 from .partition import Room, same_mask
 from .sites import AttentionSite
 from .special import special
-from .streams import ADDS, Spot, length_of, origin, stream_beside, tokens_in
+from .streams import Spot, length_of, origin, stream_beside, terms_of, tokens_in
 
 aten = torch.ops.aten
 
@@ -59,9 +59,8 @@ def _find_mlps(facts: Facts, whole: set[AttentionSite]) -> list[Mlp]:
     """The MLPs after the sites `whole`, whose stream keeps its length, in graph order."""
     found: list[Mlp] = []
     for node in facts.reach.nodes if whole else ():
-        if node.target not in ADDS or len(node.all_input_nodes) != 2:
-            continue
-        for branch, stream in (node.args[:2], node.args[1::-1]):
+        terms = terms_of(node, facts)
+        for branch, stream in (terms, terms[::-1]) if len(terms) == 2 else ():
             stream = origin(stream, branch, facts)
             if facts.leads(stream, branch):
                 site = _last_before(stream, facts)

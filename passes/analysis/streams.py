@@ -77,6 +77,25 @@ def _adds_after(site: AttentionSite, facts: Facts) -> Iterator[tuple[fx.Node, li
         yield node, others
 
 
+def terms_of(node: fx.Node, facts: Facts) -> list[fx.Node]:
+    """What an add is the sum of; of one part by part, what these are parts of, scaled perhaps."""
+    if node.target in ADDS:
+        return node.all_input_nodes
+    parts = node.all_input_nodes if node.target is aten.cat.default else []
+    if not parts or any(n.target not in ADDS or len(n.all_input_nodes) != 2 for n in parts):
+        return []
+    return list(dict.fromkeys(_whole(_unscaled(a, facts), facts) for n in parts for a in n.all_input_nodes))
+
+
+def _unscaled(node: fx.Node, facts: Facts) -> fx.Node:
+    while node.target is aten.mul.Tensor:
+        above = [n for n in node.all_input_nodes if n not in facts.constant]
+        if len(above) != 1:
+            break
+        node = above[0]
+    return node
+
+
 def _terms(node: fx.Node, facts: Facts) -> list[fx.Node]:
     """What a value is the sum of, one by one or with weights: a product with weights combines what stands side by side
     among the features."""
@@ -301,4 +320,4 @@ def _combined(site: AttentionSite, facts: Facts) -> set[Atom]:
 
 
 __all__ = ["ADDS", "Spot", "branch_point", "holds", "length_of", "lost", "merge_point", "origin", "pooled",
-           "residuals", "stream_beside", "tokens_in"]  # fmt: skip
+           "residuals", "stream_beside", "terms_of", "tokens_in"]  # fmt: skip
