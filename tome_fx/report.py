@@ -23,6 +23,10 @@ class ToMeError(RuntimeError):
 NO_RULE = "no rule (tome_fx.register_rule gives it one)"
 
 
+SCRIPTED = "TorchScript"
+"""Why torch.compile hands over no graph of a module that was scripted or traced."""
+
+
 def without_rule(places: Mapping[str, str]) -> str:
     """Operators without a rule, each with a place in the model where it stands, in words."""
     named = [f"{op} at {where}" if where else op for op, where in places.items()]
@@ -170,7 +174,8 @@ class ToMeReport:
             why = "; ".join(dict.fromkeys(str(s) for s in self.skipped)) or "no attention was found"
             if not self.graphs:
                 said = f"Dynamo says {why}" if self.skipped else "TORCH_LOGS=graph_breaks says where"
-                why = (
+                scripted = any(s.kind == SCRIPTED for s in self.skipped)
+                why = f"torch.compile gave the backend no graph of it: {why}" if scripted else (
                     "torch.compile gave the backend no graph of it: it broke off before the attention, and the model "
                     f"ran as it is ({said}; nn.TransformerEncoder with a mask does so unless is_causal=True or False "
                     "is given)"
