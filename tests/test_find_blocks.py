@@ -243,6 +243,15 @@ HEADS: dict[str, Attend] = {
         [F.scaled_dot_product_attention(q[:, :2], k[:, :2], v[:, :2], SEEN[:, None, None]),
          F.scaled_dot_product_attention(q[:, 2:], k[:, 2:], v[:, 2:])], 1
     ),
+    "chunks of queries": lambda q, k, v: torch.cat(
+        [F.scaled_dot_product_attention(x, k, v, torch.ones(N, dtype=torch.bool)[None]) for x in q.split(24, 2)], 2
+    ),
+    "chunks of queries, in other words": lambda q, k, v: torch.cat(
+        [(x @ k.mT / (D // H) ** 0.5).softmax(-1) @ v for x in q.split(24, 2)], 2
+    ),
+    "sample by sample": lambda *x: torch.cat(
+        [F.scaled_dot_product_attention(*parts) for parts in zip(*(y.split(1) for y in x), strict=True)]
+    ),
     "sigmoids": lambda *x: torch.cat(each(lambda q, k, v: torch.sigmoid(q @ k.mT * 0.3 - 3) @ v, *x), 1),
 }  # fmt: skip
 

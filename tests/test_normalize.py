@@ -149,6 +149,15 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
     "parts of a split, joined": (
         lambda x, y: torch.cat([a * b for a, b in zip(x.split([1, 2], 1), y.split([1, 2], 1), strict=True)], 1), [MUL]
     ),
+    "products of parts, joined": (
+        lambda x, y: torch.cat([(a @ y.mT).softmax(-1) @ y for a in x.split([1, 2], 1)], 1),
+        ["aten.transpose.int", "aten.matmul.default", SOFTMAX, "aten.matmul.default"],
+    ),
+    "softmax of parts, joined": (
+        lambda x, y: torch.cat([(x @ y[:, :1].mT).softmax(-1), (x @ y[:, 1:].mT).softmax(-1)], -1),
+        ["aten.slice.Tensor", "aten.transpose.int", "aten.matmul.default", SOFTMAX] * 2 + ["aten.cat.default"],
+    ),
+    "unsafe view": (lambda x, y: torch.ops.aten._unsafe_view(x, [6, 4]), ["aten.view.default"]),
     "parts written": (written_in_parts, ["aten.clone.default", ADD]),
     "log_softmax": (lambda x, y: x.log_softmax(-1).exp(), [SOFTMAX]),
     "logsumexp": (lambda x, y: (x - x.logsumexp(1, keepdim=True)).exp(), [SOFTMAX]),
