@@ -41,17 +41,19 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import fx
 
 from tome_fx.config import ToMeConfig
-from tome_fx.report import SkipReason, ToMeReport
+from tome_fx.report import SiteReport, SkipReason, ToMeReport
 
 from .algebra.axes import leaves, size_of
 from .analysis.blocks import Block
 from .analysis.sites import no_rule
 from .analysis.special import Before, before, entering, special
+from .analysis.values import size_hint
 from .capture import Captured, CaptureError, capture
 from .drop_unread import drop_unread
 from .find_attention import find_attention
@@ -62,7 +64,7 @@ from .infer_axes import infer_axes
 from .inner.lengths import lengths_to_share
 from .lower import lower
 from .merging.kept import KeptError
-from .plan import Merge, Plan, make_plan, site_reports
+from .plan import Merge, Plan, make_plan
 from .portable import PortableError, make_portable
 from .rewrite import rewrite
 from .rules import find
@@ -232,7 +234,7 @@ def run_config(read: Read, config: ToMeConfig, target: Target | None = None) -> 
     report.skipped = skipped + plan.skipped
     report.unmerges = [u for u in plan.unmerges if u.op != "output" or not target.kept]
     report.flops_before, report.flops_after = plan.bill.before, plan.bill.after
-    report.sites = site_reports(facts, plan, skipped)
+    report.sites = _site_reports(plan, skipped)
     if not plan.merges:
         if not facts.sites:
             other = any(isinstance(find(call), Softmax) for call in facts.calls.values())
@@ -251,7 +253,7 @@ def run_config(read: Read, config: ToMeConfig, target: Target | None = None) -> 
             reason = SkipReason("not read", merge.block.name, "of its tokens the model reads none that merge")
             plan.skipped.append(reason)
             report.skipped.append(reason)
-        report.sites = site_reports(facts, plan, skipped)
+        report.sites = _site_reports(plan, skipped)
     with _timed(seconds, "lower"):
         if target.portable:
             make_portable(rewritten, captured.fake_mode, target.portable)
@@ -260,6 +262,35 @@ def run_config(read: Read, config: ToMeConfig, target: Target | None = None) -> 
     with _timed(seconds, "verify"):
         verify(captured.gm, rewritten, kept=target.kept)
     return Result(rewritten, report, captured, lengths_to_share(captured.gm, plan), facts, blocks, plan)
+
+
+def _pair(merge: Merge) -> tuple[int, int]:
+    return size_hint(merge.length), size_hint(merge.length - merge.r)
+
+
+def _site_reports(plan: Plan, skipped: list[SkipReason]) -> list[SiteReport]:
+    """One row per attention site, merged or not; one for all heads that are attentions of their own."""
+    by_site = {m.block.site: m for m in plan.every if not m.block.mlp}
+    mlps = {m.block.site: m for m in plan.every if m.block.mlp}
+    why = {s.where: f"{s.kind}: {s.detail}" for s in (*skipped, *plan.skipped)}
+    rows = []
+    for site in plan.bill.sites:
+        merge, mlp = by_site.get(site), mlps.get(site)
+        flops = [plan.bill.at[m.step.site] for m in (merge, mlp) if m is not None]
+        total = (sum(f[0] for f in flops), sum(f[1] for f in flops))
+        row = partial(SiteReport, name=site.name, merged=bool(flops), flops=total, mlp=_pair(mlp) if mlp else None)
+        if merge is None:
+            tokens = size_hint(site.q.node.meta["val"].shape[site.q.tokens])
+            placement = "mlp" if mlp is not None else "stream"
+            found = row(tokens=(tokens, tokens), protected=0, skipped=why.get(site.name, ""), placement=placement)
+        else:
+            placement, asked = "branch" if merge.step.branch else "stream", plan.asked.get(merge.step.site)
+            kept = merge.block.special.count
+            led = next((m.block.name for m in plan.every if m.step is merge.groups), None)
+            by = f"what {led} was" if led else merge.block.compared(str(plan.bill.facts.config.metric))
+            found = row(tokens=_pair(merge), protected=kept, placement=placement, asked=asked, compared=by)
+        rows.append(found)
+    return rows
 
 
 def _unread_merges(rewritten: fx.GraphModule, plan: Plan) -> list[Merge]:

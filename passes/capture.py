@@ -190,6 +190,10 @@ def _is_model_input(node: fx.Node, value: Any) -> bool:
     return not (guard.is_specialized_nn_module() or guard.is_unspecialized_nn_module())
 
 
+LISTED = 2**12
+"""Elements of a constant that is read as numbers."""
+
+
 def _lift_constants(gm: fx.GraphModule, mode: FakeTensorMode) -> dict[str, Tensor]:
     """Turn constants made while tracing into leading placeholders, so that a second trace can take them as inputs."""
     found: dict[str, Tensor] = {}
@@ -205,7 +209,7 @@ def _lift_constants(gm: fx.GraphModule, mode: FakeTensorMode) -> dict[str, Tenso
         with gm.graph.inserting_before(first):
             lifted = gm.graph.placeholder(f"constant_{len(found)}")
         lifted.meta["val"] = held if isinstance(held, FakeTensor) else mode.from_tensor(held, static_shapes=True)
-        if real.numel() == 1:
+        if real.numel() <= LISTED:
             lifted.meta["constant"] = real
         found[f"_tome_constant{len(found)}"] = real
         node.replace_all_uses_with(lifted)

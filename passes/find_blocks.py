@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -82,10 +83,15 @@ def find_blocks(facts: Facts) -> tuple[list[Block], list[SkipReason]]:
     for site in facts.sites:
         try:
             found = _block(site, facts)
-            if any(b.merge is found.merge and (b.alone or found.alone) for b in blocks):
+            here = [b for b in blocks if b.merge is found.merge and (b.alone or found.alone)]
+            if not here:
+                blocks.append(found)
+            elif _as_heads(here[0], found, facts):
+                masks = tuple(dict.fromkeys((*here[0].masks, *found.masks)))
+                blocks[blocks.index(here[0])] = replace(here[0], masks=masks, beside=(*here[0].beside, found))
+            else:
                 why = "another attention of the same block merges here, by its own keys alone"
                 raise _Left("shared merge point", why)
-            blocks.append(found)
         except _Left as left:
             why = lost(site, facts) if left.kind in NAMELESS else ""
             skipped.append(SkipReason("no rule" if why else left.kind, site.name, why or left.detail))
@@ -99,6 +105,22 @@ def find_blocks(facts: Facts) -> tuple[list[Block], list[SkipReason]]:
     unplaced = [_unplaced(block, facts) for block in blocks]
     skipped += filter(None, unplaced)
     return _in_turn([block for block, why in zip(blocks, unplaced, strict=True) if why is None], facts), skipped
+
+
+def _as_heads(block: Block, other: Block, facts: Facts) -> bool:
+    """Whether two attentions that merge at one place do so as heads of one: the same tokens in the same samples, and
+    as many features to compare them by."""
+    alike = [(b.tokens, b.sample, b.parts, b.crossed, b.alone, _width(b, facts)) for b in (block, other)]
+    return alike[0] == alike[1] and not block.operands
+
+
+def _width(block: Block, facts: Facts) -> int:
+    """How many features of each head the tokens of a block are compared by; 0 where it is the stream."""
+    metric, made = str(facts.config.metric), block.projected
+    if made is not None or block.branch:
+        return made.width[0] if made is not None else 0
+    named = block.site.compared(metric) if metric in ("key", "query", "value") else None
+    return prod(size_hint(named.node.meta["val"].shape[d]) for d in named.features) if named is not None else 0
 
 
 def _in_turn(blocks: list[Block], facts: Facts) -> list[Block]:
@@ -130,7 +152,7 @@ def _unplaced(block: Block, facts: Facts) -> SkipReason | None:
         grid, given = grid_of(facts, block.tokens), list(side.meta["val"].shape)
         why = f"{given} numbers do not fit its tokens, {' x '.join(map(str, grid.sizes))} of each sample"
         return SkipReason("side information", block.name, why)
-    elif config.needs & PAID and not _attends(block, facts):
+    elif config.needs & PAID and not all(_attends(own, facts) for own in block.heads):
         why = f"importance={config.importance!r} reads the attention of tokens before they merge, "
         why += "and these merge before it" if block.branch else "and this one is no plain softmax of one sequence"
         return SkipReason("no attention to read", block.name, why)
@@ -217,13 +239,36 @@ def _place(site: AttentionSite, facts: Facts, tokens: Dim) -> Spot:
     found: Spot | SkipReason | None = None
     if placement != "branch" and not crossed:
         found = merge_point(site, facts, tokens)
-    if not isinstance(found, Spot) and (found is None or placement != "stream"):
-        found = branch_point(site, facts, tokens)
     if isinstance(found, Spot):
         return found
-    if placement == "stream" or not site.fused or (not crossed and site.q.axis(facts) != tokens):
-        cut = site.masked and any(parts for parts in facts.joined(tokens))
-        raise _Left(found.kind, UNCUT if cut and found.kind == "no residual add" else found.detail)
+    if found is not None and placement == "stream":
+        raise _unplaceable(found, site, facts, tokens)
+    return _around(site, facts, tokens)
+
+
+def branch_instead(block: Block, facts: Facts) -> Block | None:
+    """A block on the stream as a branch around its attention; None where that is not possible."""
+    if block.branch or block.beside or not block.alone or block.site.k.axis(facts) != leaves(block.tokens):
+        return None
+    try:
+        found = _placed(block.site, facts, block.tokens, _around(block.site, facts, block.tokens))
+    except _Left:
+        return None
+    return None if found.parts is not None or _unplaced(found, facts) else replace(found, turn=block.turn)
+
+
+def _unplaceable(why: SkipReason, site: AttentionSite, facts: Facts, tokens: Dim) -> _Left:
+    cut = site.masked and any(parts for parts in facts.joined(tokens))
+    return _Left(why.kind, UNCUT if cut and why.kind == "no residual add" else why.detail)
+
+
+def _around(site: AttentionSite, facts: Facts, tokens: Dim) -> Spot:
+    """Where to merge around one attention. Raises _Left."""
+    crossed, found = site.k.axis(facts) != tokens, branch_point(site, facts, tokens)
+    if isinstance(found, Spot):
+        return found
+    if facts.config.placement == "stream" or not site.fused or (not crossed and site.q.axis(facts) != tokens):
+        raise _unplaceable(found, site, facts, tokens)
     if crossed:
         return Spot(merge=site.out, stream=site.q.node, branch=True, operands=((0, site.q.tokens),))
     operands = tuple((i, val.dim() - 2) for i, val in enumerate(facts.calls[site.out].vals[:3]))
@@ -402,4 +447,4 @@ def _sliced_from(axis: Dim, facts: Facts) -> Iterator[tuple[Dim, Any, Any]]:
         yield from ((above, start + more, stop + more) for above, more, _ in _sliced_from(source, facts))
 
 
-__all__ = ["find_blocks"]
+__all__ = ["branch_instead", "find_blocks"]

@@ -41,7 +41,7 @@ sdpa = aten.scaled_dot_product_attention.default
 
 _PASS = {aten._to_copy.default, aten.clone.default, aten.alias.default}
 _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default,
-          aten.squeeze.dim}  # fmt: skip
+          aten.squeeze.dim, aten.flatten.using_ints, aten.unflatten.int}  # fmt: skip
 # A mask value this low leaves a key out; a milder one is an ordinary score and stays as it is written.
 _MASKED_OUT = -1e4
 _ABSORBS = -1e18  # in float64 too
@@ -51,13 +51,15 @@ Order = list[int | None]
 
 @dataclass
 class _Match:
-    """What was found between a softmax and its two products, in the order from the scores to the softmax."""
+    """What was found between a softmax and its two products, in the order from the scores to the softmax. regrouped:
+    the queries stand in other dims in between."""
 
     product: fx.Node
     scale: float = 1.0
     query_factors: list[tuple[Any, fx.Node]] = field(default_factory=list)
     terms: list[Callable[[], fx.Node]] = field(default_factory=list)
     shape: tuple | None = None
+    regrouped: bool = False
 
 
 class _NoMatch(Exception):
@@ -114,7 +116,12 @@ class _Fuser:
         if rank < 2 or self.softmax.args[1] not in (-1, rank - 1):
             raise _NoMatch
         match = self._back(scores)
-        product, dropout = self._forward()
+        product, dropout = self._forward(match)
+        if match.regrouped:
+            whole = _shape(match.product)
+            if _shape(self.probabilities) != whole or _shape(self.softmax)[-1] != whole[-1]:
+                raise _NoMatch
+            match.shape = whole[:-2]
         q, k = self._queries_and_keys(match.product)
         with self.graph.inserting_before(product):
             self._replace(match, q, k, product, dropout)
@@ -135,7 +142,7 @@ class _Fuser:
             return self._through_term(node)
         if isinstance(find(Call(node)), MaskRule):
             return self._through_mask(node)
-        if isinstance(find(Call(node)), Contraction) and target is not aten.linear.default:
+        if type(find(Call(node))) is Contraction and target is not aten.linear.default:
             return self._at_product(node)
         raise _NoMatch
 
@@ -147,11 +154,10 @@ class _Fuser:
 
     def _through_view(self, node: fx.Node) -> _Match:
         source = self._first(node)
-        if _shape(source)[-2:] != _shape(node)[-2:]:
-            raise _NoMatch
         match = self._back(source)
+        match.regrouped |= _shape(source)[-2:] != _shape(node)[-2:]
         # Terms met on either side of a view have different batch shapes; one shape must do for all of them.
-        if match.terms and match.shape != _shape(node)[:-2]:
+        if match.terms and match.shape != _shape(match.product if match.regrouped else node)[:-2]:
             raise _NoMatch
         return match
 
@@ -164,7 +170,7 @@ class _Fuser:
             if number is None and not (isinstance(factor, fx.Node) and self._constant_over_tokens(factor)):
                 continue
             match = self._back(scores)
-            if match.terms:  # the factor would scale the terms as well
+            if match.terms or (match.regrouped and number is None):  # the factor would scale the terms as well
                 raise _NoMatch
             if number is not None:
                 match.scale = match.scale / number if divide else match.scale * number
@@ -214,7 +220,7 @@ class _Fuser:
     @staticmethod
     def _add_term(match: _Match, node: fx.Node, term: Callable[[], fx.Node]) -> None:
         shape = _shape(node)[:-2]
-        if match.shape not in (None, shape):
+        if match.shape not in (None, shape) or match.regrouped:
             raise _NoMatch
         match.shape = shape
         match.terms.append(term)
@@ -224,7 +230,7 @@ class _Fuser:
 
     # Forward from the softmax to the product with the values.
 
-    def _forward(self) -> tuple[fx.Node, float]:
+    def _forward(self, match: _Match) -> tuple[fx.Node, float]:
         node, dropout = self.softmax, 0.0
         while True:
             user = _only_user(node)
@@ -232,11 +238,11 @@ class _Fuser:
                 pass
             elif user.target is aten.dropout.default:
                 dropout = float(user.args[1]) if user.args[2] else 0.0  # type: ignore[arg-type]
-            elif user.target in _VIEWS and _shape(user)[-2:] == _shape(node)[-2:]:
-                pass
+            elif user.target in _VIEWS and (not self.swapped or _shape(user)[-2:] == _shape(node)[-2:]):
+                match.regrouped |= _shape(user)[-2:] != _shape(node)[-2:]
             elif not self.swapped and user.op == "call_function" and _swaps_last(user):
                 self.swapped = True
-            elif user.op == "call_function" and isinstance(find(Call(user)), Contraction):
+            elif user.op == "call_function" and type(find(Call(user))) is Contraction:
                 self.probabilities = node
                 return user, dropout
             else:

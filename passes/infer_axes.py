@@ -227,13 +227,18 @@ def _note_made_channels(call: Call, facts: Facts, made: Sequence[tuple[Dim, Dim]
         d = CatRule.dim(call)
         if not facts.constant & set(call.nodes):
             own = features
-        if not all(n in facts.constant or own & set(leaves(facts.dims(n)[d])) for n in call.nodes):
+        if not all(n in facts.constant or _made_of(own, facts.dims(n)[d]) for n in call.nodes):
             return
     for after in facts.axes[call.node]:
         if len(after) == len(before):
             facts.channels += [
-                new for old, new in zip(before, after, strict=True) if new is not old and own & set(leaves(old))
+                new for old, new in zip(before, after, strict=True) if new is not old and _made_of(own, old)
             ]
+
+
+def _made_of(features: set[Any], dim: Dim) -> bool:
+    """Whether a dim holds features alone: samples may stand in one with heads."""
+    return bool(dim) and features.issuperset(leaves(dim))
 
 
 _ANGULAR = {aten.sin.default, aten.cos.default, aten.polar.default}

@@ -14,17 +14,19 @@
 | `index_add`, `scatter_add`, `index_put` of what is      | `add(x, y)`                                              |
 | added to every row, each once and in order              |                                                          |
 | `x[mask] = 0`, or a row: the same for all places        | `masked_fill(x, mask, 0)`, `where(mask, row, x)`         |
+| rows that an index reads or writes one behind the other | `slice`, `slice_scatter`                                 |
 | `x == 0`, `x != 0`                                      | `logical_not(x)`, `x` as bools                           |
 | `x.max(d).values`, a pool to one place                  | `amax(x, d)`, `mean(x, d)` (`normal/pools.py`)           |
 | `pad(x, (m, 0))`                                        | `cat([full(m), x], -1)`                                  |
 | the sum of what stands side by side along a dim         | adds: `add(x, y)`                                        |
 | the same, each times a number of its own (`linear` too) | adds: `add(mul(x, w0), mul(y, w1))`                      |
-| `cat` of slices that the same op was done to            | the op, of the whole                                     |
+| `cat` of slices that the same was done to               | it, of the whole (`normal/tiles.py`)                     |
 | exp over its sum, or of what has been normalised        | `softmax` (`normal/weights.py`)                          |
 | the mean of it                                          | adds, divided: `div(add(x, y), 2)`                       |
 | one of its running sums (`cumsum`)                      | adds: `add(x, y)`                                        |
 | one of it (`unbind`, `split`, `select`, `slice`)        | itself: `x`                                              |
 | what is the same along a dim, spread out                | its row (`normal/spread.py`)                             |
+| letters of an einsum that always stand side by side      | one letter (`normal/letters.py`)                         |
 | `stack([x, x])`, `cat([x, x])`                          | `expand(unsqueeze(x))`, flattened for a cat              |
 | views, slices of the same shape, `cat([x])`, `x * 1.0`  | `x`                                                      |
 | a slice written over all there is                       | what was written                                         |
@@ -35,7 +37,6 @@ Side by side stand the operands of a `stack`, a `cat`, and of permutes and views
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from functools import reduce
 from itertools import accumulate, permutations
@@ -49,17 +50,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .algebra.axes import expr
 from .building.emit import Emit, drop_dead
 from .normal.idle import drop_idle, numbers
-from .normal.join_writes import added_in_order, join_writes, put_where
+from .normal.join_writes import added_in_order, join_writes, put_where, read_in_order, written_in_order
+from .normal.letters import side_by_side
 from .normal.memory import Outputs
 from .normal.pools import extreme, pooled
 from .normal.spread import narrow_spread
+from .normal.tiles import tiled
 from .normal.weights import from_log, over_their_sum, shifted
 from .rules import Call, find
 from .rules.base import Role
 from .rules.contraction import Contraction
 from .rules.facts import NO_FACTS
 from .rules.joins import CatRule
-from .rules.pointwise import POINTWISE
 from .rules.views import PermuteRule, ViewRule
 
 aten = torch.ops.aten
@@ -74,6 +76,7 @@ def normalize(graph: fx.Graph, mode: FakeTensorMode, impure: Callable[[fx.Node],
     _by_table(graph, Emit(graph, mode, known=known))
     drop_dead(graph, impure)
     if join_writes(graph):
+        drop_dead(graph, impure)
         _by_table(graph, Emit(graph, mode, known=known))
     drop_dead(graph, impure)
     known = numbers(graph, known)
@@ -330,53 +333,6 @@ def _weighted(call: Call, emit: Emit) -> fx.Node | None:
     return None
 
 
-def _tiled(nodes: Sequence[Any], d: int, emit: Emit) -> fx.Node | None:
-    """What pieces of all there is were done alike to, joined again, is done to the whole."""
-    calls = [Call(n) if isinstance(n, fx.Node) and n.op == "call_function" else None for n in nodes]
-    if len(nodes) < 2 or any(c is None or c.target is not calls[0].target for c in calls):  # type: ignore[union-attr]
-        return None
-    held: list[Call] = [c for c in calls if c is not None]
-    first = held[0]
-    if first.target in (aten.slice.Tensor, operator.getitem):
-        return _pieced(nodes, d)
-    if find(first) is not POINTWISE or any(c.node.kwargs != first.node.kwargs for c in held):
-        return None
-    columns = list(zip(*(c.node.args for c in held), strict=False))
-    args = [_tiled(n, d, emit) if isinstance(n[0], fx.Node) and len({*n}) > 1 else n[0] for n in columns]
-    same = [a for a, n in zip(args, columns, strict=True) if a is n[0] and isinstance(a, fx.Node)]
-    free = all(val.dim() < held[0].out.dim() - d or val.shape[d - held[0].out.dim()] == 1
-               for val in (n.meta["val"] for n in same))  # fmt: skip
-    alike = all(len({*map(str, n)}) == 1 for n in columns if not isinstance(n[0], fx.Node))
-    if None in args or not free or not alike or len(same) == len(columns):
-        return None
-    return emit(first.target, *args, **first.node.kwargs)
-
-
-def _pieced(nodes: Sequence[Any], d: int) -> fx.Node | None:
-    """What slices are all of, one behind the other."""
-    cuts, at = [_cut(n, d) for n in nodes], 0
-    whole = cuts[0][0]
-    for node, (base, start) in zip(nodes, cuts, strict=True):
-        length = node.meta["val"].shape[d]
-        if base is not whole or start != at or not isinstance(length, int):
-            return None
-        at += length
-    return whole if whole is not None and at == whole.meta["val"].shape[d] else None
-
-
-def _cut(node: fx.Node, d: int) -> tuple[fx.Node | None, Any]:
-    """Of what a slice along dim d is one, or a piece of a split, and from where on."""
-    of: Any = node.args[0] if node.target is operator.getitem else node
-    if of.target not in _CUTS or (call := Call(of)).axis(call.args["dim"]) != d or call.args.get("step", 1) != 1:
-        return None, None
-    at: Any = 0 if of is node else node.args[1]
-    lengths = [val.shape[d] for val in call.results[:at]]
-    return call.nodes[0], sum(lengths, call.args.get("start") or 0)
-
-
-_CUTS = {aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default}
-
-
 def _averaged(call: Call, emit: Emit) -> fx.Node | None:
     total = _summed(call, emit)
     return None if total is None else emit(aten.div.Tensor, total, call.vals[0].shape[call.args["dim"][0]])
@@ -451,14 +407,14 @@ def _one_dtype(call: Call) -> bool:
 
 FORMS: dict[Any, Form] = {
     **dict.fromkeys(_ATTENTIONS, _whole(_attention)),
-    **dict.fromkeys(
-        (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default), _itself
-    ),
+    **dict.fromkeys((aten.view.default, aten.reshape.default, aten.expand.default), _itself),
+    aten._unsafe_view.default: lambda call, emit: _itself(call, emit) or emit(aten.view.default, *call.node.args),
     **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, aten.div.Scalar), _changed_by(1)),
     aten.div.Tensor: lambda call, emit: _changed_by(1)(call, emit) or over_their_sum(call, emit),
     aten.exp.default: from_log,
     aten.softmax.int: shifted,
-    **dict.fromkeys((aten.einsum.default, aten.matmul.default, aten.linear.default), _weighted),
+    **dict.fromkeys((aten.matmul.default, aten.linear.default), _weighted),
+    aten.einsum.default: lambda call, emit: _weighted(call, emit) or side_by_side(call, emit),
     **dict.fromkeys((aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar), _changed_by(0)),
     aten.native_layer_norm.default: _whole(_layer_norm),
     **dict.fromkeys((aten.max.dim, aten.min.dim), _whole(extreme)),
@@ -480,11 +436,15 @@ FORMS: dict[Any, Form] = {
     aten.cat.default: lambda call, emit: (
         (_itself(call, emit) if _one_dtype(call) else None)
         or _beside_itself(call, emit)
-        or _tiled(call.nodes, CatRule.dim(call), emit)
+        or tiled(call.nodes, CatRule.dim(call), emit)
     ),
     aten.stack.default: _beside_itself,
     **dict.fromkeys((aten.index_add.default, aten.scatter_add.default, aten.scatter_reduce.two), added_in_order),
-    aten.index_put.default: lambda call, emit: put_where(call, emit) or added_in_order(call, emit),
+    aten.index_put.default: lambda call, emit: (
+        put_where(call, emit) or added_in_order(call, emit) or written_in_order(call, emit)
+    ),
+    aten.index_copy.default: written_in_order,
+    **dict.fromkeys((aten.index.Tensor, aten.index_select.default), read_in_order),
     aten.pad.default: _padded,
     aten.constant_pad_nd.default: _padded,
     aten.sum.dim_IntList: _summed,

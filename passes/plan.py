@@ -14,7 +14,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import fx
 
 from tome_fx.config import ToMeConfig
 from tome_fx.methods import How
-from tome_fx.report import SiteReport, SkipReason, Unmerge
+from tome_fx.report import SkipReason, Unmerge
 from tome_fx.schedule import gathered, merged_away, to_multiple, tokens_per_block
 
 from .algebra.axes import Dim, Size, leaves, locate
@@ -33,6 +32,7 @@ from .analysis.grid import grid_of
 from .analysis.partition import Room
 from .analysis.sites import place
 from .analysis.values import size_hint
+from .find_blocks import branch_instead
 from .rules import Call, Decision, find, op_name, tensors_of
 from .rules.base import result_read
 from .rules.facts import Facts
@@ -178,8 +178,9 @@ def _r_for(target: float, share: Callable[[int], float], facts: Facts, blocks: l
 
 
 def _profitable(facts: Facts, blocks: list[Block], schedule: Any) -> Plan:
-    """Plan all blocks, drop those that do not pay, and plan again until all pay (placement "auto" only)."""
-    active = list(range(len(blocks)))
+    """Plan all blocks, drop those that do not pay, and plan again until all pay (placement "auto" only). Where the
+    stream has nothing to save, a branch may."""
+    active, blocks, streams = list(range(len(blocks))), list(blocks), dict[int, SkipReason]()
     wanted, hows = _wanted(schedule, blocks, facts.config), _hows(blocks, facts.config)
     dropped: list[SkipReason] = []
     while True:
@@ -192,15 +193,20 @@ def _profitable(facts: Facts, blocks: list[Block], schedule: Any) -> Plan:
         # Branches do not depend on each other. Of merges on the stream the worst first: the others may pay without it.
         branches = [site for site in losing if blocks[site].branch]
         for site in branches or [min(losing, key=lambda s: plan.bill.saved[s] - plan.bill.total(s))]:
-            dropped.append(_unpaid(blocks[site], site, plan))
-            active.remove(site)
+            why = _unpaid(blocks[site], site, plan)
+            branch = branch_instead(blocks[site], facts) if why.kind == IDLE else None
+            if branch is not None:
+                blocks[site], streams[site] = branch, why
+            else:
+                dropped.append(streams.get(site, why))
+                active.remove(site)
 
 
 def _unpaid(block: Block, site: int, plan: Plan) -> SkipReason:
     """Why a block does not merge that costs more than it saves, itself or with the others of its chain."""
     bill, until = plan.bill, plan.bill.until(block, site)
     if not block.branch and bill.at[site][0] < NO_PRODUCT * elements_of(block.merge):
-        return SkipReason("nothing to save", block.name, f"no product is computed on its tokens after it{until}")
+        return SkipReason(IDLE, block.name, f"no product is computed on its tokens after it{until}")
     anyway = "branch" if block.branch else "stream"
     chain = next(sites for sites in plan.chains() if site in sites)
     alone = bill.saved[site] <= bill.total(site) or len(chain) == 1
@@ -434,6 +440,7 @@ class _Walk:
 
 
 UNUSED = SkipReason("reuse", "", "no branch merges the tokens of one before it, and as many of them")
+IDLE = "nothing to save"
 NO_SHARE = "its share of the schedule is 0"
 
 
@@ -468,33 +475,4 @@ def _tokens(block: Block, step: Step, r: int) -> tuple[Any, ...]:
     return (block.tokens, block.masks, block.parts, block.special, step.prev, step.sample, step.before, r)
 
 
-def _pair(merge: Merge) -> tuple[int, int]:
-    return size_hint(merge.length), size_hint(merge.length - merge.r)
-
-
-def site_reports(facts: Facts, plan: Plan, skipped: list[SkipReason]) -> list[SiteReport]:
-    """One row per attention site, merged or not."""
-    by_site = {m.block.site: m for m in plan.every if not m.block.mlp}
-    mlps = {m.block.site: m for m in plan.every if m.block.mlp}
-    why = {s.where: f"{s.kind}: {s.detail}" for s in (*skipped, *plan.skipped)}
-    rows = []
-    for site in facts.sites:
-        merge, mlp = by_site.get(site), mlps.get(site)
-        flops = [plan.bill.at[m.step.site] for m in (merge, mlp) if m is not None]
-        total = (sum(f[0] for f in flops), sum(f[1] for f in flops))
-        row = partial(SiteReport, name=site.name, merged=bool(flops), flops=total, mlp=_pair(mlp) if mlp else None)
-        if merge is None:
-            tokens = size_hint(site.q.node.meta["val"].shape[site.q.tokens])
-            placement = "mlp" if mlp is not None else "stream"
-            found = row(tokens=(tokens, tokens), protected=0, skipped=why.get(site.name, ""), placement=placement)
-        else:
-            placement, asked = "branch" if merge.step.branch else "stream", plan.asked.get(merge.step.site)
-            kept = merge.block.special.count
-            led = next((m.block.name for m in plan.every if m.step is merge.groups), None)
-            by = f"what {led} was" if led else merge.block.compared(str(facts.config.metric))
-            found = row(tokens=_pair(merge), protected=kept, placement=placement, asked=asked, compared=by)
-        rows.append(found)
-    return rows
-
-
-__all__ = ["Merge", "Plan", "make_plan", "site_reports"]
+__all__ = ["Merge", "Plan", "make_plan"]

@@ -370,3 +370,13 @@ def test_tokens_that_leave_ask_whether_the_model_goes_on() -> None:
     assert "TORCH_LOGS=graph_breaks" in ends
     pooled = Stack(read=lambda x: x.mean(1))
     assert "graph_breaks" not in str(tome_fx.explain(pooled, (tokens(),), r=R, placement="stream"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_torchscript_is_named() -> None:
+    """torch.compile runs such modules as they are, and no message blames the model's attention."""
+    x = torch.randn(1, 16, 8)
+    traced = torch.jit.trace(nn.Linear(8, 8), x)
+    for model in (traced, nn.Sequential(traced, nn.Identity())):
+        said = tome_fx.explain(model, (x,), r=4).summary()
+        assert "it was scripted or traced" in said and "TransformerEncoder" not in said, said

@@ -138,17 +138,20 @@ def test_r_zero_is_not_worth_a_warning() -> None:
         run(model, args, None, 0)
 
 
-def test_merge_that_saves_nothing_is_dropped() -> None:
-    """Rung 2: no product reads the tokens of the last parallel block, so its merge has nothing to save; it is skipped
-    with a reason under "auto", strict or not."""
-    model, args = build(Spec(parallel=True))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", tome_fx.ToMeWarning)
-        _, report = run(model, args, None, R)
-    assert report.merged_sites == 2
-    assert [reason.kind for reason in report.skipped] == ["nothing to save"]
-    assert run(model, args, None, R, placement="stream", drop_unread=False)[1].merged_sites == 3
-    assert run(model, args, None, R, strict=True)[1].merged_sites == 2
+@pytest.mark.parametrize(("last", "placement"), [(R, "branch"), (1, "")])
+def test_merge_that_saves_nothing_is_dropped(last: int, placement: str) -> None:
+    """Rung 2: no product reads the tokens of the last parallel block, so its merge on the stream has nothing to save.
+    Under "auto" it merges around its attention, or is skipped where that does not pay, strict or not."""
+    model, args = build(Spec(parallel=True, **({} if placement else {"dim": 128, "heads": 2, "grid": (16, 16)})))
+    r = [R, R, last] if placement else [64, 64, last]
+    for strict in (False, True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", tome_fx.ToMeWarning)
+            _, report = run(model, args, None, r, strict=strict)
+        merged = [site.placement for site in report.sites if site.merged]
+        assert merged == ["stream", "stream", *([placement] if placement else [])]
+        assert [reason.kind for reason in report.skipped] == ["nothing to save"] * (last == 1)
+    assert run(model, args, None, r, placement="stream", drop_unread=False)[1].merged_sites == 3
 
 
 def test_merge_that_does_not_pay_is_an_error_if_strict() -> None:

@@ -54,6 +54,7 @@ def in_parts(x: Tensor, y: Tensor) -> Tensor:
     return x
 
 
+BOTH = nn.Parameter(torch.eye(D).repeat(1, 2))
 ADDS: dict[str, Any] = {
     "to(device)": lambda x, y: y + x.to(y.device), "to(like)": lambda x, y: x.to(y) + y,
     "float": lambda x, y: x.float() + y, "clone": lambda x, y: y + x.clone(), "twice": lambda x, y: 2.0 * x + y,
@@ -74,12 +75,16 @@ ADDS: dict[str, Any] = {
     "rows": lambda x, y: (x.flatten(0, 1) + y.flatten(0, 1)).view_as(x),
     "index_add": lambda x, y: x.index_add(1, torch.arange(N), y),
     "tensordot": lambda x, y: torch.tensordot(torch.tensor([1.0, 0.5]), torch.stack([x, y]), 1),
+    "cat, weights": lambda x, y: F.linear(torch.cat([x, y], -1), BOTH),
+    "stack, weights": lambda x, y: torch.stack([x, y], 2).flatten(2) @ BOTH.mT,
+    "difference": lambda x, y: x + 0.7 * (y - x), "gated": lambda x, y: torch.lerp(x, y, x.sigmoid()),
+    "gated by both": lambda x, y: (lambda z: (1 - z) * x + z * y.tanh())((x + y).sigmoid()),
     "scaled apart": lambda x, y: torch.cat([x[:, :1] * 0.5, x[:, 1:] * 2], 1) + y,
     "added apart": lambda x, y: torch.cat([x[:, :1] + y[:, :1] * 0.5, x[:, 1:] + y[:, 1:]], 1),
 }  # fmt: skip
 
 
-APART = ("weights", "added apart")
+APART = ("weights", "cat, weights", "stack, weights")
 """Of these the MLP has no stream of its own to merge in."""
 
 
@@ -196,6 +201,8 @@ TRANSPOSED: dict[str, Attend] = {
         "bmnh,bhmd->bhnd", torch.einsum("bhmd,bhnd->bmnh", k, q).softmax(1), v
     ),
     "sigmoid": lambda q, k, v: torch.sigmoid(k @ q.mT).mT @ v,
+    "distances": lambda q, k, v: (-torch.cdist(k, q)).softmax(-2).mT @ v,
+    "distances, by hand": lambda q, k, v: (2 * q @ k.mT - k.square().sum(-1)[..., None, :]).softmax(-1) @ v,
     "by hand": lambda q, k, v: (lambda e: (e / (e.sum(-2, keepdim=True) + 1e-6)).mT @ v)((k @ q.mT).exp()),
 }
 
@@ -206,6 +213,105 @@ def test_transposed_scores_compare_keys(name: str) -> None:
     model.load_state_dict(plain.state_dict())
     first, other = (tome_fx.trace_tokens(m, (x,), r=[6, 0], placement="stream").groups for m in (plain, model))
     assert torch.equal(first, other)
+
+
+def each(attend: Attend, q: Tensor, k: Tensor, v: Tensor, at_once: int = 1) -> list[Tensor]:
+    return [attend(*parts) for parts in zip(*(x.split(at_once, 1) for x in (q, k, v)), strict=True)]
+
+
+def heads_written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = torch.empty_like(q)
+    for i in range(H):
+        out[:, i] = F.scaled_dot_product_attention(q[:, i], k[:, i], v[:, i])
+    return out
+
+
+HEADS: dict[str, Attend] = {
+    # heads that are attentions of their own
+    "chunks": lambda *x: torch.cat(each(F.scaled_dot_product_attention, *x), 1),
+    "two by two": lambda *x: torch.cat(each(F.scaled_dot_product_attention, *x, at_once=2), 1),
+    "three and one": lambda *x: torch.cat(each(F.scaled_dot_product_attention, *x, at_once=3), 1),
+    "in other words": lambda *x: torch.cat(each(lambda q, k, v: (q @ k.mT / (D // H) ** 0.5).softmax(-1) @ v, *x), 1),
+    "left open": lambda *x: torch.cat(
+        each(lambda q, k, v: (lambda p: p @ v + p.amax(-1, keepdim=True))((q @ k.mT * 0.3).softmax(-1)), *x), 1
+    ),
+    "selected": lambda q, k, v: torch.stack(
+        [F.scaled_dot_product_attention(q[:, i], k[:, i], v[:, i]) for i in range(H)], 1
+    ),
+    "written": heads_written,
+    "half of them padded": lambda q, k, v: torch.cat(
+        [F.scaled_dot_product_attention(q[:, :2], k[:, :2], v[:, :2], SEEN[:, None, None]),
+         F.scaled_dot_product_attention(q[:, 2:], k[:, 2:], v[:, 2:])], 1
+    ),
+    "chunks of queries": lambda q, k, v: torch.cat(
+        [F.scaled_dot_product_attention(x, k, v, torch.ones(N, dtype=torch.bool)[None]) for x in q.split(24, 2)], 2
+    ),
+    "chunks of queries, in other words": lambda q, k, v: torch.cat(
+        [(x @ k.mT / (D // H) ** 0.5).softmax(-1) @ v for x in q.split(24, 2)], 2
+    ),
+    "sample by sample": lambda *x: torch.cat(
+        [F.scaled_dot_product_attention(*parts) for parts in zip(*(y.split(1) for y in x), strict=True)]
+    ),
+    "sigmoids": lambda *x: torch.cat(each(lambda q, k, v: torch.sigmoid(q @ k.mT * 0.3 - 3) @ v, *x), 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "placement"), thinned(product(HEADS, ("stream", "branch")), 3))
+def test_heads_that_are_attentions_of_their_own(name: str, placement: str) -> None:
+    """They merge once, as one, compared by the mean over all of them."""
+    torch.manual_seed(0)
+    x, plain, model = torch.randn(2, N, D), net(), net(HEADS[name])
+    model.load_state_dict(plain.state_dict())
+    first, other = (tome_fx.trace_tokens(m, (x,), r=[6, 0], placement=placement).groups[0] for m in (plain, model))
+    assert torch.equal(first, other) or name == "half of them padded"  # padded tokens merge with their like
+    reports = [tome_fx.explain(m, (x,), r=6, placement=placement) for m in (plain, model)]
+    assert [[(s.tokens, s.mlp, s.placement) for s in report.sites] for report in reports][1:] == [
+        [(s.tokens, s.mlp, s.placement) for s in reports[0].sites]
+    ], reports[1]
+    assert tome_fx.check(model, (x,), r=6, placement=placement).holds
+
+
+def setting(x: Tensor, at: Any, value: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, at] = value
+    return x
+
+
+def one_by_one(x: Tensor, p: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, 1], x[:, 2], x[:, 3] = p.unbind(1)
+    return x
+
+
+PROMPTS: dict[str, Any] = {
+    # tokens 1 to 3 of x, which has merged, are prompts p [1, 3, D] from here on
+    "cat": lambda x, p: torch.cat([x[:, :1], p.expand(2, -1, -1), x[:, 4:]], 1),
+    "written": lambda x, p: setting(x, slice(1, 4), p),
+    "one by one": one_by_one,
+    "index_put": lambda x, p: setting(x, [1, 2, 3], p),
+    "index_copy": lambda x, p: x.index_copy(1, torch.arange(1, 4), p.expand(2, -1, -1)),
+    "slice_scatter": lambda x, p: x.slice_scatter(p.expand(2, -1, -1), 1, 1, 4),
+    "an index": lambda x, p: torch.cat([x[:, [0]], p.expand(2, -1, -1), x[:, torch.arange(4, N + 4)]], 1),
+}
+
+
+class Prompted(nn.Module):
+    def __init__(self, put: Any) -> None:
+        super().__init__()
+        self.put, self.blocks = put, nn.ModuleList(Block(F.scaled_dot_product_attention) for _ in range(3))
+        self.first, self.prompts = nn.Parameter(torch.randn(1, 4, D)), nn.Parameter(torch.randn(3, 1, 3, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.first.expand(2, -1, -1), x], 1)
+        for block, prompts in zip(self.blocks, self.prompts, strict=True):
+            x = block(self.put(x, prompts))
+        return x
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_tokens_put_in_the_place_of_protected_ones(name: str) -> None:
+    report = assert_lossless(Prompted(PROMPTS[name]).eval(), (tokens(),), 6, sites=3, placement="stream")
+    assert report.tokens == [(N + 4 - i, N - 2 - i) for i in (0, 6, 12)] and len(report.unmerges) == 1, report
 
 
 BESIDE: dict[str, Attend] = {

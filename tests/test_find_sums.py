@@ -61,6 +61,8 @@ PAIRS: dict[str, Attend] = {
     "relu squared": lambda q, k, v: F.relu(q @ k.mT).square() / k.shape[2] @ v,
     "exp by hand": by_hand,
     "cosine": lambda q, k, v: F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT @ v / k.shape[2],
+    "distances": lambda q, k, v: torch.exp(-torch.cdist(q, k).square()) @ v / k.shape[2],
+    "distances, absolute": lambda q, k, v: (-torch.cdist(q, k, p=1)).sigmoid() @ v,
     "einsum": lambda q, k, v: torch.einsum(
         "bhij,bhjd->bhid", torch.einsum("bhid,bhjd->bhij", q, k).mul(0.25).sigmoid(), v
     ),

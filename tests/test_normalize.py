@@ -150,6 +150,15 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
     "parts of a split, joined": (
         lambda x, y: torch.cat([a * b for a, b in zip(x.split([1, 2], 1), y.split([1, 2], 1), strict=True)], 1), [MUL]
     ),
+    "products of parts, joined": (
+        lambda x, y: torch.cat([(a @ y.mT).softmax(-1) @ y for a in x.split([1, 2], 1)], 1),
+        ["aten.transpose.int", "aten.matmul.default", SOFTMAX, "aten.matmul.default"],
+    ),
+    "softmax of parts, joined": (
+        lambda x, y: torch.cat([(x @ y[:, :1].mT).softmax(-1), (x @ y[:, 1:].mT).softmax(-1)], -1),
+        ["aten.slice.Tensor", "aten.transpose.int", "aten.matmul.default", SOFTMAX] * 2 + ["aten.cat.default"],
+    ),
+    "unsafe view": (lambda x, y: torch.ops.aten._unsafe_view(x, [6, 4]), ["aten.view.default"]),
     "parts written": (written_in_parts, ["aten.clone.default", ADD]),
     "log_softmax": (lambda x, y: x.log_softmax(-1).exp(), [SOFTMAX]),
     "logsumexp": (lambda x, y: (x - x.logsumexp(1, keepdim=True)).exp(), [SOFTMAX]),
@@ -204,6 +213,22 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
         lambda x, y: x.index_put((y[..., 0] > 1.5,), y[0, 0]),
         ["aten.select.int", "aten.gt.Scalar", "aten.select.int", "aten.select.int", "aten.unsqueeze.default",
          "aten.where.self"],
+    ),
+    "rows written by an index": (
+        lambda x, y: x.mT.index_put((torch.arange(1, 2),), y.mT[:1]).index_copy(1, torch.arange(2, 4), y.mT[:, :2]),
+        ["aten.transpose.int", "aten.transpose.int", "aten.slice.Tensor", "aten.slice_scatter.default",
+         "aten.transpose.int", "aten.slice.Tensor", "aten.slice_scatter.default"],
+    ),
+    "a row written for all": (
+        lambda x, y: x.index_put((torch.arange(1, 2),), y[0, 0]),
+        ["aten.select.int", "aten.select.int", "aten.expand.default", "aten.slice_scatter.default"],
+    ),
+    "rows by an index": (
+        lambda x, y: x[:, torch.arange(1, 3)] + y.index_select(1, torch.arange(1, 3)),
+        ["aten.slice.Tensor", "aten.slice.Tensor", ADD],
+    ),
+    "rows by an index, apart": (
+        lambda x, y: x[:, torch.arange(0, 3, 2)], ["aten.arange.start_step", "aten.index.Tensor"],
     ),
     "index_put of the diagonal": (
         lambda x, y: x.mT.index_put((torch.arange(2), torch.arange(2)), y[:, 0, :3], accumulate=True),

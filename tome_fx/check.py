@@ -12,6 +12,7 @@ runs are in `tied/`.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -41,17 +42,18 @@ from tome_fx.tied import (
     Join,
     Marked,
     MergedRun,
+    Mode,
     PlainRun,
     TiedRun,
     dropped,
     given_back,
     is_merge,
     is_random,
+    makes_whole,
     relative,
     steps_between,
 )
 
-aten = torch.ops.aten
 TOLERANCE = 1e-6
 """Largest relative error in float64 at which the law counts as kept."""
 IN_OWN_DTYPE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-1}
@@ -118,6 +120,7 @@ class Check:
     spelling into which the passes bring it. dtype: what it ran in. notes: what was left out, and why. rounds: whether
     the model rounds merged values to whole numbers, as quantised activations are, or compares them with the largest of
     them: a value at an edge then falls either way by noise, so that a law that does not hold may not be broken.
+    unrounded: where it rounds and the law does not hold, the error with these floats left as they are, if it runs so.
     """
 
     error: float
@@ -131,6 +134,7 @@ class Check:
     dtype: torch.dtype = torch.float64
     notes: list[str] = field(default_factory=list)
     rounds: bool = False
+    unrounded: float | None = None
 
     @property
     def tolerance(self) -> float:
@@ -140,9 +144,10 @@ class Check:
 
     @property
     def holds(self) -> bool:
-        """Whether what is left once approximations are taken into account is at most `tolerance`. Where nothing merges
-        it is: see `merges`, or say strict=True."""
-        return max(self.explained, self.spelling) <= self.tolerance
+        """Whether what is left once approximations are taken into account is at most `tolerance`, or would be if the
+        model did not round to whole numbers. Where nothing merges it is: see `merges`, or say strict=True."""
+        errors = (max(self.explained, self.spelling), math.inf if self.unrounded is None else self.unrounded)
+        return min(errors) <= self.tolerance
 
     def summary(self) -> str:
         """One line: whether the law holds, and how far merging moves the outputs."""
@@ -150,17 +155,21 @@ class Check:
             return f"nothing merges, so there is nothing to check: {self.report.summary()}"
         broken = "the tied law is undecided" if self.rounds else "THE TIED LAW IS BROKEN: please report this"
         verdict = "the tied law holds" if self.holds else broken
+        verdict += " up to rounding to whole numbers" if self.holds and self.unrounded is not None else ""
         parts = [f"{verdict} for {len(self.merges)} merges: error {self.error:.1e}"]
         if self.approximations:
             count = len(self.approximations)
             parts.append(f"{self.explained:.1e} without {count} approximation" + "s" * (count > 1))
+        if self.unrounded is not None:
+            parts.append(f"{self.unrounded:.1e} where nothing is rounded to them")
         if self.spelling > self.tolerance:
             parts.append(f"the unmerged model moves by {self.spelling:.1e} when it is brought into one spelling")
         return "; ".join([*parts, f"merging moves the outputs by {self.moved:.1e}"])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts and numbers, ready for JSON."""
-        numbers = {name: getattr(self, name) for name in ("error", "explained", "moved", "spelling", "notes", "holds")}
+        names = ("error", "explained", "moved", "spelling", "unrounded", "notes", "holds")
+        numbers = {name: getattr(self, name) for name in names}
         rows = {name: [vars(row) for row in getattr(self, name)] for name in ("merges", "outputs", "approximations")}
         return {**numbers, **rows, "dtype": str(self.dtype).removeprefix("torch."), "report": self.report.to_dict()}
 
@@ -287,7 +296,16 @@ def _total(graphs: Sequence[_Graph], settings: ToMeConfig) -> Check:
     outputs = [replace(out, graph=i) for i, graph in enumerate(graphs) for one in graph.found for out in one.outputs]
     own = next((one.dtype for one in found if one.dtype is not torch.float64), torch.float64)
     return Check(worst("error"), worst("explained"), worst("moved"), worst("spelling"), every("merges"), outputs,
-                 every("approximations"), report, own, every("notes"), any(one.rounds for one in found))  # fmt: skip
+                 every("approximations"), report, own, every("notes"), any(one.rounds for one in found),
+                 _unrounded(found))  # fmt: skip
+
+
+def _unrounded(found: Sequence[Check]) -> float | None:
+    """The worst error without rounding, of graphs that need it, and with it of the others; None where one is not known
+    that is needed, or none is."""
+    errors = [one.unrounded for one in found if one.rounds and one.unrounded is not None]
+    rest = [max(one.explained, one.spelling) for one in found if one.unrounded is None]
+    return max([*errors, *rest]) if errors else None
 
 
 class _Graph:
@@ -311,30 +329,41 @@ class _Graph:
         assert self.result.captured is not None
         inputs = [*self.result.captured.attributes.values(), *(leaf for arg in args for _, leaf in opened(arg))]
         try:
-            return _Comparison(self, inputs, exact=True).run()
+            found = _Comparison(self, inputs, Mode()).run()
         except (RuntimeError, NotImplementedError, TypeError) as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            found = _Comparison(self, inputs, exact=False).run()
-            return replace(found, notes=[*found.notes, f"it does not run in float64 ({first})"])
+            found = _Comparison(self, inputs, Mode(exact=False)).run()
+            found = replace(found, notes=[*found.notes, f"it does not run in float64 ({first})"])
+        return found if found.holds or not _rounded(self.result) else self._unrounded(found, inputs)
+
+    def _unrounded(self, found: Check, inputs: Sequence[Any]) -> Check:
+        """What was found, with the error where nothing is rounded to whole numbers, if it runs so."""
+        try:
+            smooth = _Comparison(self, inputs, Mode(rounds=False)).run()
+        except (RuntimeError, NotImplementedError, TypeError):
+            return found
+        return replace(found, unrounded=max(smooth.explained, smooth.spelling))
 
 
 # -- comparing ---------------------------------------------------------------------------------------------------------
 
 
-_ROUND = {aten.round.default, aten.floor.default, aten.ceil.default, aten.trunc.default, aten._to_copy.default}
-_COMPARE = {getattr(aten, name).Tensor for name in ("ge", "gt", "le", "lt", "eq", "ne")}
+_COMPARE = {getattr(torch.ops.aten, name).Tensor for name in ("ge", "gt", "le", "lt", "eq", "ne")}
 
 
 def _edge(result: Result) -> str:
     """What the first op does of which noise may make something else, and its place; empty where there is none."""
-    for node, layouts in result.plan.layouts.items():
-        if node.target in _ROUND and any(map(any, layouts)):
-            whole = not node.meta["val"].is_floating_point() or node.target is not aten._to_copy.default
-            if whole and Call(node).vals[0].is_floating_point():
-                return f"{place(node) or op_name(node)} rounds merged values to whole numbers"
+    for node in _rounded(result):
+        return f"{place(node) or op_name(node)} rounds merged values to whole numbers (check the model unquantised)"
+    for node in result.plan.layouts:
         if node.target in _COMPARE and _compares(node, result):
             return f"{place(node) or op_name(node)} compares values of merged tokens, some of which are equal"
     return ""
+
+
+def _rounded(result: Result) -> list[fx.Node]:
+    """The ops that make whole numbers of merged floats."""
+    return [n for n, layouts in result.plan.layouts.items() if any(map(any, layouts)) and makes_whole(n)]
 
 
 def _compares(node: fx.Node, result: Result) -> bool:
@@ -351,19 +380,19 @@ def _compares(node: fx.Node, result: Result) -> bool:
 class _Comparison:
     """One graph on one set of inputs."""
 
-    def __init__(self, graph: _Graph, inputs: Sequence[Any], exact: bool) -> None:
-        self.graph, self.result, self.inputs, self.exact = graph, graph.result, inputs, exact
+    def __init__(self, graph: _Graph, inputs: Sequence[Any], mode: Mode) -> None:
+        self.graph, self.result, self.inputs, self.mode = graph, graph.result, inputs, mode
         self.draws: dict[str, Tensor] = {}
 
     def run(self) -> Check:
-        result, exact = self.result, self.exact
+        result, mode = self.result, self.mode
         assert result.captured is not None
-        merged = MergedRun(self.graph.merged.gm.graph, exact)
+        merged = MergedRun(self.graph.merged.gm.graph, mode)
         got = merged.run(self.inputs)
         self.groups = Groups(result, self.graph.config, merged)
         self._draw(merged)
-        plain = PlainRun(result.captured.gm.graph, exact, self.draws).run(self.inputs)
-        traced = PlainRun(self.graph.plain.gm.graph, exact, self.draws).run(self.inputs)
+        plain = PlainRun(result.captured.gm.graph, mode, self.draws).run(self.inputs)
+        traced = PlainRun(self.graph.plain.gm.graph, mode, self.draws).run(self.inputs)
         tied, want = self._tied(frozenset())
         error = _worst(got, want)
         joins = self.graph.merged.joins
@@ -374,7 +403,7 @@ class _Comparison:
             last, exactly = self._tied(frozenset(candidates))
             explained = _worst(got, exactly)
             approximations = self._approximations(candidates, last.joined, want)
-        dtype = torch.float64 if exact else _own_dtype(self.inputs)
+        dtype = torch.float64 if mode.exact else _own_dtype(self.inputs)
         rows = enumerate(zip(got, want, plain, strict=True))
         outputs = [CheckedOutput(0, i, tuple(b.shape), relative(a, b), relative(a, c))
                    for i, (a, b, c) in rows if isinstance(b, Tensor)]  # fmt: skip
@@ -402,7 +431,7 @@ class _Comparison:
         return x
 
     def _tied(self, approximated: frozenset[Join]) -> tuple[TiedRun, list[Any]]:
-        run = TiedRun(self.result, self.exact, self.draws, self.groups, self.graph.merged.joins, approximated)
+        run = TiedRun(self.result, self.mode, self.draws, self.groups, self.graph.merged.joins, approximated)
         return run, run.run(self.inputs)
 
     def _approximations(

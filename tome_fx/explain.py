@@ -19,7 +19,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 from tome_fx.backend import ToMeError, finish, transform
 from tome_fx.config import ToMeConfig, config_from
 from tome_fx.passes import KeptError, Result, Target, read_graph, run_config
-from tome_fx.report import SkipReason, ToMeReport
+from tome_fx.report import SCRIPTED, SkipReason, ToMeReport
 from tome_fx.tokens import MergedTokens
 
 tome = torch.ops.tome
@@ -61,7 +61,22 @@ def explain(
         breaks = Counter(torch._dynamo.utils.counters["graph_break"]) - told
         lines = [next(iter(why.strip().splitlines()), "") for why in breaks]
         total.skipped += [SkipReason("graph break", "", line) for line in dict.fromkeys(lines)]
+    total.skipped += _scripted(model)
     return total
+
+
+def _scripted(model: Any) -> list[SkipReason]:
+    """The modules that torch.compile runs as they are, as they are TorchScript already."""
+    if isinstance(model, torch.jit.ScriptFunction):
+        return [SkipReason(SCRIPTED, "", NO_GRAPH)]
+    named = model.named_modules() if isinstance(model, torch.nn.Module) else ()
+    found = [name for name, module in named if isinstance(module, torch.jit.ScriptModule)]
+    above = (name for name in found if not any(name.startswith(f"{other}." if other else "") for other in found
+                                               if other != name))  # fmt: skip
+    return [SkipReason(SCRIPTED, name, NO_GRAPH) for name in above]
+
+
+NO_GRAPH = "it was scripted or traced, and torch.compile runs such a module as it is: give it the one it was made of"
 
 
 APART: dict[str, Any] = {name: True for name in ("isolate_recompiles",) if name in signature(torch.compile).parameters}

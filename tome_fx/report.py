@@ -23,6 +23,10 @@ class ToMeError(RuntimeError):
 NO_RULE = "no rule (tome_fx.register_rule gives it one)"
 
 
+SCRIPTED = "TorchScript"
+"""Why torch.compile hands over no graph of a module that was scripted or traced."""
+
+
 def without_rule(places: Mapping[str, str]) -> str:
     """Operators without a rule, each with a place in the model where it stands, in words."""
     named = [f"{op} at {where}" if where else op for op, where in places.items()]
@@ -57,9 +61,9 @@ class SiteReport:
     graph between this merge and the next, per forward pass, as traced and as rewritten. placement: "stream" (merged for
     good), "branch" (merged around this attention alone) or "mlp" (merged in its MLP alone). mlp: (before, after) of the
     MLP after it, where it merges on its own because the stream keeps its length. asked: the tokens that the schedule
-    asked it to merge away, where it could not merge so many (half of the free ones at most); else None. compared: of a
-    branch, what its tokens are compared by where that is not quite the option `metric`, in words; with `reuse`, whose
-    groups it has."""
+    asked it to merge away, where it could not merge so many (half of the free ones at most); else None. compared: what
+    its tokens are compared by where that is not quite the option `metric`, in words, or of several attentions that
+    merge as one; with `reuse`, whose groups it has."""
 
     name: str
     tokens: tuple[int, int]
@@ -170,7 +174,8 @@ class ToMeReport:
             why = "; ".join(dict.fromkeys(str(s) for s in self.skipped)) or "no attention was found"
             if not self.graphs:
                 said = f"Dynamo says {why}" if self.skipped else "TORCH_LOGS=graph_breaks says where"
-                why = (
+                scripted = any(s.kind == SCRIPTED for s in self.skipped)
+                why = f"torch.compile gave the backend no graph of it: {why}" if scripted else (
                     "torch.compile gave the backend no graph of it: it broke off before the attention, and the model "
                     f"ran as it is ({said}; nn.TransformerEncoder with a mask does so unless is_causal=True or False "
                     "is given)"
@@ -235,7 +240,7 @@ class ToMeReport:
             flops = f"{_flops(site.flops[0])} -> {_flops(site.flops[1])}" if site.flops[0] else ""
             note = "around this attention alone" if site.merged and site.placement == "branch" else site.skipped
             if site.compared:
-                note = f"{note}, compared by {site.compared}"
+                note = ", ".join(filter(None, [note, f"compared by {site.compared}"]))
             if site.asked is not None:
                 capped = f"r capped: {site.tokens[0] - site.tokens[1]} instead of {site.asked}"
                 note = "; ".join(filter(None, [note, capped]))

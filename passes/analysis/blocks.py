@@ -34,7 +34,8 @@ class Block:
     masks: the masks of keys, which give a token no weight. parts: the mask of pairs within whose parts tokens merge.
     room: how many of them may. turn: the sites that merge before it along its chain, and all of the chain.
     alike: of an MLP, whether tokens that its attention saw as equal are still equal. projected: of a branch, how what
-    its tokens are compared by comes from them.
+    its tokens are compared by comes from them. beside: attentions that merge here with it, heads of their own: tokens
+    are compared by the mean over the heads of all.
     """
 
     site: AttentionSite
@@ -52,6 +53,12 @@ class Block:
     turn: tuple[int, int] = (0, 1)
     alike: bool = False
     projected: Projection | None = None
+    beside: tuple[Block, ...] = ()
+
+    @property
+    def heads(self) -> tuple[Block, ...]:
+        """The blocks of all attentions that merge here."""
+        return (self, *self.beside)
 
     @property
     def name(self) -> str:
@@ -79,6 +86,9 @@ class Block:
     def compared(self, metric: str) -> str:
         """What the tokens of a branch are compared by, in words, where that is not quite the metric asked for."""
         made, named = self.projected, {"key": "keys", "query": "queries", "value": "values"}.get(metric)
+        names = list(dict.fromkeys(block.name for block in self.heads))
+        if len(names) > 1 and named is not None and not (self.branch and made is None):
+            return f"the mean of the {named} of {', '.join(names)}"
         if named is None or not self.branch or self.operands or self.mlp:
             return ""
         own = "queries" if self.crossed else named

@@ -74,12 +74,14 @@ PARTS = {
 class Bill:
     """The account of one plan. before, after: FLOPs of the graph. at: of the ops that a site's merge is the last to
     reach, before and after. saved, spent: by site, the second by what it is spent on. compared: what a site saves at
-    least where it is on the stream. stopped: the first op without a rule, before which its tokens are given back."""
+    least where it is on the stream. sites: the attentions, of heads that are some of their own the first. stopped: the
+    first op without a rule, before which its tokens are given back."""
 
     def __init__(self, facts: Facts, blocks: Sequence[Block]) -> None:
         device = blocks[0].merge.meta["val"].device.type if blocks else ""
         wide = COSTS.get(device, COSTS[""])
-        self.facts = facts
+        self.facts, beside = facts, {own.site for block in blocks for own in block.beside}
+        self.sites = [site for site in facts.sites if site not in beside]
         self.costs = [wide if width(block, facts) >= NARROW else BY_FLOPS for block in blocks]
         self.before = self.after = 0.0
         self.at: dict[int, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
@@ -166,24 +168,25 @@ class Bill:
         sample; 0 where the groups are another step's."""
         costs = self.costs[step.site]
         before, full = size_hint(length), max(size_hint(step.full), 1)
-        k, wide = block.site.k, width(block, self.facts)
+        wide = width(block, self.facts)
         count = elements_of(block.stream if block.mlp else block.merge)
         tokens = max(count // wide * before // full, 1)
         samples = max(tokens // max(before, 1), 1)
         if block.operands and not block.mlp:  # queries, keys and values
             count = sum(elements_of(self.facts.calls[block.merge].nodes[i]) for i, _ in block.operands)
         elements = count * before // full
-        made, make = block.projected, 0.0
+        made, make = [own.projected for own in block.heads if own.projected is not None], 0.0
         if not compared:
             inner = heads = 0
-        elif made is not None:
-            inner = heads = made.width[0]
-            make = (2.0 * tokens + costs.touch * made.heads[0]) * inner * made.reads
+        elif made:
+            inner = heads = made[0].width[0]
+            make = sum((2.0 * tokens + costs.touch * own.heads[0]) * inner * own.reads for own in made)
         elif block.branch and (block.mlp or not block.operands):
             inner = heads = wide
         else:
-            inner = prod(size_hint(k.node.meta["val"].shape[d]) for d in k.features)
-            heads = elements_of(k.node) * before // max(size_hint(block.length), 1) // tokens
+            keys = [own.site.k for own in block.heads]
+            inner = prod(size_hint(keys[0].node.meta["val"].shape[d]) for d in keys[0].features)
+            heads = sum(elements_of(k.node) for k in keys) * before // max(size_hint(block.length), 1) // tokens
         compare = 2.0 * compared * samples * inner + make
         self.spent[step.site]["match"] += compare + costs.match * tokens * heads
         self.spent[step.site]["merge"] += costs.merge * elements

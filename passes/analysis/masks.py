@@ -24,7 +24,7 @@ from tome_fx.ops import LEFT_OUT
 
 from ..algebra.axes import Dim, leaves
 from ..rules import Call, find
-from ..rules.base import FILLED, UNKNOWN, op_name, sources
+from ..rules.base import UNKNOWN, op_name, sources
 from ..rules.contraction import Contraction
 from ..rules.facts import Facts
 from ..rules.joins import CatRule
@@ -465,8 +465,6 @@ def token_dims(node: fx.Node, facts: Facts, tokens: Dim) -> list[int]:
 
 
 def varies_with(node: fx.Node, facts: Facts) -> set[Any]:
-    if node.target in FILLED:
-        return set()
     return {leaf for d, dim in enumerate(facts.dims(node)) if facts.varies(node, d) for leaf in leaves(dim)}
 
 

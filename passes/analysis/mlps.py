@@ -36,7 +36,7 @@ from .masks import KeyMask, score_terms, token_dims
 from .partition import Room, same_mask
 from .sites import AttentionSite
 from .special import special
-from .streams import ADDS, Spot, length_of, origin, stream_beside, tokens_in
+from .streams import Spot, length_of, origin, stream_beside, terms_of, tokens_in
 
 aten = torch.ops.aten
 
@@ -59,9 +59,8 @@ def _find_mlps(facts: Facts, whole: set[AttentionSite]) -> list[Mlp]:
     """The MLPs after the sites `whole`, whose stream keeps its length, in graph order."""
     found: list[Mlp] = []
     for node in facts.reach.nodes if whole else ():
-        if node.target not in ADDS or len(node.all_input_nodes) != 2:
-            continue
-        for branch, stream in (node.args[:2], node.args[1::-1]):
+        terms = terms_of(node, facts)
+        for branch, stream in (terms, terms[::-1]) if len(terms) == 2 else ():
             stream = origin(stream, branch, facts)
             if facts.leads(stream, branch):
                 site = _last_before(stream, facts)
@@ -152,7 +151,7 @@ def _by_weights(call: Call, facts: Facts) -> bool:
 def mlp_blocks(facts: Facts, blocks: list[Block], masked: set[AttentionSite]) -> list[Block]:
     """Blocks for the MLPs whose stream does not merge. blocks: those of attentions. masked: the sites whose mask keeps
     tokens apart, or may."""
-    held = {block.site: block for block in blocks}
+    held = {own.site: block for block in blocks for own in block.heads}
     taken = {block.merge for block in blocks}
     whole = {site for site in facts.sites if site not in held or held[site].branch}
     found = []
@@ -181,7 +180,8 @@ def _mlp_block(mlp: Mlp, attended: Attended, facts: Facts) -> Block | None:
     rest = facts.features | mlp.features | set(tokens)
     sample = tuple(leaf for dim in facts.dims(value) for leaf in leaves(dim) if leaf not in rest)
     alike = own is not None and not _told_after(own, value, facts)
-    return Block(site=mlp.site, tokens=tokens, sample=sample, spot=mlp.spot, special=kept, mlp=True, masks=keys,
+    site = own.site if own is not None else mlp.site
+    return Block(site=site, tokens=tokens, sample=sample, spot=mlp.spot, special=kept, mlp=True, masks=keys,
                  length=length_of(value, facts, tokens), parts=parts, room=room, alike=alike)  # fmt: skip
 
 

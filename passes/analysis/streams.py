@@ -66,14 +66,61 @@ def _adds_after(site: AttentionSite, facts: Facts) -> Iterator[tuple[fx.Node, li
     for node in facts.reach.nodes[facts.reach.index[site.out] + 1 :]:
         joins = node.target is aten.cat.default
         parts = facts.calls[node].nodes if joins else [node]
-        if not any(n.target in ADDS for n in parts) or not facts.leads(site.out, node):
+        terms = {n: _terms(n, facts) for n in parts}
+        if not any(terms.values()) or not facts.leads(site.out, node):
             continue
-        operands = [a for n in parts for a in (facts.calls[n].nodes if n.target in ADDS else [n])]
+        operands = [_gated(a, site, facts) for n in parts for a in terms[n] or [n]]
         others = [a for a in operands if not facts.leads(site.out, a)]
         if joins:
             wholes = dict.fromkeys(_whole(a, facts, site.k.node) for a in others)
             others = [a for a in wholes if _content(a, facts) == _content(node, facts)]
         yield node, others
+
+
+def terms_of(node: fx.Node, facts: Facts) -> list[fx.Node]:
+    """What an add is the sum of; of one part by part, what these are parts of, scaled perhaps."""
+    if node.target in ADDS:
+        return node.all_input_nodes
+    parts = node.all_input_nodes if node.target is aten.cat.default else []
+    if not parts or any(n.target not in ADDS or len(n.all_input_nodes) != 2 for n in parts):
+        return []
+    return list(dict.fromkeys(_whole(_unscaled(a, facts), facts) for n in parts for a in n.all_input_nodes))
+
+
+def _unscaled(node: fx.Node, facts: Facts) -> fx.Node:
+    while node.target is aten.mul.Tensor:
+        above = [n for n in node.all_input_nodes if n not in facts.constant]
+        if len(above) != 1:
+            break
+        node = above[0]
+    return node
+
+
+def _terms(node: fx.Node, facts: Facts) -> list[fx.Node]:
+    """What a value is the sum of, one by one or with weights: a product with weights combines what stands side by side
+    among the features."""
+    call = facts.calls.get(node)
+    if call is None or node.target in ADDS:
+        return call.nodes if call is not None else []
+    rule, read = find(call), [n for n in call.nodes if n not in facts.constant]
+    if not isinstance(rule, Contraction) or len(read) != 1:
+        return []
+    beside = read[0]
+    while beside in facts.calls and isinstance(find(facts.calls[beside]), (ViewRule, PermuteRule)):
+        beside = facts.calls[beside].nodes[0]
+    if beside.target not in (aten.cat.default, aten.stack.default):
+        return []
+    join = facts.calls[beside]
+    axis = leaves(facts.dims(beside)[join.axis(join.args["dim"], join.out.dim())])
+    return join.nodes if axis and set(axis) <= rule.summed(call, facts) else []
+
+
+def _gated(node: fx.Node, site: AttentionSite, facts: Facts) -> fx.Node:
+    """Of a product, entry by entry, with what the attention says, the other factor."""
+    if facts.leads(site.out, node) and node.target is aten.mul.Tensor:
+        factors = [n for n in facts.calls[node].nodes if not facts.leads(site.out, n) and n not in facts.constant]
+        return factors[0] if len(factors) == 1 else node
+    return node
 
 
 def residuals(site: AttentionSite, facts: Facts, tokens: Dim, mixed: bool = False) -> Iterator[Spot | None]:
@@ -133,8 +180,21 @@ def merge_point(site: AttentionSite, facts: Facts, tokens: Dim) -> Spot | SkipRe
             why = "where its output is added its tokens do not stand in one dim of the residual stream"
             why += ", or beside samples that it does not see"
             return SkipReason("no residual add", site.name, why)
-        return _past_parallel_branch(spot, facts, tokens)
+        return _past_parallel_branch(_past_difference(spot, facts, tokens), facts, tokens)
     return SkipReason("no residual add", site.name, "its output is never added to a value that it was computed from")
+
+
+def _past_difference(spot: Spot, facts: Facts, tokens: Dim) -> Spot:
+    """x + gate * (attention(x) - x) merges once the stream is whole again."""
+    node = spot.merge
+    while len(node.users) == 1:
+        (node,) = node.users
+        call = facts.calls.get(node)
+        if call is None or find(call) is not POINTWISE:
+            break
+        if node.target in ADDS and any(origin(n, spot.stream, facts) is spot.stream for n in call.nodes):
+            return Spot(merge=node, stream=spot.stream) if holds(facts, node, tokens) else spot
+    return spot
 
 
 def _past_parallel_branch(spot: Spot, facts: Facts, tokens: Dim) -> Spot:
@@ -260,4 +320,4 @@ def _combined(site: AttentionSite, facts: Facts) -> set[Atom]:
 
 
 __all__ = ["ADDS", "Spot", "branch_point", "holds", "length_of", "lost", "merge_point", "origin", "pooled",
-           "residuals", "stream_beside", "tokens_in"]  # fmt: skip
+           "residuals", "stream_beside", "terms_of", "tokens_in"]  # fmt: skip

@@ -68,7 +68,7 @@ class Groups:
         if still is not None and (classic or not how.counted):  # they are unlike all others, whatever they hold
             kind = call(tome.place_kinds.default, still)
             metric, heads = call(tome.apart.default, metric, kind, heads, True, *compared_by), False
-        paid = self._paid(merge).detach() if how.needs & PAID else None
+        paid = self._paid(merge) if how.needs & PAID else None
         ends = (own.prefix, own.suffix, heads)
         if block.parts is not None:
             parts = self._parts(block, block.parts)
@@ -187,9 +187,14 @@ class Groups:
     # -- what pieces of a method read ------------------------------------------------------------------------------
 
     def _paid(self, merge: Merge) -> Traced:
-        """float32 [*sample, N]: what the attention of a block gives to each token, as its special token, or all of them
-        on average, pay it: from the operands that it has in the new graph, with sizes and masks in them."""
-        block, builder = merge.block, self.env.builder
+        """float32 [*sample, N]: what the attention of a block gives to each token, the mean of all that merge here."""
+        each = [self._paid_by(own, merge).detach() for own in merge.block.heads]
+        return each[0] if len(each) == 1 else functools.reduce(operator.add, each) / len(each)
+
+    def _paid_by(self, block: Block, merge: Merge) -> Traced:
+        """As `_paid`, of one attention: what its special token, or all of them on average, pay, from the operands that
+        it has in the new graph, with sizes and masks in them."""
+        builder = self.env.builder
         call, decision = self.facts.calls[block.site.out], self.env.plan.decisions[block.site.out]
         new = self.env.env[block.site.out].node
         assert new.target is aten.scaled_dot_product_attention.default
@@ -342,7 +347,16 @@ class Groups:
         operand, made = self._compared(block), block.projected
         source = operand.node if operand is not None else block.merge if self._merged_ones(block) else block.stream
         source = made.node if made is not None else source
-        return self._rows(merge, source, operand, value)
+        if not block.beside or (operand is None and made is None):
+            return self._rows(merge, source, operand, value)
+        return cat([self._heads(merge, own, value) for own in block.heads], -2), True
+
+    def _heads(self, merge: Merge, block: Block, value: Laid | None) -> Traced:
+        """As `_metric`, of one attention of several that merge here, [*sample, N, h, d]."""
+        x, heads = self._metric(replace(merge, block=replace(block, beside=())), value)
+        made = block.projected
+        x = x if heads else x.unsqueeze(-2)
+        return x if made is None else x.expand([*x.shape[:-2], made.heads[0], x.shape[-1]])  # the mean of so many
 
     def _rows(
         self, merge: Merge, source: fx.Node, operand: Operand | None, value: Laid | None

@@ -1,5 +1,6 @@
 """join_writes: slices that are written one after the other until nothing is left of what was there are one cat, what
-is added to every row by an index is added, and what is written alike where a mask says so is filled in.
+is added to every row by an index is added, what is written alike where a mask says so is filled in, and rows that an
+index names one behind the other are a slice.
 
     y = empty(B, n + m, D); y[:, :n] = a; y[:, n:] = b        ->    y = cat([a, b], 1)
     slice_scatter(slice_scatter(y, a, 1, 0, n), b, 1, n)
@@ -149,6 +150,40 @@ def put_where(call: Call, emit: Emit) -> fx.Node | None:
     return emit(aten.where.self, mask, value, a["self"])
 
 
+def read_in_order(call: Call, emit: Emit) -> fx.Node | None:
+    """Rows that an index reads one behind the other are a slice."""
+    found = _rows(call, emit)
+    return emit(aten.slice.Tensor, call.nodes[0], *found) if found is not None else None
+
+
+def written_in_order(call: Call, emit: Emit) -> fx.Node | None:
+    """Rows that an index writes one behind the other are a slice that is written."""
+    a, found = call.args, _rows(call, emit)
+    src = a["source" if "source" in a else "values"]
+    if found is None or a.get("accumulate") or src.meta["val"].dtype != call.out.dtype:
+        return None
+    dim, start, stop = found
+    shape = [stop - start if d == dim else n for d, n in enumerate(call.out.shape)]
+    if not all(isinstance(n, int) for n in shape):
+        return None
+    src = src if list(src.meta["val"].shape) == shape else emit(aten.expand.default, src, shape)
+    return emit(aten.slice_scatter.default, call.nodes[0], src, dim, start, stop)
+
+
+def _rows(call: Call, emit: Emit) -> tuple[int, int, int] | None:
+    """The dim whose entries an index names in order, from where to where."""
+    a, own = call.args, call.vals[0]
+    indices = dict(enumerate(a["indices"])) if "indices" in a else {call.axis(a["dim"]): a["index"]}
+    (d, index), *others = [(d, index) for d, index in indices.items() if index is not None] or [(0, None)]
+    value, size = emit.known.get(index) if isinstance(index, fx.Node) else None, own.shape[d] if own.dim() else None
+    if others or value is None or value.dtype is not torch.int64 or value.dim() != 1 or not isinstance(size, int):
+        return None
+    value = torch.where(value < 0, value + size, value) if "indices" in a else value  # no other op counts from behind
+    start, count = int(value[0]) if len(value) else -1, len(value)
+    inside = 0 <= start <= size - count and bool((value == torch.arange(start, start + count)).all())
+    return (d, start, start + count) if inside else None
+
+
 def _counts_up(value: Tensor, d: int, behind: int, shape: Sequence[Any]) -> bool:
     """Whether an index of a tensor, with so many dims behind its own, is the place of each entry along dim d."""
     for k, step in enumerate(value.stride()):
@@ -159,4 +194,4 @@ def _counts_up(value: Tensor, d: int, behind: int, shape: Sequence[Any]) -> bool
     return whole and bool((value == places.to(value.device)).all())
 
 
-__all__ = ["added_in_order", "join_writes", "put_where"]
+__all__ = ["added_in_order", "join_writes", "put_where", "read_in_order", "written_in_order"]

@@ -22,7 +22,7 @@ from tome_fx.report import NO_RULE
 from ..algebra.axes import Dims, fresh_dims
 from ..algebra.layout import Layout, Run, plain
 from ..building.trace import Traced
-from .facts import Facts
+from .facts import FILLED, Facts
 
 Letter = Hashable
 Path = tuple[str, int | None]
@@ -91,14 +91,6 @@ def tensors_of(value: Any) -> tuple[Tensor, ...]:
     if isinstance(value, (tuple, list)):
         return tuple(v for v in value if isinstance(v, Tensor))
     return ()
-
-
-FILLED = frozenset(
-    getattr(torch.ops.aten, f"{new}{name}{like}").default
-    for name in ("full", "ones", "zeros")
-    for new, like in (("", ""), ("new_", ""), ("", "_like"))
-) | {torch.ops.aten.zero.default}
-"""Ops that fill in one number; of an operand they have only the shape, or dtype and device."""
 
 
 def sources(node: fx.Node, operands: Sequence[fx.Node]) -> Sequence[fx.Node]:

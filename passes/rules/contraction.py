@@ -107,19 +107,28 @@ def _added(call: Call, facts: Facts) -> Signature:
     return Signature(ins, (frame,), {"k": Role.SUM}, frame=frame, fills={0: fill})
 
 
-class CodedProduct(Contraction):
-    """Rows times weights, both or the weights coded: integers, 8-bit floats, packed. weight: the letters of these.
-
-    A code is no value that a size could weigh: tokens are given back before they are summed over.
-    """
-
-    def __init__(self, *weight: Letter | None) -> None:
-        super().__init__(_coded(weight))
+class Unweighted(Contraction):
+    """What pairs rows by more than a sum of products, or by codes, whose terms no size could weigh: tokens are given
+    back before they are summed over."""
 
     def plan(self, call: Call, ins: Sequence[Layout], facts: Facts) -> Decision:
         sig = self.signature(call, facts)
         whole = replace(sig, roles=dict.fromkeys(sig.roles, Role.MIX))
         return SignatureRule(lambda *_: whole).plan(call, ins, facts)
+
+
+def _distances(call: Call, facts: Facts) -> Signature:
+    """cdist: how far each row of one operand is from each of the other."""
+    batch = [_batch(val.dim() - 2) for val in call.vals]
+    lead = max(batch, key=len)
+    return Signature(((*batch[0], "m", "k"), (*batch[1], "n", "k")), ((*lead, "m", "n"),), {"k": Role.SUM})
+
+
+class CodedProduct(Unweighted):
+    """Rows times weights, both or the weights coded: integers, 8-bit floats, packed. weight: the letters of these."""
+
+    def __init__(self, *weight: Letter | None) -> None:
+        super().__init__(_coded(weight))
 
 
 def _coded(weight: tuple[Letter | None, ...]) -> Callable[[Call, Facts], Signature]:
@@ -311,6 +320,7 @@ register(Contraction(_linear), aten.linear)
 register(Contraction(_matmul), aten.matmul, aten.mm, aten.bmm, aten.mv, aten.dot)
 register(Contraction(_added), aten.addmm, aten.baddbmm)
 register(Contraction(_einsum), aten.einsum)
+register(Unweighted(_distances), aten.cdist, aten._euclidean_dist, aten._cdist_forward)
 register(CodedProduct("k", "n"), aten._int_mm.default, aten._scaled_mm.default)
 register(CodedProduct("n", "k"), aten._weight_int8pack_mm)
 register(CodedProduct("n", None), aten._weight_int4pack_mm_for_cpu)

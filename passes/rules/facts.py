@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from .base import Call
 
 
+FILLED = frozenset(
+    getattr(torch.ops.aten, f"{new}{name}{like}").default
+    for name in ("full", "ones", "zeros")
+    for new, like in (("", ""), ("new_", ""), ("", "_like"))
+) | {torch.ops.aten.zero.default}
+"""Ops that fill in one number; of an operand they have only the shape, or dtype and device."""
+
+
 @dataclass(eq=False)
 class Facts:
     """What the analyses know of a graph.
@@ -127,8 +135,9 @@ class Facts:
         return [[leaves(part) for part in parts] for parts, whole in self.joins if leaves(whole) == leaves(axis)]
 
     def varies(self, node: fx.Node, d: int) -> bool:
-        """Whether a value may differ along a dim. (In normal form what is the same along one has size 1 there.)"""
-        return size_expr(node.meta["val"].shape[d]) != 1
+        """Whether a value may differ along a dim. (In normal form what is the same along one has size 1 there; what is
+        filled with one number differs along none.)"""
+        return node.target not in FILLED and size_expr(node.meta["val"].shape[d]) != 1
 
     def told(self, node: fx.Node) -> bool:
         """Whether a value says of single tokens what the caller, a comparison or a constant mask said: no model

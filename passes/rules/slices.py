@@ -164,9 +164,14 @@ class SelectRule(Rule):
     def _spec(self, call: Call) -> tuple[int, Any, Any]:
         d = call.axis(call.args["dim"])
         size = call.vals[0].shape[d]
+        return d, self.place(call, size), size
+
+    @staticmethod
+    def place(call: Call, size: Size) -> Any:
+        """Which entry of a dim of this size is meant, counted from the front."""
         index = call.args["index"]
         index = index.meta["val"] if hasattr(index, "meta") else index
-        return d, from_front(index, size_expr(size)), size
+        return from_front(index, size_expr(size))
 
     def axes(self, call: Call, facts: Facts) -> tuple[Dims, ...]:
         d, index, size = self._spec(call)
@@ -272,38 +277,53 @@ class ScatterSlice(SignatureRule):
     Where the slice ends at protected tokens and the written value is merged alike, the write is to the merged rows.
     """
 
+    @staticmethod
+    def _span(call: Call) -> Span:
+        """What is written: a slice, or (select_scatter) one entry."""
+        if "start" in call.args:
+            return Span.of(call)
+        d, size = call.axis(call.args["dim"]), call.vals[0].shape[call.axis(call.args["dim"])]
+        index = SelectRule.place(call, size)
+        return Span(d, index, index + 1, size, length=1)
+
     def axes(self, call: Call, facts: Facts) -> tuple[Dims, ...]:
         super().axes(call, facts)
-        dims = facts.dims(call.nodes[0])
-        if "start" in call.args:
-            span = Span.of(call)
-            dim = dims[span.d]
-            if span.step == 1 and call.vals[1].dim() == call.vals[0].dim():
-                unify(span.axis(facts, dim), facts.dims(call.nodes[1])[span.d])
-                span.note(facts, None, dim)
+        dims, span = facts.dims(call.nodes[0]), self._span(call)
+        dim = dims[span.d]
+        if span.step == 1 and not self._one(call):
+            unify(span.axis(facts, dim), facts.dims(call.nodes[1])[span.d])
+        if span.step == 1:
+            span.note(facts, None, dim)
         return (dims,)
 
+    @staticmethod
+    def _one(call: Call) -> bool:
+        """Whether what is written lacks the dim."""
+        return call.vals[1].dim() < call.vals[0].dim()
+
     def plan(self, call: Call, ins: Sequence[Layout], facts: Facts) -> Decision:
-        whole = super().plan(call, ins, facts)
-        d = call.axis(call.args.get("dim", 0))
-        if "start" not in call.args or not ins[0][d]:
+        whole, span = super().plan(call, ins, facts), self._span(call)
+        d, one = span.d, self._one(call)
+        runs = span.runs(facts.dims(call.nodes[0]), ins[0]) if ins[0][d] else None
+        source = () if one else ins[1][d]
+        if runs is None or [run.step for run in runs] != [run.step for run in source]:
             return whole
-        runs, source = Span.of(call).runs(facts.dims(call.nodes[0]), ins[0]), ins[1][d]
-        if not runs or len(source) != 1 or source[0].step is not runs[0].step:
+        if any(run.extensive for run in (*ins[0][d], *source)):
             return whole
-        if runs[0].extensive or source[0].extensive:
-            return whole
-        base, src = with_runs(whole.ins[0], d, ins[0][d]), with_runs(whole.ins[1], d, source)
+        base, src = (layout if x is None else with_runs(layout, d, x)
+                     for layout, x in zip(whole.ins, (ins[0][d], None if one else source), strict=True))  # fmt: skip
         reasons = tuple(r for r in whole.reasons if r[0] > 1)
         return Decision((base, src), (with_runs(whole.outs[0], d, ins[0][d]),), reasons)
 
     def emit(self, call: Call, env: Emitter, decision: Decision) -> Any:
         base, src = (env.fetch(n, layout) for n, layout in zip(call.nodes, decision.ins, strict=True))
-        d = call.axis(call.args.get("dim", 0))
+        span = self._span(call)
+        d = span.d
         if not decision.ins[0][d]:
             return env.run(call, [base, src])
-        part = Span.of(call).part(decision.ins[0][d][0].step)
+        part = span.part(decision.ins[0][d][0].step)
         assert part is not None
+        src = src.unsqueeze(d) if self._one(call) else src
         return base.slice_scatter(src, d, part.start, part.start + part.length)
 
 

@@ -13,8 +13,8 @@ so only at those joins that it is told to.
 
 from tome_fx.tied.groups import Groups, given_back
 from tome_fx.tied.marks import Join, Marked, steps_between
-from tome_fx.tied.runs import MergedRun, PlainRun, dropped, is_random
+from tome_fx.tied.runs import MergedRun, Mode, PlainRun, dropped, is_random, makes_whole
 from tome_fx.tied.whole import TiedRun, is_merge, relative
 
-__all__ = ["Groups", "Join", "Marked", "MergedRun", "PlainRun", "TiedRun", "dropped", "given_back", "is_merge",
-           "is_random", "relative", "steps_between"]  # fmt: skip
+__all__ = ["Groups", "Join", "Marked", "MergedRun", "Mode", "PlainRun", "TiedRun", "dropped", "given_back", "is_merge",
+           "is_random", "makes_whole", "relative", "steps_between"]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,11 +40,31 @@ def is_random(node: fx.Node) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Mode:
+    """How graphs are run. exact: in float64. rounds: False leaves floats that become whole numbers as they are."""
+
+    exact: bool = True
+    rounds: bool = True
+
+
+ROUND = {aten.round.default, aten.floor.default, aten.ceil.default, aten.trunc.default, aten._to_copy.default}
+"""Ops that may make whole numbers of floats."""
+
+
+def makes_whole(node: fx.Node) -> bool:
+    """Whether an op makes whole numbers of floats."""
+    whole = node.target in ROUND and (node.target is not aten._to_copy.default
+                                      or not node.meta["val"].is_floating_point())  # fmt: skip
+    (source, *_) = node.all_input_nodes if whole else (None,)
+    return source is not None and source.meta["val"].is_floating_point() and node.meta["val"].dtype is not torch.bool
+
+
 class _Runner:
     """Runs a graph on real values, by default in float64; each value lives until it was read for the last time."""
 
-    def __init__(self, graph: fx.Graph, exact: bool, draws: dict[str, Tensor]) -> None:
-        self.graph, self.exact, self.draws = graph, exact, draws
+    def __init__(self, graph: fx.Graph, mode: Mode, draws: dict[str, Tensor]) -> None:
+        self.graph, self.mode, self.exact, self.draws = graph, mode, mode.exact, draws
         self.env: dict[fx.Node, Any] = {}
         self.kept: set[fx.Node] = set()
 
@@ -92,8 +113,10 @@ class _Runner:
         target: Any = node.target
         if self.exact:
             args, kwargs, target = map_aggregate(args, _wide), map_aggregate(kwargs, _wide), _SIZES.get(target, target)
-        if target in _DROPOUT:
+        if target in _DROPOUT or (not self.mode.rounds and makes_whole(node)):
             return args[0]
+        if target is aten._int_mm.default and not self.mode.rounds:
+            target, args = torch.mm, [x.to(torch.float64) for x in args]
         if target is aten.native_dropout.default:
             return args[0], torch.ones_like(args[0], dtype=torch.bool)
         if target is aten.scaled_dot_product_attention.default:
@@ -129,8 +152,8 @@ def _without_dropout(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tup
 class MergedRun(_Runner):
     """groups: assign and keep of each site that merged. pairs: the lowest similarity. values: what was marked."""
 
-    def __init__(self, graph: fx.Graph, exact: bool) -> None:
-        super().__init__(graph, exact, {})
+    def __init__(self, graph: fx.Graph, mode: Mode) -> None:
+        super().__init__(graph, mode, {})
         self.groups: dict[int, dict[str, Tensor]] = {}
         self.pairs: dict[int, float] = {}
         self.values: dict[str, Tensor] = {}
@@ -156,4 +179,4 @@ class PlainRun(_Runner):
         return self.draws[node.name]
 
 
-__all__ = ["MergedRun", "PlainRun", "dropped", "is_random"]
+__all__ = ["MergedRun", "Mode", "PlainRun", "dropped", "is_random", "makes_whole"]

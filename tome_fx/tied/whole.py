@@ -20,7 +20,7 @@ from tome_fx.passes.rules.facts import Facts
 from tome_fx.passes.rules.pointwise import MaskRule
 from tome_fx.tied.groups import Groups, axes_of, widened
 from tome_fx.tied.marks import Join, steps_between
-from tome_fx.tied.runs import PlainRun
+from tome_fx.tied.runs import Mode, PlainRun
 
 aten = torch.ops.aten
 
@@ -32,11 +32,11 @@ class TiedRun(PlainRun):
     """
 
     def __init__(
-        self, result: Result, exact: bool, draws: dict[str, Tensor], groups: Groups, joins: Sequence[Join],
+        self, result: Result, mode: Mode, draws: dict[str, Tensor], groups: Groups, joins: Sequence[Join],
         approximated: frozenset[Join] = frozenset(),
     ) -> None:  # fmt: skip
         assert result.captured is not None
-        super().__init__(result.captured.gm.graph, exact, draws)
+        super().__init__(result.captured.gm.graph, mode, draws)
         self.facts, self.plan, self.groups = result.facts, result.plan, groups
         self.approximated = approximated
         self.at: dict[fx.Node, list[Join]] = {}

@@ -1,0 +1,108 @@
+"""tiles: what the same is done to piece by piece, joined again, is done to the whole.
+
+    cat([x[:, :1] + y[:, :1], x[:, 1:] + y[:, 1:]], 1)               ->    x + y
+    cat([(a @ k).softmax(-1) @ v for a in q.chunk(4, 1)], 1)         ->    (q @ k).softmax(-1) @ v
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..building.emit import Emit
+from ..rules import Call, find
+from ..rules.base import Role
+from ..rules.facts import NO_FACTS
+from ..rules.pointwise import POINTWISE
+from ..rules.signature import SignatureRule
+from ..rules.views import PermuteRule
+
+aten = torch.ops.aten
+_CUTS = {aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default}
+
+
+def tiled(nodes: Sequence[Any], d: int, emit: Emit) -> fx.Node | None:
+    """The value of which these are the pieces along dim d, in order; None where they are not."""
+    calls = [Call(n) for n in nodes if isinstance(n, fx.Node) and n.op == "call_function"]
+    if len(nodes) < 2 or len(calls) < len(nodes) or any(c.target is not calls[0].target for c in calls):
+        return None
+    first = calls[0]
+    if first.target in (aten.slice.Tensor, operator.getitem):
+        return _pieced(nodes, d)
+    places = _places(first, d)
+    if places is None or not _alike(calls):
+        return None
+    new: dict[fx.Node, fx.Node] = {}
+    for i, k in enumerate(places):
+        column = [c.nodes[i] for c in calls]
+        same = all(_equal(n, column[0]) for n in column)
+        whole = column[0] if same and (k is None or first.vals[i].shape[k] == 1) else None
+        whole = tiled(column, k, emit) if whole is None and k is not None else whole
+        if whole is None or new.get(column[0], whole) is not whole:
+            return None
+        new[column[0]] = whole
+    args, kwargs = fx.map_arg((first.node.args, first.node.kwargs), lambda n: new.get(n, n))
+    return emit(first.target, *args, **kwargs)
+
+
+def _places(call: Call, d: int) -> list[int | None] | None:
+    """The dims of the operands that an op maps to dim d of its result, None for an operand that has none; None where it
+    does not map it."""
+    rule = find(call)
+    if isinstance(rule, PermuteRule):
+        return [rule.order(call)[d]]
+    if not isinstance(rule, SignatureRule) or len(call.results) != 1 or call.args.get("enable_gqa"):
+        return None
+    sig = rule.signature(call, NO_FACTS)
+    letter = sig.outs[0][d]
+    if letter is None or sig.role(letter) is not Role.MAP or (len(call.node.users) > 1 and rule is not POINTWISE):
+        return None
+    found = [letters.index(letter) if letter in letters else None for letters in sig.ins]
+    spread = call.out.shape[d] != 1
+    return [None if k is not None and spread and val.shape[k] == 1 else k
+            for k, val in zip(found, call.vals, strict=True)]  # fmt: skip
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two arguments are one, or made alike of the same."""
+    if a is b or not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
+        return a is b or (type(a) is type(b) and not isinstance(a, fx.Node) and bool(a == b))
+    drawn = torch.Tag.nondeterministic_seeded in getattr(a.target, "tags", ())
+    alike = a.op == b.op == "call_function" and a.target is b.target and a.kwargs == b.kwargs and not drawn
+    return alike and len(a.args) == len(b.args) and all(map(_equal, a.args, b.args))
+
+
+def _alike(calls: Sequence[Call]) -> bool:
+    """Whether all is the same of some calls but for their tensors, and nothing is random."""
+    said = {str(fx.map_arg((c.node.args, c.node.kwargs), lambda _: None)) for c in calls}
+    drawn = torch.Tag.nondeterministic_seeded in getattr(calls[0].target, "tags", ())
+    return len(said) == 1 and not (drawn and calls[0].args.get("dropout_p", 1.0))
+
+
+def _pieced(nodes: Sequence[Any], d: int) -> fx.Node | None:
+    """What slices are all of, one behind the other."""
+    cuts, at = [_cut(n, d) for n in nodes], 0
+    whole = cuts[0][0]
+    for node, (base, start) in zip(nodes, cuts, strict=True):
+        length = node.meta["val"].shape[d]
+        if base is not whole or start != at or not isinstance(length, int):
+            return None
+        at += length
+    return whole if whole is not None and at == whole.meta["val"].shape[d] else None
+
+
+def _cut(node: fx.Node, d: int) -> tuple[fx.Node | None, Any]:
+    """Of what a slice along dim d is one, or a piece of a split, and from where on."""
+    of: Any = node.args[0] if node.target is operator.getitem else node
+    if of.target not in _CUTS or (call := Call(of)).axis(call.args["dim"]) != d or call.args.get("step", 1) != 1:
+        return None, None
+    at: Any = 0 if of is node else node.args[1]
+    lengths = [val.shape[d] for val in call.results[:at]]
+    return call.nodes[0], sum(lengths, call.args.get("start") or 0)
+
+
+__all__ = ["tiled"]
