@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import WhisperConfig, WhisperForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput
 
+import tome_fx
 from tests import palette
 from tests.library import CASES, DEPTH, Case
 from tests.models import effective
@@ -86,3 +89,26 @@ def test_full_size(name: str) -> None:
 
     model = palette.equalize(timm.create_model(name), seed=0)
     assert_lossless(model, (palette.palette_image(2, 224, 16, k=8),), 12, sites=12, tol=1e-4, control=True)
+
+
+def test_whisper_reads_the_states_of_a_merged_encoder_once() -> None:
+    """As docs/programs.md has it: without its last option, time stamps have `generate` read the same states again."""
+    config = WhisperConfig(
+        vocab_size=51864, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, max_target_positions=64, bos_token_id=50257,
+        eos_token_id=50256, pad_token_id=50256, decoder_start_token_id=50257, suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )  # fmt: skip
+    model = WhisperForConditionalGeneration(config).eval()
+    model.generation_config.no_timestamps_token_id = 50362
+    model.generation_config.max_initial_timestamp_index = 50
+    model.generation_config.is_multilingual = False
+    with torch.no_grad():
+        encoder = palette.compiled(model.model.encoder, 200, placement="stream")
+        states = encoder(torch.randn(2, 80, 3000)).last_hidden_state
+    assert tome_fx.reports()[-1].tokens == [(1500, 1300), (1300, 1100)] and states.shape == (2, 1500, 32)
+    given = BaseModelOutput(last_hidden_state=states)
+    text = model.generate(
+        encoder_outputs=given, return_timestamps=True, max_new_tokens=8, force_unique_generate_call=True
+    )
+    assert text.shape == (2, 9)
