@@ -256,6 +256,21 @@ def test_the_form_of_a_spelling(name: str) -> None:
     torch.testing.assert_close(gm(x, y), spelling(x, y))
 
 
+def test_a_tower_on_pieces_is_gone_through_once() -> None:
+    """Each add doubles the ways down, so that to follow every one of them would not end."""
+
+    def towers(x: Tensor) -> Tensor:
+        pieces = x.chunk(2)
+        for _ in range(40):
+            pieces = tuple(p + p.sin() * p for p in pieces)
+        return torch.cat(pieces)
+
+    x = torch.randn(2, 3, 4)
+    gm = capture(make_fx(towers, pre_dispatch=True)(x), [x]).gm
+    assert len(gm.graph.nodes) < 260
+    torch.testing.assert_close(gm(x), towers(x))
+
+
 def written(x: Tensor) -> tuple[Tensor, Tensor]:
     before = x * 1.0
     return x.add_(1.0) * 2, before

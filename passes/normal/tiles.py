@@ -23,10 +23,25 @@ from ..rules.views import PermuteRule
 
 aten = torch.ops.aten
 _CUTS = {aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default}
+_DEEP = 32
+"""Ops in a row that are looked through: an attention has a dozen, and whole towers stay as they are."""
+Known = dict[tuple[Any, ...], Any]
+"""What was found of these pieces along this dim, or of two arguments: a residual stream is met on many ways."""
 
 
 def tiled(nodes: Sequence[Any], d: int, emit: Emit) -> fx.Node | None:
     """The value of which these are the pieces along dim d, in order; None where they are not."""
+    return _tiled(nodes, d, emit, {}, _DEEP)
+
+
+def _tiled(nodes: Sequence[Any], d: int, emit: Emit, known: Known, deep: int) -> fx.Node | None:
+    key = (*nodes, d)
+    if key not in known:
+        known[key] = _found(nodes, d, emit, known, deep - 1) if deep else None
+    return known[key]
+
+
+def _found(nodes: Sequence[Any], d: int, emit: Emit, known: Known, deep: int) -> fx.Node | None:
     calls = [Call(n) for n in nodes if isinstance(n, fx.Node) and n.op == "call_function"]
     if len(nodes) < 2 or len(calls) < len(nodes) or any(c.target is not calls[0].target for c in calls):
         return None
@@ -39,9 +54,9 @@ def tiled(nodes: Sequence[Any], d: int, emit: Emit) -> fx.Node | None:
     new: dict[fx.Node, fx.Node] = {}
     for i, k in enumerate(places):
         column = [c.nodes[i] for c in calls]
-        same = all(_equal(n, column[0]) for n in column)
+        same = all(_equal(n, column[0], known, deep) for n in column)
         whole = column[0] if same and (k is None or first.vals[i].shape[k] == 1) else None
-        whole = tiled(column, k, emit) if whole is None and k is not None else whole
+        whole = _tiled(column, k, emit, known, deep) if whole is None and k is not None else whole
         if whole is None or new.get(column[0], whole) is not whole:
             return None
         new[column[0]] = whole
@@ -67,13 +82,16 @@ def _places(call: Call, d: int) -> list[int | None] | None:
             for k, val in zip(found, call.vals, strict=True)]  # fmt: skip
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _equal(a: Any, b: Any, known: Known, deep: int) -> bool:
     """Whether two arguments are one, or made alike of the same."""
     if a is b or not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
         return a is b or (type(a) is type(b) and not isinstance(a, fx.Node) and bool(a == b))
-    drawn = torch.Tag.nondeterministic_seeded in getattr(a.target, "tags", ())
-    alike = a.op == b.op == "call_function" and a.target is b.target and a.kwargs == b.kwargs and not drawn
-    return alike and len(a.args) == len(b.args) and all(map(_equal, a.args, b.args))
+    if (a, b) not in known:
+        drawn = torch.Tag.nondeterministic_seeded in getattr(a.target, "tags", ())
+        alike = a.op == b.op == "call_function" and a.target is b.target and a.kwargs == b.kwargs and not drawn
+        alike = alike and len(a.args) == len(b.args) and deep > 0
+        known[a, b] = alike and all(_equal(x, y, known, deep - 1) for x, y in zip(a.args, b.args, strict=True))
+    return known[a, b]
 
 
 def _alike(calls: Sequence[Call]) -> bool:
