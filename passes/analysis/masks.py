@@ -87,9 +87,11 @@ def _said_of(node: fx.Node, facts: Facts, part: Dim) -> Tensor | None:
     if call is None or not (isinstance(find(call), VIEWS) or torch.Tag.pointwise in call.target.tags
                             or _packet(call) is aten._to_copy):  # fmt: skip
         return None
-    values = {n: _said_of(n, facts, part) for n in call.nodes}
-    if any(one is None for one in values.values()):
-        return None
+    values: dict[fx.Node, Tensor] = {}
+    for n in call.nodes:
+        if (one := _said_of(n, facts, part)) is None:
+            return None
+        values[n] = one
     if isinstance(find(call), VIEWS):
         return values[call.nodes[0]]
     args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
