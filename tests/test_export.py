@@ -155,7 +155,7 @@ def test_free_dims(free: str) -> None:
 
 @pytest.mark.parametrize("more", [{}, {"method": "diffrate"}, {"counts": "threshold", "least": 0.5}], ids=str)
 def test_a_share_is_of_the_length_that_comes(more: dict[str, Any]) -> None:
-    """Not of that which was traced: int() of a symbol is the number it had."""
+    """Not of that which was traced: int() of a symbol is the number it had. Nor has what reads all queries that one."""
     model, options = Stack(), {"r": 0.2, "placement": "stream", **more}
     with torch.no_grad():
         gm = tome_fx.rewrite(model, (torch.randn(2, 40, D),), dynamic_shapes=(FREE["length"],), **options)
