@@ -22,7 +22,7 @@ from torch import fx
 from tome_fx.config import ToMeConfig
 from tome_fx.methods import How
 from tome_fx.report import SkipReason, Unmerge
-from tome_fx.schedule import gathered, merged_away, to_multiple, tokens_per_block
+from tome_fx.schedule import gathered, merged_away, share_of, to_multiple, tokens_per_block
 
 from .algebra.axes import Dim, Size, leaves, locate
 from .algebra.layout import SHORT_AXIS, Layout, Part, Run, Step, plain
@@ -68,9 +68,7 @@ class Merge:
 
 def _share(share: int | float, r: Any) -> Any:
     """So many of r, or such a share of it; r may be symbolic."""
-    if isinstance(r, int):
-        return min(share, r) if isinstance(share, int) else int(r * share)
-    return r * int(share * 1024) // 1024
+    return min(share, r) if isinstance(share, int) else share_of(r, share)
 
 
 @dataclass
@@ -362,7 +360,7 @@ class _Walk:
             return None
         special = block.special
         free = size_hint(part.length) - special.prefix - special.suffix
-        asked = int(free * wanted) if isinstance(wanted, float) else wanted
+        asked = share_of(free, wanted) if isinstance(wanted, float) else wanted
         if self.multiple == 1 and size_hint(r) < asked:
             self.plan.asked[index] = asked
         before: Any = prev.after if prev is not None else block.length + lo + hi

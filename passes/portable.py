@@ -337,7 +337,8 @@ FORMS: dict[str, Callable[..., Any]] = {
     "attention_paid": ops.attention_paid, "grid_places": ops.grid_places, "place_metric": ops.place_metric,
     "place_code": ops.place_code, "side_code": ops.side_code, "with_side": lambda x, side: x.clone(),
     "merge": functools.partial(ops.merge_aten, rows=_rows), "merge_size": ops.merge_size_aten,
-    "merge_bias": ops.merge_bias_aten, "log_size": torch.log, "unmerge": _rows, "seen_first": ops.seen_first,
+    "merge_bias": ops.merge_bias_aten, "merge_bias_aten": ops.merge_bias_aten, "log_size": torch.log, "unmerge": _rows,
+    "seen_first": ops.seen_first,
     "key_weight": ops.key_weight, "key_kinds": ops.key_kinds, "places": _marked, "place_kinds": ops.place_kinds,
     "part_labels": ops.part_labels, "apart": ops.apart,
 }  # fmt: skip

@@ -54,6 +54,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"r": 4, "prop_attn": 1}, TypeError, "True or False"),
     ({"r": 4, "drop_unread": 1}, TypeError, "drop_unread must be True or False"),
     ({"r": 4, "strict": "no"}, TypeError, "True or False"),
+    ({"r": 4, "margin": float("nan")}, ValueError, "margin must be a number, got nan"),
+    ({"r": 4, "levels": 0}, ValueError, "levels must be a number of 1 or more, got 0"),
 ]
 
 

@@ -269,6 +269,8 @@ def test_calibrate_by_a_threshold() -> None:
     low, high = (tome_fx.calibrate(model, [x, x], method="tome", tau=tau, placement="stream") for tau in (0.2, 0.6))
     assert len(low) == len(high) == 4 and low[0] > high[0] > 0
     assert tome_fx.calibrate(model, [(x,)], method="tome", tau=2.0, placement="stream") == [0, 0, 0, 0]
+    odd, options = reference.plain(prefix=0, depth=2), {"method": "tome", "tau": -2.0, "placement": "stream"}
+    assert tome_fx.calibrate(odd, [x[..., :20, :20]], **options) == [12, 6], "half of 25, where 13 are sources"
     with pytest.raises(ValueError, match="at least one batch"):
         tome_fx.calibrate(model, [])
     with pytest.raises(ValueError, match="rule must be"):
@@ -279,17 +281,25 @@ def test_calibrate_by_a_threshold() -> None:
 
 
 class Image(nn.Module):
-    """The reference's model under another name for its input."""
+    """The reference's model under another name for its input; registers are put behind a class token in its place."""
 
     def __init__(self, inner: Any) -> None:
         super().__init__()
         self.inner = inner
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.inner(image)
+        if self.inner.prefix < 2:
+            return self.inner(image)
+        x = self.inner.patch_embed(image).flatten(2).transpose(1, 2)
+        special = self.inner.special.expand(len(x), -1, -1)
+        x = -torch.cat([-special[:, :1], -x], 1)  # no cat of a cat, which is one
+        x = torch.cat([x[:, :1], special[:, 1:], x[:, 1:]], 1)
+        for block in self.inner.blocks:
+            x = block(x)
+        return self.inner.norm(x)
 
 
-@pytest.mark.parametrize("prefix", [1, 0])
+@pytest.mark.parametrize("prefix", [1, 0, 3])
 @pytest.mark.parametrize("grid", [False, True])
 def test_depth(prefix: int, grid: bool) -> None:
     """ToSA with depth, as the reference has it."""
@@ -315,6 +325,8 @@ def test_depth_compiled_and_what_does_not_fit() -> None:
         assert not torch.allclose(*got), "the depth changes which tokens merge"
         with pytest.warns(tome_fx.ToMeWarning, match=r"\[2, 40\] numbers do not fit its tokens, 6 x 8"):
             run(whole, (x,), {"side": depth[:, :40]}, 4, method="tosa", placement="stream")
+        with pytest.raises(TypeError, match=r"side must be floating, .* got torch\.int64"):
+            whole(x, side=depth.long())
         _, report = run(whole, (x,), {"side": depth}, 4, placement="stream")
         assert report.merged_sites and "nothing reads it" in str(report)
         torch.testing.assert_close(whole(x, side=depth), model(x))
@@ -325,6 +337,7 @@ def test_explain_prints_what_a_method_stands_for() -> None:
     said = " ".join(str(tome_fx.explain(model, args, r=4, method="diffrate", prune=0.5, placement="stream")).split())
     assert "method diffrate (arXiv 2305.17997): importance='attention', partition='importance'" in said
     assert "prune=0.5" in said
+    assert "'least', margin=0.5" in str(tome_fx.explain(model, args, r=4, method="pitome", margin=0.5)).split("\n")[0]
     assert not str(tome_fx.explain(model, args, r=4)).startswith("method")
 
 

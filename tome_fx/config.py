@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from math import isnan
 from numbers import Real
 from operator import index
 from typing import Any
@@ -181,6 +182,9 @@ class ToMeConfig:
                              f"{', '.join(DEFAULTS)}")  # fmt: skip
         if bad := [name for name, value in numbers.items() if not _real(value)]:
             raise TypeError(f"{bad[0]} must be a number, got {numbers[bad[0]]!r}")
+        if bad := [name for name, value in numbers.items() if isnan(value) or (name == "levels" and value < 1)]:
+            least = " of 1 or more" if bad[0] == "levels" else ""
+            raise ValueError(f"{bad[0]} must be a number{least}, got {numbers[bad[0]]!r}")
         said = {name: value for name, value in said.items() if name in DEFAULTS}
         object.__setattr__(self, "numbers", tuple({**DEFAULTS, **said, **numbers}.items()))
 
@@ -273,7 +277,8 @@ class ToMeConfig:
     @property
     def described(self) -> str:
         """The method and all that is not ToMe's, as `explain` prints it; empty for ToMe itself."""
-        other = [f"{name}={getattr(self, name)!r}" for name, own in PIECEWISE.items() if getattr(self, name) != own]
+        own = {**{name: getattr(self, name) for name in PIECEWISE}, **dict(self.numbers)}
+        other = [f"{name}={own[name]!r}" for name, usual in {**PIECEWISE, **DEFAULTS}.items() if own[name] != usual]
         source = METHODS[self.method].source
         return f"method {self.method} ({source}): {', '.join(other)}" if other else ""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from math import prod
+from typing import Any
 
 
 class ScheduleError(ValueError):
@@ -60,8 +62,15 @@ def to_multiple(r: int, tokens: int, multiple: int) -> int:
     return max(tokens - left, 0)
 
 
+def share_of(count: Any, share: float) -> Any:
+    """So much of a count, rounded down: in whole numbers, since a float of a symbol would be the number it was traced
+    with."""
+    whole = Fraction(share).limit_denominator(10**6)
+    return count * whole.numerator // whole.denominator
+
+
 def merged_away(want: int | float, tokens: int, protected: int, most: int | None = None) -> int:
     """Tokens that a block really merges: at most `most` (None: half) of the `tokens - protected` that may take part."""
     free = max(tokens - protected, 0)
-    count = int(free * want) if isinstance(want, float) else want
+    count = share_of(free, want) if isinstance(want, float) else want
     return max(min(count, free // 2 if most is None else most), 0)

@@ -21,8 +21,9 @@ class WithSide(torch.nn.Module):
         fast(images, side=depth)           # depth: [batch, 196], or [batch, 14, 14]
 
     side: floating, `[batch, n]` or `[batch, *grid]`, between 0 and 1, of the n tokens that the patch embedding makes of
-    a sample, special ones left out; counted in whole `levels` (16). Where tokens are not these n, nothing merges and
-    the report says why. Raises TypeError where the call has no tensor.
+    a sample, special ones left out; counted in whole `levels` (16: 0 to 1/16 is the first; what lies outside counts as
+    0 or 1). Where tokens are not these n, nothing merges and the report says why. Raises TypeError where the call has
+    no tensor, or side is not floating.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -30,6 +31,8 @@ class WithSide(torch.nn.Module):
         self.model = model
 
     def forward(self, *args: Any, side: Tensor, **kwargs: Any) -> Any:
+        if not side.is_floating_point():
+            raise TypeError(f"WithSide: side must be floating, numbers between 0 and 1, got {side.dtype}")
         leaves, spec = tree_flatten((args, kwargs))
         first = next((i for i, x in enumerate(leaves) if isinstance(x, Tensor)), None)
         if first is None:

@@ -19,8 +19,9 @@ class MergedTokens(NamedTuple):
 
     output: as the model gives it, but for its tokens: [*batch, N', *rest] in the place of [*batch, N, *rest], each row
     where the token stood that represents its group, in the order of these. sizes: float32 [*batch, N'], how many
-    tokens each row stands for; 0 for rows that stand for nothing, which `counts` leaves: mask them. source: int64
-    [*batch, N], the row that each token went into. place: int64 [*batch, N'], the token that represents each row; it
+    tokens each row stands for; 0 for rows that stand for nothing, which `counts` leaves: mask them. Their sum is N, but
+    for tokens that a method drops ("prune"). source: int64 [*batch, N], the row that each token went into, or, if it
+    was dropped, that of its destination. place: int64 [*batch, N'], the token that represents each row; it
     rises along the rows. N counts the tokens as the output has them: without a class token that it leaves out. *batch:
     the dims before the tokens, if these are the samples; where tokens stand in front of them ([N, B, D]), the samples
     alone, and nothing for a batch of one.

@@ -20,7 +20,7 @@ NUMBERS = {
     "tau": "SAINT, thresholds: from which similarity on two tokens are close",
     "gamma": "SAINT: how much more a closer token counts",
     "votes": "SAINT: close partners from which a token counts as redundant (`counts`, `calibrate`)",
-    "margin": "PiToMe: from which similarity on tokens are close, at the first block; it falls to 0 with depth",
+    "margin": "PiToMe: from which similarity on tokens are close, at the first block; at block l of L times 1 - l / L",
     "similarity_weight": "MCTF: exponent of the similarity",
     "information_weight": "MCTF: exponent of the little information",
     "size_weight": "MCTF: exponent of the small size",
@@ -56,7 +56,7 @@ METHODS: dict[str, Method] = {
     "mstm": Method(
         {"importance": "attention", "partition": "importance"}, "arXiv 2306.04897", verified=False,
         note="the part that needs no training, from the abstract: crucial tokens by the class token's attention, each "
-        "other one merges into the most similar of them",
+        "other one merges into the most similar of them; of registers alone the first stands for a class token",
     ),
     "evit": Method(
         {"importance": "attention", "partition": "importance", "matcher": "fuse", "merging": "weighted",
@@ -65,9 +65,12 @@ METHODS: dict[str, Method] = {
     "diffrate": Method(
         {"importance": "attention", "partition": "importance", "prune": 1 / 3}, "arXiv 2305.17997",
         note="the learned tables are lists of r and of prune; where none is given a third of r is dropped, about the "
-        "share of the paper's table for DeiT-S",
+        "share of the paper's table for DeiT-S, rounded down",
     ),
-    "pitome": Method({"importance": "energy", "candidates": "least"}, "arXiv 2405.16148"),
+    "pitome": Method(
+        {"importance": "energy", "candidates": "least"}, "arXiv 2405.16148",
+        note="margin starts at 0.9; the paper has 0.75 for DeiT and MAE, 0.95 for CLIP",
+    ),
     "tofu": Method(
         {"merging": ("prune", "mlerp")}, "arXiv 2312.01026", verified=False,
         note="the first half of the merging blocks drops, the second merges; the norm of a merged token is the largest "

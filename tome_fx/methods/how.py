@@ -229,8 +229,9 @@ def pick_some(how: How, tokens: Tokens, r: int, must: Tensor) -> tuple[tuple[Ten
 
 def would_go(how: How, tokens: Tokens) -> Tensor:
     """int64 `[batch]`: how many tokens of each sample `how.counts` lets go, at most half of those that may merge."""
-    tokens, sides, compare = _sided(how, tokens, tokens.count // 2)
-    return counts.wanted(how, tokens, sides, compare())
+    half = tokens.count // 2
+    tokens, sides, compare = _sided(how, tokens, half)
+    return counts.wanted(how, tokens, sides, compare()).clamp(max=half)  # of an odd number one side has one more
 
 
 def _found(how: How, tokens: Tokens, r: int) -> tuple[Tokens, Sides, Found, Compare]:

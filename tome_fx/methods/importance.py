@@ -12,7 +12,8 @@ from .tokens import Tokens, mean_of, piece, with_all
 @piece("importance", "attention", needs=("attention",))
 def attention(tokens: Tokens) -> Tensor:
     """Attention that the class token pays to each, mean over heads (EViT, arXiv 2202.07800, section 3.2; DiffRate,
-    arXiv 2305.17997); without a special token, the attention received."""
+    arXiv 2305.17997); without a special token, the attention received. The class token is the first special one: of a
+    model that has registers alone, a register."""
     assert tokens.attention is not None
     return tokens.attention
 
@@ -43,7 +44,7 @@ def norm(tokens: Tokens) -> Tensor:
 def energy(tokens: Tokens) -> Tensor:
     """Minus PiToMe's energy (arXiv 2405.16148, equation 4): E_i is the mean over j of f(cos(k_i, k_j)), f(x) = x where
     x >= margin and exp(x - margin) - 1 below it. The public code averages ELU(cos - margin) instead; here is the
-    paper's. margin falls linearly with depth."""
+    paper's. At block l of L (the first is 0) margin is (1 - l / L) times what it is at the first."""
     margin = tokens.numbers["margin"]
     all_count = tokens.seen is None and tokens.live is None
     plain = type(tokens.metric) is Tensor and tokens.metric.device.type == "cpu"  # not while it is traced

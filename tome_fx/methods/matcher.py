@@ -59,8 +59,8 @@ def _mean_of_live(tokens: Tokens, sides: Sides, alike: Tensor) -> Tensor:
 
 @piece("matcher", "both", apart=True)
 def both(tokens: Tokens, sides: Sides, r: int, compare: Compare) -> Found:
-    """In both directions (MCTF, arXiv 2403.10030, section 3.3): half of the r from sources to destinations, the other
-    half from destinations that nothing joined to sources that stay."""
+    """In both directions (MCTF, arXiv 2403.10030, section 3.3): half of the r, rounded up, from sources to
+    destinations, the other half from destinations that nothing joined to sources that stay."""
     edges = compare()
     batch, _, count = edges.shape
     first = ceil(r / 2)

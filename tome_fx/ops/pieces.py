@@ -173,9 +173,10 @@ def attention_paid(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | Non
             own = mask[..., 0, :] if mask.dim() > 1 else mask
             asks = own if own.dtype is torch.bool else own - own.amax(-1, keepdim=True) > LEFT_OUT
             asks = asks.to(torch.float32)
-        rows = range(0, q.shape[-2], 512) if at < 0 else [at]
-        for start in rows:
-            stop = start + 512 if at < 0 else at + 1
+        count = q.shape[-2]
+        most = 512 if isinstance(count, int) else count  # a free length is one block: it has no number of them
+        for start in (range(0, count, 512) if isinstance(count, int) else [0]) if at < 0 else [at]:
+            stop = start + most if at < 0 else at + 1
             scores = (q[..., start:stop, :].to(torch.float32) * scale) @ keys
             if mask is not None:
                 own = mask[..., start:stop, :] if mask.dim() > 1 and mask.shape[-2] > 1 else mask
