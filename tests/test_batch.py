@@ -5,6 +5,7 @@ The lossless law does not see it: samples that are matched as one still find equ
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -34,11 +35,12 @@ def assert_apart(model: nn.Module, args: tuple[Any, ...], r: Any, **config: Any)
     return report
 
 
-@pytest.mark.parametrize("placement", ["stream", "branch"])
-@pytest.mark.parametrize("spec", [*(Spec(batch=BATCH, layout=x, readout="multi") for x in LAYOUT),
-                                  *(Spec(batch=BATCH, mask=x) for x in MASK[1:]),
-                                  Spec(batch=BATCH, stem="tokens", prefix="none", pos="inplace", readout="mean")],
-                         ids=str)  # fmt: skip
+PLAIN = [*(Spec(batch=BATCH, layout=x, readout="multi") for x in LAYOUT),
+         *(Spec(batch=BATCH, mask=x) for x in MASK[1:]),
+         Spec(batch=BATCH, stem="tokens", prefix="none", pos="inplace", readout="mean")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spec", "placement"), strategies.thinned(product(PLAIN, ["stream", "branch"]), 3))
 def test_plain_transformers(spec: Spec, placement: str) -> None:
     assert_apart(build(spec)[0], inputs(spec, 1), R, placement=placement)
 

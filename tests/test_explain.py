@@ -90,8 +90,7 @@ CALLS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("first", ["by position", "by name", "last"])
-@pytest.mark.parametrize("call", range(len(CALLS)))
+@pytest.mark.parametrize(("call", "first"), thinned(product(range(len(CALLS)), ["by position", "by name", "last"]), 2))
 def test_arguments_by_name(call: int, first: str) -> None:
     """By position, by name in any order, nested: groups and output are those of the call, and the rewritten module is
     called as the model is."""
@@ -269,8 +268,10 @@ class Idle(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("spelled", [False, True], ids=["sdpa", "spelled out"])
-@pytest.mark.parametrize("mask", [ones, positions, joined, zeros, lowest, chosen, refilled], ids=lambda f: f.__name__)
+MASKS_NOTHING = product([ones, positions, joined, zeros, lowest, chosen, refilled], [False, True])
+
+
+@pytest.mark.parametrize(("mask", "spelled"), thinned(MASKS_NOTHING, 3, lambda case: f"{case[0].__name__}-{case[1]}"))
 def test_masks_of_numbers_that_mask_nothing(mask: Callable[[Tensor], Tensor], spelled: bool) -> None:
     """Compiled, explained and rewritten: merges and FLOPs are those of the model without the mask."""
     x, plain, model = tokens(), Idle(None, spelled), Idle(mask, spelled)

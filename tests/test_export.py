@@ -21,6 +21,7 @@ import tome_fx
 from tests.library import CASES as CASES_OF_LIBRARIES
 from tests.models import Spec, build, redraw
 from tests.palette import distance, run
+from tests.strategies import thinned
 from tests.test_explain import Block, D, N, Stack, tokens
 from tests.test_plan import tables
 from tome_fx import runtimes
@@ -91,7 +92,7 @@ def foreign(gm: torch.fx.GraphModule) -> set[str]:
     return {str(t) for t in targets if isinstance(t, torch._ops.OpOverload) and t.namespace != "aten"}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", thinned(CASES, 2))
 def test_plain_ops_compute_the_same(name: str) -> None:
     """The same tokens merge as by our own operators, on any input."""
     make, more, options = CASES[name]

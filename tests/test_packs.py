@@ -7,7 +7,7 @@ each merge all the same. Under a mask each gives what it gives alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any
 
 import pytest
@@ -138,8 +138,9 @@ def packed(way: str, lengths: Sequence[int], early: bool = False) -> nn.Module:
     return redraw(nn.Sequential(*(Block(way, lengths, early) for _ in range(2))), 1).eval()
 
 
-@pytest.mark.parametrize("lengths", [(40, 56), (48, 48), (32, 24, 40)], ids=str)
-@pytest.mark.parametrize("way", thinned([*WAYS, "early"], 2))
+@pytest.mark.parametrize(
+    ("way", "lengths"), thinned(product([*WAYS, "early"], [(40, 56), (48, 48), (32, 24, 40)]), 4)
+)
 def test_a_part_of_a_pack_does_not_see_the_others(way: str, lengths: tuple[int, ...]) -> None:
     model = packed("split" if way == "early" else way, lengths, way == "early")
     lengths = (sum(lengths) // 2,) * 2 if way == "unbind" else lengths

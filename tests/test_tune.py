@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import tome_fx
 from tests.models import Spec, build
 from tome_fx import Loss, Speed, Tuned, cli, explain, tune, tuning
+from tome_fx.cli import subjects
 from tome_fx.config import config_from
 from tome_fx.explain import Source, rewritten_module
 from tome_fx.tuning import final, search
@@ -424,7 +425,7 @@ def test_a_newcomers_trial(
     assert cli.main(["explain", *words, "--tune", str(out), "--json", str(numbers)]) == 0
     assert json.loads(numbers.read_text())["r"] == r
     for command in (["bench"], ["export", "-o", str(tmp_path / "merged.pt2")]):
-        assert cli._config(cli._parser().parse_args([*command, *words, "--tune", str(out)]))["r"] == r
+        assert subjects.config_of(cli.make_parser().parse_args([*command, *words, "--tune", str(out)]))["r"] == r
     held = Tuned.load(out)
     replace(held, options={**held.options, "metric": "value"}).save(out)
     assert cli.main(["explain", *words, "--tune", str(out), "--metric", "token"]) == 2
