@@ -27,6 +27,7 @@
 | one of it (`unbind`, `split`, `select`, `slice`)        | itself: `x`                                              |
 | what is the same along a dim, spread out                | its row (`normal/spread.py`)                             |
 | letters of an einsum that always stand side by side      | one letter (`normal/letters.py`)                         |
+| `(q[:, :, None] * k[:, None]).sum(-1)`                  | `einsum("bnd,bmd->bnm", q, k)`                           |
 | `stack([x, x])`, `cat([x, x])`                          | `expand(unsqueeze(x))`, flattened for a cat              |
 | views, slices of the same shape, `cat([x])`, `x * 1.0`  | `x`                                                      |
 | a slice written over all there is                       | what was written                                         |
@@ -51,7 +52,7 @@ from .algebra.axes import expr
 from .building.emit import Emit, drop_dead
 from .normal.idle import drop_idle, numbers
 from .normal.join_writes import added_in_order, join_writes, put_where, read_in_order, written_in_order
-from .normal.letters import side_by_side
+from .normal.letters import side_by_side, summed_pairs
 from .normal.memory import Outputs
 from .normal.pools import extreme, pooled
 from .normal.spread import narrow_spread
@@ -409,8 +410,9 @@ FORMS: dict[Any, Form] = {
     **dict.fromkeys(_ATTENTIONS, _whole(_attention)),
     **dict.fromkeys((aten.view.default, aten.reshape.default, aten.expand.default), _itself),
     aten._unsafe_view.default: lambda call, emit: _itself(call, emit) or emit(aten.view.default, *call.node.args),
-    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, aten.div.Scalar), _changed_by(1)),
-    aten.div.Tensor: lambda call, emit: _changed_by(1)(call, emit) or over_their_sum(call, emit),
+    **dict.fromkeys((aten.mul.Scalar, aten.div.Scalar), _changed_by(1)),
+    **dict.fromkeys((aten.mul.Tensor, aten.div.Tensor),
+                    lambda call, emit: _changed_by(1)(call, emit) or over_their_sum(call, emit)),
     aten.exp.default: from_log,
     aten.softmax.int: shifted,
     **dict.fromkeys((aten.matmul.default, aten.linear.default), _weighted),
@@ -436,7 +438,7 @@ FORMS: dict[Any, Form] = {
     aten.cat.default: lambda call, emit: (
         (_itself(call, emit) if _one_dtype(call) else None)
         or _beside_itself(call, emit)
-        or tiled(call.nodes, CatRule.dim(call), emit)
+        or tiled(call, CatRule.dim(call), emit)
     ),
     aten.stack.default: _beside_itself,
     **dict.fromkeys((aten.index_add.default, aten.scatter_add.default, aten.scatter_reduce.two), added_in_order),
@@ -447,7 +449,7 @@ FORMS: dict[Any, Form] = {
     **dict.fromkeys((aten.index.Tensor, aten.index_select.default), read_in_order),
     aten.pad.default: _padded,
     aten.constant_pad_nd.default: _padded,
-    aten.sum.dim_IntList: _summed,
+    aten.sum.dim_IntList: lambda call, emit: _summed(call, emit) or summed_pairs(call, emit),
     aten.mean.dim: _averaged,
     aten.unbind.int: _each,
     aten.select.int: _one,

@@ -154,6 +154,18 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
         lambda x, y: torch.cat([(a @ y.mT).softmax(-1) @ y for a in x.split([1, 2], 1)], 1),
         ["aten.transpose.int", "aten.matmul.default", SOFTMAX, "aten.matmul.default"],
     ),
+    "products of parts that are read twice, joined": (
+        lambda x, y: torch.cat([(lambda s: s * torch.erf(s))(a @ y.mT) for a in x.split([1, 2], 1)], 1),
+        ["aten.transpose.int", "aten.matmul.default", "aten.erf.default", MUL],
+    ),
+    "products of parts that others read, joined": (
+        lambda x, y: (lambda parts: torch.cat([s.exp() for s in parts], 1) + parts[0])(
+            [a @ y[:, :1].mT for a in x.split([1, 2], 1)]
+        ),
+        ["aten.split_with_sizes.default", *["<built-in function getitem>"] * 2,
+         *["aten.slice.Tensor", "aten.transpose.int", "aten.matmul.default"] * 2, *["aten.exp.default"] * 2,
+         "aten.cat.default", ADD],
+    ),
     "softmax of parts, joined": (
         lambda x, y: torch.cat([(x @ y[:, :1].mT).softmax(-1), (x @ y[:, 1:].mT).softmax(-1)], -1),
         ["aten.slice.Tensor", "aten.transpose.int", "aten.matmul.default", SOFTMAX] * 2 + ["aten.cat.default"],
@@ -163,6 +175,20 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
     "log_softmax": (lambda x, y: x.log_softmax(-1).exp(), [SOFTMAX]),
     "logsumexp": (lambda x, y: (x - x.logsumexp(1, keepdim=True)).exp(), [SOFTMAX]),
     "over their sum": (lambda x, y: by_sum(x.exp()), [SOFTMAX]),
+    "times one over their sum": (lambda x, y: (lambda e: (1 / e.sum(-1, True)) * e)(x.exp()), [SOFTMAX]),
+    "times their sum to the minus one": (lambda x, y: (lambda e: e * e.sum(1, True) ** -1)(x.exp()), [SOFTMAX]),
+    "product first, times one over the sum": (
+        lambda x, y: (lambda e: e @ y.mT * e.sum(-1, keepdim=True).reciprocal())(x.exp()),
+        ["aten.transpose.int", SOFTMAX, "aten.matmul.default"],
+    ),
+    "products of pairs, summed": (
+        lambda x, y: (x[:, :, None] * y[:, None]).sum(-1, keepdim=True),
+        ["aten.unsqueeze.default"] * 2 + ["aten.squeeze.dims"] * 2 + ["aten.einsum.default", "aten.unsqueeze.default"],
+    ),
+    "products with a table, summed": (
+        lambda x, y: (x[:, :, None] * y[:1, None]).sum(-1),
+        ["aten.unsqueeze.default", "aten.slice.Tensor", "aten.unsqueeze.default", MUL, "aten.sum.dim_IntList"],
+    ),
     "powers of two": (lambda x, y: by_sum(torch.exp2(x - y[:1, :1, :1])), [MUL, SOFTMAX]),
     "powers, masked": (
         lambda x, y: by_sum(3 ** (x + y).masked_fill(x > y, -torch.inf)),

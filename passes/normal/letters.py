@@ -2,16 +2,22 @@
 are one dim to it.
 
     einsum("btnhd,bsmhd->bhtnsm", q, k)    ->    unflatten(einsum("bxhd,byhd->bhxy", flatten(q), flatten(k)))
+
+What every row of one is multiplied with every row of the other, and then summed, is a product too.
+
+    (q[:, :, None] * k[:, None]).sum(-1)    ->    einsum("bnd,bmd->bnm", q, k)
 """
 
 from __future__ import annotations
 
+import string
 from itertools import pairwise
 from math import prod
 
 import torch
 from torch import fx
 
+from ..algebra.axes import expr
 from ..building.emit import Emit
 from ..rules import Call
 from ..rules.contraction import parse_einsum
@@ -62,4 +68,31 @@ def _sizes(word: str, term: str, size: dict[str, int]) -> list[int]:
     return [prod(size[x] for x in term[a:b]) for a, b in pairwise(ends)]
 
 
-__all__ = ["side_by_side"]
+def summed_pairs(call: Call, emit: Emit) -> fx.Node | None:
+    """The sum of the products of every row of one activation with every row of another of its batch, if nobody reads
+    these products."""
+    pairs = call.nodes[0]
+    if pairs.target is not aten.mul.Tensor or len(pairs.users) != 1 or not call.args["dim"]:
+        return None
+    product, rank = Call(pairs), call.vals[0].dim()
+    vals = [*product.vals, call.out]
+    alike = len(vals) == 3 and all(v.dtype == call.out.dtype and v.is_floating_point() for v in vals)
+    if not alike or any(v.dim() != rank for v in product.vals) or rank > len(string.ascii_lowercase):
+        return None
+    held = [[d for d in range(rank) if expr(v.shape[d]) != 1] for v in product.vals]
+    summed = {call.axis(d) for d in call.args["dim"]}
+    both = {*held[0]} & {*held[1]}
+    # An activation of a batch of one cannot be told from a table: the samples are dim 0.
+    if not summed <= both or 0 not in both - summed or not all({*own} - both for own in held):
+        return None
+    kept = [d for d in sorted({*held[0], *held[1]}) if d not in summed]
+    words = ["".join(string.ascii_lowercase[d] for d in own) for own in (*held, kept)]
+    operands = [emit(aten.squeeze.dims, n, [d for d in range(rank) if d not in own]) if len(own) < rank else n
+                for n, own in zip(product.nodes, held, strict=True)]  # fmt: skip
+    new = emit(aten.einsum.default, f"{words[0]},{words[1]}->{words[2]}", operands)
+    for d in range(rank):
+        new = emit(aten.unsqueeze.default, new, d) if d not in kept and call.args["keepdim"] else new
+    return new
+
+
+__all__ = ["side_by_side", "summed_pairs"]

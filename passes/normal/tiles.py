@@ -29,9 +29,22 @@ Known = dict[tuple[Any, ...], Any]
 """What was found of these pieces along this dim, or of two arguments: a residual stream is met on many ways."""
 
 
-def tiled(nodes: Sequence[Any], d: int, emit: Emit) -> fx.Node | None:
-    """The value of which these are the pieces along dim d, in order; None where they are not."""
-    return _tiled(nodes, d, emit, {}, _DEEP)
+def tiled(join: Call, d: int, emit: Emit) -> fx.Node | None:
+    """The value of which these are the pieces along dim d, in order; None where they are not, or where what made a
+    piece would have to stay for others who read it."""
+    known: Known = {}
+    whole = _tiled(join.nodes, d, emit, known, _DEEP)
+    if whole is None:
+        return None
+    inside = {n for key, value in known.items() if value is not None and isinstance(key[-1], int) for n in key[:-1]}
+    stays = (n for n in inside if not {*n.users} <= {*inside, join.node})
+    return None if any(_costs(n) for n in stays) else whole
+
+
+def _costs(node: fx.Node) -> bool:
+    """Whether to compute a value once more is more than to pass over it."""
+    rule = find(Call(node))
+    return isinstance(rule, SignatureRule) and rule is not POINTWISE
 
 
 def _tiled(nodes: Sequence[Any], d: int, emit: Emit, known: Known, deep: int) -> fx.Node | None:
@@ -74,7 +87,7 @@ def _places(call: Call, d: int) -> list[int | None] | None:
         return None
     sig = rule.signature(call, NO_FACTS)
     letter = sig.outs[0][d]
-    if letter is None or sig.role(letter) is not Role.MAP or (len(call.node.users) > 1 and rule is not POINTWISE):
+    if letter is None or sig.role(letter) is not Role.MAP:
         return None
     found = [letters.index(letter) if letter in letters else None for letters in sig.ins]
     spread = call.out.shape[d] != 1

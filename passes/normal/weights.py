@@ -4,6 +4,7 @@
 |-------------------------------------------------------|--------------------------------------------|
 | `exp(log_softmax(s))`, `exp(s - logsumexp(s))`        | `softmax(s)`                               |
 | `e / e.sum(-1)`, `e @ v / e.sum(-1)` of `e = exp(s)`  | `softmax(s)`, `softmax(s) @ v`             |
+| the same times `1 / e.sum(-1)`, `e.sum(-1) ** -1`     | the same                                   |
 | the same of `exp2(s)`, `pow(2, s)`                    | of `s * log(2)`                            |
 | the same of `e * mask`, of `where(mask, e, 0)`        | of `masked_fill(s, ~mask, -inf)`           |
 | `softmax(s - s.amax(-1))`                             | `softmax(s)`: what is the same for all goes |
@@ -12,7 +13,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -39,9 +40,25 @@ def from_log(call: Call, emit: Emit) -> fx.Node | None:
 
 def over_their_sum(call: Call, emit: Emit) -> fx.Node | None:
     """What is divided by its sum over keys, before or after the product with the values."""
-    above, total = call.args["self"], call.args["other"]
-    if not isinstance(above, fx.Node) or not isinstance(total, fx.Node):
+    a, b = call.args["self"], call.args["other"]
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
         return None
+    if call.target is aten.div.Tensor:
+        return _over(a, b, emit)
+    found = ((above, _inverted(below)) for above, below in ((a, b), (b, a)))
+    return next((new for above, total in found if total is not None and (new := _over(above, total, emit))), None)
+
+
+def _inverted(node: fx.Node) -> fx.Node | None:
+    """Of one over a value: the value."""
+    if node.op != "call_function":
+        return None
+    args, one = node.args, node.target is aten.reciprocal.default
+    one |= node.target is aten.pow.Tensor_Scalar and args[1] == -1
+    return cast(fx.Node, args[0]) if one else None
+
+
+def _over(above: fx.Node, total: fx.Node, emit: Emit) -> fx.Node | None:
     product = above.target is aten.matmul.default
     weights: Any = above.args[0] if product else above
     d = _reduced(total, aten.sum.dim_IntList, weights)
