@@ -21,6 +21,7 @@
 | the sum of what stands side by side along a dim         | adds: `add(x, y)`                                        |
 | the same, each times a number of its own (`linear` too) | adds: `add(mul(x, w0), mul(y, w1))`                      |
 | `cat` of slices that the same was done to               | it, of the whole (`normal/tiles.py`)                     |
+| rows of all samples in one dim, and apart again         | they stay apart (`normal/folds.py`)                      |
 | exp over its sum, or of what has been normalised        | `softmax` (`normal/weights.py`)                          |
 | the mean of it                                          | adds, divided: `div(add(x, y), 2)`                       |
 | one of its running sums (`cumsum`)                      | adds: `add(x, y)`                                        |
@@ -50,6 +51,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .algebra.axes import expr
 from .building.emit import Emit, drop_dead
+from .normal.folds import unfolded
 from .normal.idle import drop_idle, numbers
 from .normal.join_writes import added_in_order, join_writes, put_where, read_in_order, written_in_order
 from .normal.letters import side_by_side, summed_pairs
@@ -408,7 +410,9 @@ def _one_dtype(call: Call) -> bool:
 
 FORMS: dict[Any, Form] = {
     **dict.fromkeys(_ATTENTIONS, _whole(_attention)),
-    **dict.fromkeys((aten.view.default, aten.reshape.default, aten.expand.default), _itself),
+    **dict.fromkeys((aten.view.default, aten.reshape.default, aten.unflatten.int),
+                    lambda call, emit: _itself(call, emit) or unfolded(call, emit)),
+    aten.expand.default: _itself,
     aten._unsafe_view.default: lambda call, emit: _itself(call, emit) or emit(aten.view.default, *call.node.args),
     **dict.fromkeys((aten.mul.Scalar, aten.div.Scalar), _changed_by(1)),
     **dict.fromkeys((aten.mul.Tensor, aten.div.Tensor),
