@@ -252,10 +252,10 @@ def _pieces(node: fx.Node, d: int, emit: Emit) -> list[fx.Node] | None:
     call = Call(node)
     rule = find(call)
     if node.target is aten.stack.default and call.axis(call.args["dim"], call.out.dim()) == d:
-        return call.nodes if _one_dtype(call) else None
+        return [_as(call.out.dtype, n, emit) for n in call.nodes] if _floats(call) else None
     if node.target is aten.cat.default and all(expr(val.shape[d]) == 1 for val in call.vals if val.dim() > d):
-        joined = call.axis(call.args["dim"]) == d and _one_dtype(call)
-        return [emit(aten.squeeze.dim, n, d) for n in call.nodes] if joined else None
+        joined = call.axis(call.args["dim"]) == d and _floats(call)
+        return [_as(call.out.dtype, emit(aten.squeeze.dim, n, d), emit) for n in call.nodes] if joined else None
     if node.target is aten.cumsum.default and call.axis(call.args["dim"]) == d and _one_kind(call):
         inner = _pieces(call.nodes[0], d, emit)
         few = inner is not None and len(inner) <= MOST
@@ -406,6 +406,15 @@ def _one_kind(call: Call) -> bool:
 
 def _one_dtype(call: Call) -> bool:
     return len({val.dtype for val in call.vals}) == 1
+
+
+def _floats(call: Call) -> bool:
+    """Whether operands are of one dtype, or floats that become one."""
+    return _one_dtype(call) or all(val.is_floating_point() for val in call.vals)
+
+
+def _as(dtype: torch.dtype, node: fx.Node, emit: Emit) -> fx.Node:
+    return node if node.meta["val"].dtype == dtype else emit(aten._to_copy.default, node, dtype=dtype)
 
 
 FORMS: dict[Any, Form] = {

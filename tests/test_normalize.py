@@ -39,6 +39,9 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
     "addcmul, a value": (lambda x, y: torch.addcmul(x, x, y, value=0.5), [MUL, ADD]),
     "addcdiv": (lambda x, y: torch.addcdiv(x, x, y, value=2), [DIV, ADD]),
     "sum of a stack": (lambda x, y: torch.stack([x, y]).sum(0), [ADD]),
+    "sum of a stack of two dtypes": (
+        lambda x, y: torch.stack([x, y.bfloat16()]).sum(0), ["aten._to_copy.default", "aten._to_copy.default", ADD]
+    ),
     "sum of a stack, last": (lambda x, y: torch.stack([x, y, x], -1).sum(-1), [ADD, ADD]),
     "sum of a stack, kept": (
         lambda x, y: torch.stack([x, y], 1).sum(1, keepdim=True),
