@@ -21,6 +21,7 @@
 | the sum of what stands side by side along a dim         | adds: `add(x, y)`                                        |
 | the same, each times a number of its own (`linear` too) | adds: `add(mul(x, w0), mul(y, w1))`                      |
 | `cat` of slices that the same was done to               | it, of the whole (`normal/tiles.py`)                     |
+| rows of all samples in one dim, and apart again         | they stay apart (`normal/folds.py`)                      |
 | exp over its sum, or of what has been normalised        | `softmax` (`normal/weights.py`)                          |
 | the mean of it                                          | adds, divided: `div(add(x, y), 2)`                       |
 | one of its running sums (`cumsum`)                      | adds: `add(x, y)`                                        |
@@ -50,6 +51,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .algebra.axes import expr
 from .building.emit import Emit, drop_dead
+from .normal.folds import unfolded
 from .normal.idle import drop_idle, numbers
 from .normal.join_writes import added_in_order, join_writes, put_where, read_in_order, written_in_order
 from .normal.letters import side_by_side, summed_pairs
@@ -250,10 +252,10 @@ def _pieces(node: fx.Node, d: int, emit: Emit) -> list[fx.Node] | None:
     call = Call(node)
     rule = find(call)
     if node.target is aten.stack.default and call.axis(call.args["dim"], call.out.dim()) == d:
-        return call.nodes if _one_dtype(call) else None
+        return [_as(call.out.dtype, n, emit) for n in call.nodes] if _floats(call) else None
     if node.target is aten.cat.default and all(expr(val.shape[d]) == 1 for val in call.vals if val.dim() > d):
-        joined = call.axis(call.args["dim"]) == d and _one_dtype(call)
-        return [emit(aten.squeeze.dim, n, d) for n in call.nodes] if joined else None
+        joined = call.axis(call.args["dim"]) == d and _floats(call)
+        return [_as(call.out.dtype, emit(aten.squeeze.dim, n, d), emit) for n in call.nodes] if joined else None
     if node.target is aten.cumsum.default and call.axis(call.args["dim"]) == d and _one_kind(call):
         inner = _pieces(call.nodes[0], d, emit)
         few = inner is not None and len(inner) <= MOST
@@ -406,9 +408,20 @@ def _one_dtype(call: Call) -> bool:
     return len({val.dtype for val in call.vals}) == 1
 
 
+def _floats(call: Call) -> bool:
+    """Whether operands are of one dtype, or floats that become one."""
+    return _one_dtype(call) or all(val.is_floating_point() for val in call.vals)
+
+
+def _as(dtype: torch.dtype, node: fx.Node, emit: Emit) -> fx.Node:
+    return node if node.meta["val"].dtype == dtype else emit(aten._to_copy.default, node, dtype=dtype)
+
+
 FORMS: dict[Any, Form] = {
     **dict.fromkeys(_ATTENTIONS, _whole(_attention)),
-    **dict.fromkeys((aten.view.default, aten.reshape.default, aten.expand.default), _itself),
+    **dict.fromkeys((aten.view.default, aten.reshape.default, aten.unflatten.int),
+                    lambda call, emit: _itself(call, emit) or unfolded(call, emit)),
+    aten.expand.default: _itself,
     aten._unsafe_view.default: lambda call, emit: _itself(call, emit) or emit(aten.view.default, *call.node.args),
     **dict.fromkeys((aten.mul.Scalar, aten.div.Scalar), _changed_by(1)),
     **dict.fromkeys((aten.mul.Tensor, aten.div.Tensor),

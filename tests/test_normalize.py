@@ -39,6 +39,9 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
     "addcmul, a value": (lambda x, y: torch.addcmul(x, x, y, value=0.5), [MUL, ADD]),
     "addcdiv": (lambda x, y: torch.addcdiv(x, x, y, value=2), [DIV, ADD]),
     "sum of a stack": (lambda x, y: torch.stack([x, y]).sum(0), [ADD]),
+    "sum of a stack of two dtypes": (
+        lambda x, y: torch.stack([x, y.bfloat16()]).sum(0), ["aten._to_copy.default", "aten._to_copy.default", ADD]
+    ),
     "sum of a stack, last": (lambda x, y: torch.stack([x, y, x], -1).sum(-1), [ADD, ADD]),
     "sum of a stack, kept": (
         lambda x, y: torch.stack([x, y], 1).sum(1, keepdim=True),
@@ -188,6 +191,27 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
     "products with a table, summed": (
         lambda x, y: (x[:, :, None] * y[:1, None]).sum(-1),
         ["aten.unsqueeze.default", "aten.slice.Tensor", "aten.unsqueeze.default", MUL, "aten.sum.dim_IntList"],
+    ),
+    "rows folded, and apart again": (
+        lambda x, y: (lambda r: (r.exp() + y[0, 0]) * F.linear(r[:, :2].softmax(1), y[0, :, :2])[:, 1:2])(
+            x.reshape(6, 4)
+        ).view(2, 3, 2, 2),
+        ["aten.select.int"] * 2 + ["aten.select.int", "aten.slice.Tensor", "aten.exp.default", ADD,
+         "aten.slice.Tensor", SOFTMAX, "aten.linear.default", "aten.slice.Tensor", MUL, "aten.reshape.default"],
+    ),
+    "products of folded rows, with a bias": (
+        lambda x, y: torch.addmm(y[0, 0], x.flatten(0, 1) @ y[0, :1].mT, y[0, :1]).unflatten(0, (2, 3)),
+        [*["aten.select.int"] * 3, "aten.slice.Tensor", "aten.transpose.int", "aten.select.int", "aten.slice.Tensor",
+         "aten.matmul.default", "aten.permute.default", "aten.linear.default"],
+    ),
+    "rows folded, read by others too": (
+        lambda x, y: (lambda r: r.view(2, 3, 3) + r.sum())(F.linear(x.reshape(6, 4), y[0])),
+        ["aten.reshape.default", "aten.select.int", "aten.linear.default", "aten.view.default", "aten.sum.default",
+         ADD],
+    ),
+    "rows apart in other samples": (
+        lambda x, y: x.reshape(6, 4).exp().view(3, 2, 4),
+        ["aten.reshape.default", "aten.exp.default", "aten.view.default"],
     ),
     "powers of two": (lambda x, y: by_sum(torch.exp2(x - y[:1, :1, :1])), [MUL, SOFTMAX]),
     "powers, masked": (

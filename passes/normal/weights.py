@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx
@@ -53,9 +53,9 @@ def _inverted(node: fx.Node) -> fx.Node | None:
     """Of one over a value: the value."""
     if node.op != "call_function":
         return None
-    args, one = node.args, node.target is aten.reciprocal.default
-    one |= node.target is aten.pow.Tensor_Scalar and args[1] == -1
-    return cast(fx.Node, args[0]) if one else None
+    of: Any = node.args[0] if node.args else None
+    power = node.target is aten.pow.Tensor_Scalar and node.args[1] == -1
+    return of if power or node.target is aten.reciprocal.default else None
 
 
 def _over(above: fx.Node, total: fx.Node, emit: Emit) -> fx.Node | None:
