@@ -321,6 +321,18 @@ def test_a_tower_on_pieces_is_gone_through_once() -> None:
     torch.testing.assert_close(gm(x), towers(x))
 
 
+def test_a_long_way_to_a_fold_ends() -> None:
+    """It was followed op by op until Python's stack was full."""
+
+    def long(x: Tensor) -> Tensor:
+        for _ in range(400):
+            x = x.sin() * 1.1
+        return x.view(2, 3, 4)
+
+    x = torch.randn(2, 12)
+    assert len(capture(make_fx(long, pre_dispatch=True)(x), [x]).gm.graph.nodes) == 803
+
+
 def written(x: Tensor) -> tuple[Tensor, Tensor]:
     before = x * 1.0
     return x.add_(1.0) * 2, before

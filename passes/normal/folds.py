@@ -21,6 +21,8 @@ _FOLDS = {aten.view.default, aten.reshape.default, aten.flatten.using_ints}
 _OF_ROWS = {aten.linear.default, aten.layer_norm.default, aten.rms_norm.default}
 _PRODUCTS = {aten.mm.default, aten.matmul.default}
 _ALONG = {aten.select.int, aten.slice.Tensor, aten.unsqueeze.default, aten.softmax.int}
+_DEEP = 64
+"""Ops in a row that are looked through: an MLP has half a dozen."""
 Known = dict[fx.Node, "fx.Node | None"]
 
 
@@ -30,7 +32,7 @@ def unfolded(call: Call, emit: Emit) -> fx.Node | None:
     if call.vals[0].dim() != 2 or out.dim() < 3 or rows.target in _FOLDS:
         return None
     known: Known = {}
-    found = _apart(rows, out.shape[:2], emit, known)
+    found = _apart(rows, out.shape[:2], emit, known, _DEEP)
     others = (user for n in known for user in n.users if n.target not in _FOLDS)
     if found is None or any(user is not call.node and user not in known for user in others):
         return None
@@ -38,13 +40,14 @@ def unfolded(call: Call, emit: Emit) -> fx.Node | None:
     return found if same else emit(aten.reshape.default, found, list(out.shape))
 
 
-def _apart(node: fx.Node, lead: Sequence[Any], emit: Emit, known: Known) -> fx.Node | None:
+def _apart(node: fx.Node, lead: Sequence[Any], emit: Emit, known: Known, deep: int) -> fx.Node | None:
     if node not in known:
-        known[node] = _found(Call(node), lead, emit, known) if node.op == "call_function" else None
+        inside = node.op == "call_function" and deep > 0
+        known[node] = _found(Call(node), lead, emit, known, deep - 1) if inside else None
     return known[node]
 
 
-def _found(call: Call, lead: Sequence[Any], emit: Emit, known: Known) -> fx.Node | None:
+def _found(call: Call, lead: Sequence[Any], emit: Emit, known: Known, deep: int) -> fx.Node | None:
     if not call.nodes or len(call.results) != 1 or not isinstance(call.node.target, torch._ops.OpOverload):
         return None
     first, args = call.nodes[0], list[Any](call.node.args)
@@ -52,7 +55,7 @@ def _found(call: Call, lead: Sequence[Any], emit: Emit, known: Known) -> fx.Node
         held = [*map(expr, first.meta["val"].shape)]
         return first if held == [*map(expr, (*lead, *call.out.shape[1:]))] else None
     if call.target is aten.addmm.default:
-        return _biased(call, lead, emit, known)
+        return _biased(call, lead, emit, known, deep)
     drawn = torch.Tag.nondeterministic_seeded in call.target.tags
     if find(call) is POINTWISE and not drawn:
         rows = [n for n in call.nodes if not _one_row(n.meta["val"], call.out.dim())]
@@ -62,19 +65,19 @@ def _found(call: Call, lead: Sequence[Any], emit: Emit, known: Known) -> fx.Node
         rows, args[1] = [first], at + 1
     else:
         return None
-    new = {n: _apart(n, lead, emit, known) for n in rows}
+    new = {n: _apart(n, lead, emit, known, deep) for n in rows}
     if not new or None in new.values():
         return None
     args, kwargs = fx.map_arg((args, call.node.kwargs), lambda n: new.get(n, n))
     return emit(aten.matmul.default if call.target in _PRODUCTS else call.target, *args, **kwargs)
 
 
-def _biased(call: Call, lead: Sequence[Any], emit: Emit, known: Known) -> fx.Node | None:
+def _biased(call: Call, lead: Sequence[Any], emit: Emit, known: Known, deep: int) -> fx.Node | None:
     """A product of rows, with a row for all of them."""
     bias, rows, weights = call.nodes
     if call.args["beta"] != 1 or call.args["alpha"] != 1 or bias.meta["val"].dim() != 1 or rows in (bias, weights):
         return None
-    own = _apart(rows, lead, emit, known)
+    own = _apart(rows, lead, emit, known, deep)
     return None if own is None else emit(aten.linear.default, own, emit(aten.permute.default, weights, [1, 0]), bias)
 
 
