@@ -56,7 +56,7 @@ class _Match:
 
     product: fx.Node
     scale: float = 1.0
-    query_factors: list[tuple[Any, fx.Node]] = field(default_factory=list)
+    query_factors: list[tuple[Any, fx.Node, tuple]] = field(default_factory=list)  # op, factor, batch it stands in
     terms: list[Callable[[], fx.Node]] = field(default_factory=list)
     shape: tuple | None = None
     regrouped: bool = False
@@ -175,7 +175,8 @@ class _Fuser:
             if number is not None:
                 match.scale = match.scale / number if divide else match.scale * number
             else:
-                match.query_factors.append((aten.div.Tensor if divide else aten.mul.Tensor, factor))
+                op = aten.div.Tensor if divide else aten.mul.Tensor
+                match.query_factors.append((op, factor, _shape(node)[:-2]))
             return match
         raise _NoMatch
 
@@ -316,8 +317,8 @@ class _Fuser:
         batch = match.shape if match.shape is not None else _shape(self.softmax)[:-2]
         after = _shape(self.probabilities)[:-2]
         query = self._permuted(*q)
-        for op, factor in match.query_factors:
-            query = self._emit(op, query, factor)
+        for op, factor, around in match.query_factors:
+            query = self._emit(op, self._batched(query, around), factor)
         operands = [query, self._permuted(*k), self._permuted(values, value_order)]
         operands = [self._batched(x, batch) for x in operands]
         dtype = torch.float32

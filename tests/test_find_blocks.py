@@ -175,6 +175,9 @@ PADDED: dict[str, Attend] = {
     "beside a term of the keys": lambda q, k, v: F.scaled_dot_product_attention(
         q, k, v, attn_mask=(k @ TERM)[:, :, None] + torch.zeros(2, N).masked_fill(~SEEN, -torch.inf)[:, None, None]
     ),
+    "a factor of each head after folded ones": lambda q, k, v: (
+        torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).view(2, H, N, N) * torch.linspace(0.5, 1, H)[:, None, None]
+    ).masked_fill(~SEEN[:, None, None], -torch.inf).softmax(-1) @ v,
     "in a term of the keys": lambda q, k, v: F.scaled_dot_product_attention(
         q, k, v, attn_mask=(k @ TERM)[:, :, None].masked_fill(~SEEN[:, None, None], -torch.inf)
     ),
