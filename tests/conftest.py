@@ -27,8 +27,8 @@ settings.register_profile(  # shrinking a model takes minutes: CI prints what it
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits, 15 times slower when the machine is busy
-# pytest collects what loggers that do not propagate say, so torch would write its whole trace of every compile; where it
-# has no handler it writes none.
+# pytest collects what loggers that do not propagate say, so torch would write its whole trace of every compile: where
+# there is no handler it writes none.
 logging.getLogger("torch.__trace").propagate = True
 logging.getLogger("torch.__trace").handlers.clear()
 # Dynamo times the guards of every frame for a line of its log, behind an emptied cache: 30 ms a compile.
