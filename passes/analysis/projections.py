@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..algebra.axes import Atom, count_of, leaves
 from ..rules import Call, find
-from ..rules.base import Letter, Role, Signature
+from ..rules.base import Letter, Role, Signature, draws
 from ..rules.contraction import Attention, Contraction, Convolution
 from ..rules.facts import Facts
 from ..rules.slices import SelectRule, SliceRule, SplitRule
@@ -205,9 +205,8 @@ def _by_head(
 
 def _dear(node: fx.Node) -> bool:
     """Whether to compute a value twice would cost more than to pass over it, or draw other random numbers."""
-    drawn = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
     computed = node.op == "call_function" and node.target is not operator.getitem
-    return drawn or (computed and isinstance(find(Call(node)), (Contraction, Convolution, Attention)))
+    return draws(node.target) or (computed and isinstance(find(Call(node)), (Contraction, Convolution, Attention)))
 
 
 __all__ = ["Projection", "projection"]

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.value_ranges import bound_sympy
 
-from ..rules.base import sources
+from ..rules.base import draws, sources
 
 LARGEST = 2**26
 """Elements of a constant that is computed."""
@@ -92,7 +92,7 @@ class Values:
 
 def gives_one_value(target: torch._ops.OpOverload) -> bool:
     """Whether an op gives the same for the same operands, and writes to none."""
-    random = torch.Tag.nondeterministic_seeded in target.tags or "empty" in target._schema.name
+    random = draws(target) or "empty" in target._schema.name
     return not random and not target._schema.is_mutable
 
 

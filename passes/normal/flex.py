@@ -39,6 +39,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..algebra.axes import expr as size_expr
 from ..algebra.axes import same
 from ..rules import Call, find
+from ..rules.base import draws
 from ..rules.pointwise import POINTWISE, MaskRule, scalar
 from ..rules.views import ExpandRule, ViewRule
 from .regions import CaptureError, retrace
@@ -384,8 +385,7 @@ def _is_pointwise(node: fx.Node) -> bool:
     call = Call(node)
     rule = find(call)
     single = len(call.results) == 1 and all(val.dim() == 0 for val in (*call.vals, *call.results))
-    random = torch.Tag.nondeterministic_seeded in node.target.tags
-    return single and not random and (rule is POINTWISE or isinstance(rule, MaskRule))
+    return single and not draws(node.target) and (rule is POINTWISE or isinstance(rule, MaskRule))
 
 
 def _adds_nothing(node: fx.Node) -> bool:

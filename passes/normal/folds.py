@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from ..algebra.axes import expr
 from ..building.emit import Emit
 from ..rules import Call, find
+from ..rules.base import draws
 from ..rules.pointwise import POINTWISE
 
 aten = torch.ops.aten
@@ -56,8 +57,7 @@ def _found(call: Call, lead: Sequence[Any], emit: Emit, known: Known, deep: int)
         return first if held == [*map(expr, (*lead, *call.out.shape[1:]))] else None
     if call.target is aten.addmm.default:
         return _biased(call, lead, emit, known, deep)
-    drawn = torch.Tag.nondeterministic_seeded in call.target.tags
-    if find(call) is POINTWISE and not drawn:
+    if find(call) is POINTWISE and not draws(call.target):
         rows = [n for n in call.nodes if not _one_row(n.meta["val"], call.out.dim())]
     elif call.target in _OF_ROWS or (call.target in _PRODUCTS and call.vals[1].dim() == 2):
         rows = [first] if first.meta["val"].dim() == 2 and first not in call.nodes[1:] else []

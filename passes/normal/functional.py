@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..algebra.axes import expr
 from ..building.emit import Emit
-from ..rules.base import tensors_of
+from ..rules.base import draws, tensors_of
 from .memory import storage
 from .regions import CaptureError
 
@@ -37,9 +37,7 @@ def is_impure(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable or (
-            torch.Tag.nondeterministic_seeded not in node.target.tags and (node.is_impure())
-        )
+        return node.target._schema.is_mutable or (not draws(node.target) and node.is_impure())
     return node.target in _STATE_SWITCHES
 
 

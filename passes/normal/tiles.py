@@ -15,7 +15,7 @@ from torch import fx
 
 from ..building.emit import Emit
 from ..rules import Call, find
-from ..rules.base import Role
+from ..rules.base import Role, draws
 from ..rules.facts import NO_FACTS
 from ..rules.pointwise import POINTWISE
 from ..rules.signature import SignatureRule
@@ -100,9 +100,8 @@ def _equal(a: Any, b: Any, known: Known, deep: int) -> bool:
     if a is b or not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
         return a is b or (type(a) is type(b) and not isinstance(a, fx.Node) and bool(a == b))
     if (a, b) not in known:
-        drawn = torch.Tag.nondeterministic_seeded in getattr(a.target, "tags", ())
-        alike = a.op == b.op == "call_function" and a.target is b.target and a.kwargs == b.kwargs and not drawn
-        alike = alike and len(a.args) == len(b.args) and deep > 0
+        alike = a.op == b.op == "call_function" and a.target is b.target and a.kwargs == b.kwargs
+        alike = alike and len(a.args) == len(b.args) and deep > 0 and not draws(a.target)
         known[a, b] = alike and all(_equal(x, y, known, deep - 1) for x, y in zip(a.args, b.args, strict=True))
     return known[a, b]
 
@@ -110,8 +109,7 @@ def _equal(a: Any, b: Any, known: Known, deep: int) -> bool:
 def _alike(calls: Sequence[Call]) -> bool:
     """Whether all is the same of some calls but for their tensors, and nothing is random."""
     said = {str(fx.map_arg((c.node.args, c.node.kwargs), lambda _: None)) for c in calls}
-    drawn = torch.Tag.nondeterministic_seeded in getattr(calls[0].target, "tags", ())
-    return len(said) == 1 and not (drawn and calls[0].args.get("dropout_p", 1.0))
+    return len(said) == 1 and not (draws(calls[0].target) and calls[0].args.get("dropout_p", 1.0))
 
 
 def _pieced(nodes: Sequence[Any], d: int) -> fx.Node | None:

@@ -93,6 +93,11 @@ def tensors_of(value: Any) -> tuple[Tensor, ...]:
     return ()
 
 
+def draws(target: Any) -> bool:
+    """Whether an op draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+
+
 def sources(node: fx.Node, operands: Sequence[fx.Node]) -> Sequence[fx.Node]:
     """Those of a node's operands whose values it reads."""
     return operands[: 0 if node.target in FILLED else None]

@@ -12,6 +12,7 @@ from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_leaves
 
 from tome_fx import ops
+from tome_fx.passes.rules.base import draws
 
 aten = torch.ops.aten
 tome = torch.ops.tome
@@ -33,8 +34,7 @@ def _wide(value: Any) -> Any:
 
 def is_random(node: fx.Node) -> bool:
     return (
-        isinstance(node.target, torch._ops.OpOverload)
-        and torch.Tag.nondeterministic_seeded in node.target.tags
+        draws(node.target)
         and node.target not in (*_DROPOUT, aten.native_dropout.default, aten.scaled_dot_product_attention.default)
         and isinstance(node.meta.get("val"), Tensor)
     )
