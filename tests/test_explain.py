@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import tome_fx
 from tests.palette import compiled, distance
 from tests.strategies import thinned
+from tome_fx.report import SkipReason, together
 
 N, D, R = 48, 32, 6
 
@@ -381,3 +382,14 @@ def test_torchscript_is_named() -> None:
     for model in (traced, nn.Sequential(traced, nn.Identity())):
         said = tome_fx.explain(model, (x,), r=4).summary()
         assert "it was scripted or traced" in said and "TransformerEncoder" not in said, said
+
+
+def test_reasons_that_are_alike_are_told_once() -> None:
+    """Of twelve blocks with one reason the user reads one, with the first's numbers; other reasons stay apart."""
+    paid = [SkipReason("does not pay", f"blocks.{i}", f"costs {i + 1}.5e+06 and saves {i}") for i in range(5)]
+    told = together([*paid, SkipReason("does not pay", "head", "its tokens are few"), SkipReason("cross", "a", "b")])
+    assert told == (
+        "blocks.0, blocks.1 and 3 more: does not pay (the first: costs 1.5e+06 and saves 0); "
+        "head: does not pay (its tokens are few); a: cross (b)"
+    )
+    assert together([SkipReason("cross", name, "b") for name in "xyz"]) == "x, y, z: cross (b)"

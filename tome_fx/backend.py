@@ -32,7 +32,7 @@ from tome_fx.passes.lower import KERNELS, call_kernels
 from tome_fx.passes.normal.wrappers import closed_input
 from tome_fx.pieces import Model, Piece, compilations, piece_of
 from tome_fx.register import RuleError
-from tome_fx.report import SkipReason, ToMeError, ToMeReport, ToMeWarning, record
+from tome_fx.report import SkipReason, ToMeError, ToMeReport, ToMeWarning, record, together
 from tome_fx.schedule import ScheduleError
 
 log = logging.getLogger(__name__)
@@ -268,7 +268,7 @@ def _tell(report: ToMeReport, config: ToMeConfig) -> None:
     if not report.merged_sites and not _nothing_wanted(config):
         _warn(f"tome_backend: {report.summary()}", config)
     elif unpaid and config.strict:
-        raise ToMeError("; ".join(map(str, unpaid)))
+        raise ToMeError(together(unpaid))
 
 
 def _nothing_wanted(config: ToMeConfig) -> bool:

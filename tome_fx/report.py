@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rich.console import Console
@@ -43,6 +44,25 @@ class SkipReason:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.kind} ({self.detail})" if self.where else f"{self.kind} ({self.detail})"
+
+
+_NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?")
+
+
+def together(reasons: Iterable[SkipReason]) -> str:
+    """Reasons in words; those of many places that are alike but for numbers are one, with the first's numbers."""
+    alike: dict[tuple[str, str], list[SkipReason]] = {}
+    for reason in dict.fromkeys(reasons):
+        alike.setdefault((reason.kind, _NUMBER.sub("#", reason.detail)), []).append(reason)
+    return "; ".join(map(_as_one, alike.values()))
+
+
+def _as_one(alike: list[SkipReason]) -> str:
+    first, places = alike[0], [reason.where for reason in alike]
+    named = places if len(places) < 4 else [*places[:2], f"and {len(places) - 2} more"]
+    same = len({reason.detail for reason in alike}) == 1
+    where = ", ".join(named).replace(", and", " and")
+    return str(replace(first, where=where, detail=first.detail if same else f"the first: {first.detail}"))
 
 
 @dataclass(frozen=True)
@@ -171,7 +191,7 @@ class ToMeReport:
         """One line: sites, tokens, FLOPs."""
         graphs = f"{self.graphs} graph" + "s" * (self.graphs != 1)
         if not self.merged_sites:
-            why = "; ".join(dict.fromkeys(str(s) for s in self.skipped)) or "no attention was found"
+            why = together(self.skipped) or "no attention was found"
             if not self.graphs:
                 said = f"Dynamo says {why}" if self.skipped else "TORCH_LOGS=graph_breaks says where"
                 scripted = any(s.kind == SCRIPTED for s in self.skipped)
