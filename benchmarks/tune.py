@@ -7,7 +7,7 @@ of features. *Every* member of the three families is judged on the data that `tu
 the target (as predicted) is the baseline. Then the unmerged model, the baseline, what `tune` found by the schedule
 alone and, with --options, with method, metric, similarity and prop_attn too, are compiled by Inductor and timed in
 turn; losses are those of the half of the data that no search saw. Writes results/tune-cpu.json, saved after each task;
-a task that is there is not measured again (--fresh). `--page` writes the table of docs/tune.md.
+a task that is there is not measured again (--fresh). `--page` writes the table of docs/tune.md and its plot.
 """
 
 from __future__ import annotations
@@ -284,6 +284,40 @@ def _cell(row: dict[str, Any], name: str, label: str = "") -> str:
     return "; ".join(filter(None, [label or more, f"{own['speed']:.2f} times", f"loses {loss}"]))
 
 
+KINDS = {"r": "o", "(r, -1)": "v", "(r, 1)": "^", "proposals": "*"}
+"""What the plots call a schedule -> its marker."""
+NOTHING = 1e-9
+"""A distance that is rounding alone, as where no token that is read has merged: not plotted."""
+
+
+def kind_of(name: str) -> str:
+    """The family of a schedule, by what a search calls it."""
+    if not name.startswith("r="):
+        return "proposals"
+    return next((kind for kind, end in (("(r, -1)", ", -1)"), ("(r, 1)", ", 1)")) if name.endswith(end)), "r")
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """All that was tried: a panel for each task, the distance that outputs move (data tuned on) against speed."""
+    from matplotlib.figure import Figure  # late: as in harness
+
+    figure = Figure(figsize=(10, 3.2 * -(-len(result["tasks"]) // 2)), layout="constrained")
+    panels = figure.subplots(-(-len(result["tasks"]) // 2), 2, squeeze=False).flatten()
+    for axes, (name, row) in zip(panels, result["tasks"].items(), strict=False):
+        points = [point for front in row["fronts"].values() for point in front if point["distance"] > NOTHING]
+        for kind, marker in KINDS.items():
+            own = [point for point in points if kind_of(point["name"]) == kind]
+            x, y = [point["speed"] for point in own], [point["distance"] for point in own]
+            axes.plot(x, y, marker, label=kind, markersize=9 if marker == "*" else 4, alpha=0.7)
+        axes.set(title=name, yscale="log", xlabel="speed, predicted", ylabel="1 - cosine")
+        axes.axvline(row["rows"]["schedule"]["predicted"], color="black", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels[len(result["tasks"]) :]:
+        axes.set_axis_off()
+    panels[0].legend()
+    figure.savefig(path, dpi=110)
+
+
 def written(page: str, result: dict[str, Any]) -> str:
     """The page with the table of a result."""
     before, rest = page.split(BEGIN)
@@ -316,6 +350,7 @@ def main() -> int:
         console.print(f"wrote {args.out}")
     if args.page:
         PAGE.write_text(written(PAGE.read_text(), result))
+        plot(result, RESULTS.with_suffix(".png"))
     return 0
 
 
