@@ -48,7 +48,8 @@ ENOUGH = 2000
 @dataclass(frozen=True)
 class Task:
     """A trained model in eval mode, batches (pairs with a metric) and a target of loss. most: the largest r of the
-    families that is tried. what: the data in words."""
+    families that is tried. what: the data in words. step: where it is not 1, every so many r's of a family are tried,
+    and each between the last that keeps the target and the next."""
 
     model: nn.Module
     batches: Sequence[Any]
@@ -56,6 +57,7 @@ class Task:
     metric: judging.Metric | None
     most: int
     what: str
+    step: int = 1
 
 
 def small_vit(console: Console, count: int) -> Task:
@@ -135,7 +137,8 @@ def speech(console: Console, count: int) -> Task:
     model = Encoder().eval()
     said = [curve.said[i : i + 4] for i in range(0, len(curve.said), 4)]
     whole = [pair for pair in zip(curve.mels, said, strict=True) if len(pair[1]) == 4]  # the last is filled up
-    return Task(model, whole, tome_fx.Loss(1.0), words(model), 350, f"Whisper tiny.en, {4 * len(whole)} windows, words")
+    what = f"Whisper tiny.en, {4 * len(whole)} windows, words"
+    return Task(model, whole, tome_fx.Loss(1.0), words(model), 350, what, step=10)
 
 
 def video(console: Console, count: int) -> Task:
@@ -147,7 +150,7 @@ def video(console: Console, count: int) -> Task:
     source = clips.textures("test", 200, 1)
     made = [clips.moving(source, 40, *moving.SHAPE, generator)[:2] for _ in range((count or 800) // 40)]
     what = f"tubelet ViT, {40 * len(made)} clips of synthetic motion, top-1"
-    return Task(model, made, tome_fx.Loss(0.5), top1, 36, what)
+    return Task(model, made, tome_fx.Loss(0.5), top1, 128, what, step=8)
 
 
 TASKS: dict[str, Callable[[Console, int], Task]] = {
@@ -169,15 +172,22 @@ class Kept(searching.Search):
 def baseline(search: searching.Search, task: Task) -> tuple[searching.Point | None, list[searching.Point]]:
     """Every member of the families on all the batches tuned on, and the fastest that keeps the target."""
     search.options = dict(search.task.base)
-    names = [(family, r) for family in searching.FAMILIES for r in range(1, task.most + 1)]
-    points, lost = [], set[str]()
-    for family, r in names:
-        if family in lost:
-            continue
+    points: list[searching.Point] = []
+
+    def kept(family: str, r: int) -> bool:
         name = f"r={r}" if family == "r" else f"r={family.replace('r', str(r))}"
         points.append(search.evaluate(search.list_of(family, r), name, search.whole, late=True))
-        # Twice the loss allowed, and a larger r loses more: no member of a family comes back from there.
-        lost |= {family} if points[-1].loss > 2 * task.target.most + 1e-9 else set()
+        return points[-1].loss <= task.target.most
+
+    for family in searching.FAMILIES:
+        last = 0
+        for r in range(task.step, task.most + 1, task.step):
+            last = r if kept(family, r) else last
+            # Twice the loss allowed, and a larger r loses more: no member of a family comes back from there.
+            if points[-1].loss > 2 * task.target.most + 1e-9:
+                break
+        for r in range(last + 1, min(last + task.step, task.most + 1)):
+            kept(family, r)
     held = [point for point in points if point.loss <= task.target.most]
     return max(held, key=lambda point: point.speed, default=None), points
 
