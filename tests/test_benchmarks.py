@@ -35,6 +35,7 @@ import shares  # noqa: E402
 import soak  # noqa: E402
 import speed  # noqa: E402
 import tome_patch  # noqa: E402
+import tune as tuning  # noqa: E402
 from tests.models import redraw  # noqa: E402
 from tome_fx import SiteReport, ToMeReport, attention, timing, tome_backend  # noqa: E402
 
@@ -564,3 +565,26 @@ def test_a_language_model_behind_a_merged_tower() -> None:
     assert [row.cache_bytes for row in rows.values()] == [entries * 2 * 2 * 24 * 4 for entries in (68, 51)]
     result = json.loads(json.dumps(language.record(rows, {}, {})))
     assert language.table(language.loaded(result)) == language.table(rows)
+
+
+@pytest.mark.parametrize("step", [1, 10])
+def test_the_families_are_searched_up_to_the_limit(step: int) -> None:
+    """The fastest member that keeps the target is found, whether every one is tried or every tenth and those around."""
+    tried: list[str] = []
+
+    class Searching:
+        task = SimpleNamespace(base={})
+        whole = 1
+
+        def list_of(self, family: str, r: int) -> tuple[int]:
+            return (r,)
+
+        def evaluate(self, r: tuple[int], name: str, *_: Any, **__: Any) -> Any:
+            tried.append(name)
+            return SimpleNamespace(name=name, loss=r[0] * (0.027 if name == f"r={r[0]}" else 0.1), speed=1 + r[0])
+
+    target = SimpleNamespace(target=SimpleNamespace(most=1.0), most=200, step=step)
+    best, points = tuning.baseline(Searching(), target)  # type: ignore[arg-type]
+    assert best is not None and best.name == "r=37" and len(points) == len(tried)
+    assert {tuning.kind_of(name) for name in tried} == {"r", "(r, -1)", "(r, 1)"}
+    assert len(tried) < 60 or step == 1
