@@ -338,6 +338,23 @@ def test_ctrl_c_gives_what_was_found(steady: None, monkeypatch: pytest.MonkeyPat
     assert "the report was stopped by hand" in str(found) and "not held out" in str(found)
 
 
+def test_a_budget_that_ends_among_the_first_still_finds_what_they_reached(
+    steady: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a level of distance was known nothing counted as reached, whatever it had lost."""
+    evaluate = search.Search.evaluate
+
+    def slow(self: search.Search, *given: Any, late: bool = False, **more: Any) -> search.Point:
+        if self.points and not late:
+            raise search.Enough
+        return evaluate(self, *given, late=late, **more)
+
+    monkeypatch.setattr(search.Search, "evaluate", slow)
+    found = tune(tiny_vit(), labelled(), target=Loss(99), metric=right, inner="eager")
+    assert found.reached and found.options["r"][0] == 4
+    assert "the budget ended the search" in " ".join(found.notes)
+
+
 @pytest.mark.slow
 def test_the_budget_ends_a_search(steady: None) -> None:
     found = found_by(budget=1e-6)

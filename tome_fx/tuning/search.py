@@ -406,6 +406,7 @@ class Search:
     def finalists(self) -> Point | None:
         """The best on all batches: the most promising are judged there, one after another, until one keeps the target
         and no other could beat it."""
+        self._learn()  # the time may have been up before
         for _ in range(FINALISTS):
             best = self.best(self.whole)
             rest = [p for p in self.points.values() if p.batches == self.few and self.reaches(p)]
