@@ -16,6 +16,7 @@
 | `x[mask] = 0`, or a row: the same for all places        | `masked_fill(x, mask, 0)`, `where(mask, row, x)`         |
 | rows that an index reads or writes one behind the other | `slice`, `slice_scatter`                                 |
 | `x == 0`, `x != 0`                                      | `logical_not(x)`, `x` as bools                           |
+| `s * mask + ~mask * -1e9`                               | `masked_fill(s, ~mask, -1e9)` (`normal/chosen.py`)       |
 | `x.max(d).values`, a pool to one place                  | `amax(x, d)`, `mean(x, d)` (`normal/pools.py`)           |
 | `pad(x, (m, 0))`                                        | `cat([full(m), x], -1)`                                  |
 | the sum of what stands side by side along a dim         | adds: `add(x, y)`                                        |
@@ -51,6 +52,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .algebra.axes import expr
 from .building.emit import Emit, drop_dead
+from .normal.chosen import chosen
 from .normal.folds import unfolded
 from .normal.idle import drop_idle, numbers
 from .normal.join_writes import added_in_order, join_writes, put_where, read_in_order, written_in_order
@@ -430,7 +432,9 @@ FORMS: dict[Any, Form] = {
     aten.softmax.int: shifted,
     **dict.fromkeys((aten.matmul.default, aten.linear.default), _weighted),
     aten.einsum.default: lambda call, emit: _weighted(call, emit) or side_by_side(call, emit),
-    **dict.fromkeys((aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar), _changed_by(0)),
+    **dict.fromkeys((aten.add.Scalar, aten.sub.Scalar), _changed_by(0)),
+    **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor),
+                    lambda call, emit: _changed_by(0)(call, emit) or chosen(call, emit)),
     aten.native_layer_norm.default: _whole(_layer_norm),
     **dict.fromkeys((aten.max.dim, aten.min.dim), _whole(extreme)),
     **dict.fromkeys((aten.max.default, aten.min.default), extreme),

@@ -240,6 +240,15 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
         product_first,
         ["aten.transpose.int", SOFTMAX, "aten.matmul.default"],
     ),
+    "kept by a mask, and low elsewhere": (
+        lambda x, y: (lambda m: x * m.unsqueeze(1).to(x.dtype) - (1 - m[:, None].long()) * 1e9)(y[:, 0] > 1.5),
+        ["aten.select.int", "aten.gt.Scalar", "aten.unsqueeze.default", "aten.logical_not.default",
+         "aten.masked_fill.Scalar"],
+    ),
+    "low elsewhere, but not zero": (
+        lambda x, y: x * (y > 1.5) + torch.where(y > 1.5, 1.0, -1e9),
+        ["aten.gt.Scalar", MUL, "aten.gt.Scalar", "aten.where.Scalar", ADD],
+    ),
     "is zero": (
         lambda x, y: (x == 0) | (y != 0),
         ["aten.logical_not.default", "aten._to_copy.default", "aten.bitwise_or.Tensor"],

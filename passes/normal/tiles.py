@@ -95,8 +95,12 @@ def _places(call: Call, d: int) -> list[int | None] | None:
             for k, val in zip(found, call.vals, strict=True)]  # fmt: skip
 
 
-def _equal(a: Any, b: Any, known: Known, deep: int) -> bool:
+def equal(a: Any, b: Any) -> bool:
     """Whether two arguments are one, or made alike of the same."""
+    return _equal(a, b, {}, _DEEP)
+
+
+def _equal(a: Any, b: Any, known: Known, deep: int) -> bool:
     if a is b or not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
         return a is b or (type(a) is type(b) and not isinstance(a, fx.Node) and bool(a == b))
     if (a, b) not in known:
@@ -134,4 +138,4 @@ def _cut(node: fx.Node, d: int) -> tuple[fx.Node | None, Any]:
     return call.nodes[0], sum(lengths, call.args.get("start") or 0)
 
 
-__all__ = ["tiled"]
+__all__ = ["equal", "tiled"]
