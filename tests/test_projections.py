@@ -66,9 +66,24 @@ def scaled(m: Any, y: Tensor) -> Any:
     return q, k * 0.5, v
 
 
-def normed(m: Any, y: Tensor) -> Any:
-    q, k, v = by_block(m, y)
-    return q, F.layer_norm(k, (D // H,), m.scale), v
+def normed(name: str) -> Heads:
+    def heads(m: Any, y: Tensor) -> Any:
+        q, k, v = by_block(m, y)
+        return q, NORMED[name](k, m.scale), v
+
+    return heads
+
+
+NORMED: dict[str, Callable[[Tensor, Any], Tensor]] = {  # a norm of each head; what it norms, and a row of its features
+    "layer_norm": lambda k, w: F.layer_norm(k, (D // H,), w),
+    "root mean square": lambda k, w: k * torch.rsqrt(k.pow(2).mean(-1, keepdim=True) + 1e-6) * w,
+    "normalize": lambda k, w: F.normalize(k, dim=-1),
+    "over its length": lambda k, w: w * (k / k.norm(dim=-1, keepdim=True)),
+    "by mean and variance": lambda k, w: (lambda v, u: (k - u) / (v + 1e-6).sqrt() * w)(
+        *torch.var_mean(k, -1, unbiased=False, keepdim=True)
+    ),
+    "no dim kept": lambda k, w: k * torch.rsqrt(torch.einsum("...d,...d->...", k, k) / (D // H) + 1e-6)[..., None] * w,
+}
 
 
 def rotated(m: Any, y: Tensor) -> Any:
@@ -160,10 +175,11 @@ def test_what_stands_between_is_said() -> None:
     """A norm of each head is done to the mean; what turns keys by place comes after what is compared."""
     plain, x = block(by_block)
     mean = plain.keys(x).mean(1)
-    model, x = block(normed)
-    metric, site = compared(model, x)
-    assert torch.allclose(metric, F.layer_norm(mean, (D // H,), model.scale), rtol=1e-4, atol=1e-4)
-    assert site.compared == "the mean of its keys over heads, normed after"
+    for name, norm in NORMED.items():
+        model, x = block(normed(name))
+        metric, site = compared(model, x)
+        assert torch.allclose(metric, norm(mean, model.scale), rtol=1e-4, atol=1e-4), name
+        assert site.compared == "the mean of its keys over heads, normed after", name
     model, x = block(rotated)
     metric, site = compared(model, x)
     assert torch.allclose(metric, mean, rtol=1e-5, atol=1e-5)
