@@ -29,6 +29,7 @@
 | one of it (`unbind`, `split`, `select`, `slice`)        | itself: `x`                                              |
 | what is the same along a dim, spread out                | its row (`normal/spread.py`)                             |
 | letters of an einsum that always stand side by side      | one letter (`normal/letters.py`)                         |
+| `einsum("npij,bnpj->bnpi", r, x)`, i and j 2 or 3       | `(r * x[..., None, :]).sum(-1)` (`normal/letters.py`)    |
 | `(q[:, :, None] * k[:, None]).sum(-1)`                  | `einsum("bnd,bmd->bnm", q, k)`                           |
 | `stack([x, x])`, `cat([x, x])`                          | `expand(unsqueeze(x))`, flattened for a cat              |
 | views, slices of the same shape, `cat([x])`, `x * 1.0`  | `x`                                                      |
@@ -56,7 +57,7 @@ from .normal.chosen import chosen
 from .normal.folds import unfolded
 from .normal.idle import drop_idle, numbers
 from .normal.join_writes import added_in_order, join_writes, put_where, read_in_order, written_in_order
-from .normal.letters import side_by_side, summed_pairs
+from .normal.letters import side_by_side, summed_pairs, turned
 from .normal.memory import Outputs
 from .normal.pools import extreme, pooled
 from .normal.spread import narrow_spread
@@ -430,8 +431,9 @@ FORMS: dict[Any, Form] = {
                     lambda call, emit: _changed_by(1)(call, emit) or over_their_sum(call, emit)),
     aten.exp.default: from_log,
     aten.softmax.int: shifted,
-    **dict.fromkeys((aten.matmul.default, aten.linear.default), _weighted),
-    aten.einsum.default: lambda call, emit: _weighted(call, emit) or side_by_side(call, emit),
+    aten.linear.default: _weighted,
+    aten.matmul.default: lambda call, emit: _weighted(call, emit) or turned(call, emit),
+    aten.einsum.default: lambda call, emit: _weighted(call, emit) or turned(call, emit) or side_by_side(call, emit),
     **dict.fromkeys((aten.add.Scalar, aten.sub.Scalar), _changed_by(0)),
     **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor),
                     lambda call, emit: _changed_by(0)(call, emit) or chosen(call, emit)),

@@ -192,6 +192,11 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
         lambda x, y: (x[:, :, None] * y[:1, None]).sum(-1),
         ["aten.unsqueeze.default", "aten.slice.Tensor", "aten.unsqueeze.default", MUL, "aten.sum.dim_IntList"],
     ),
+    "a matrix of each token": (
+        lambda x, y: torch.einsum("nij,bnj->bni", y[0, :, :2, None].expand(3, 2, 2), x[..., :2]),
+        ["aten.select.int", "aten.slice.Tensor", "aten.unsqueeze.default", "aten.slice.Tensor",
+         "aten.unsqueeze.default", "aten.unsqueeze.default", MUL, "aten.sum.dim_IntList"],
+    ),
     "rows folded, and apart again": (
         lambda x, y: (lambda r: (r.exp() + y[0, 0]) * F.linear(r[:, :2].softmax(1), y[0, :, :2])[:, 1:2])(
             x.reshape(6, 4)

@@ -86,11 +86,36 @@ NORMED: dict[str, Callable[[Tensor, Any], Tensor]] = {  # a norm of each head; w
 }
 
 
-def rotated(m: Any, y: Tensor) -> Any:
-    q, k, v = by_block(m, y)
-    angle = torch.arange(y.shape[1])[:, None] * 0.1
-    (q, q2), (k, k2) = ((x, torch.cat([-x[..., D // H // 2 :], x[..., : D // H // 2]], -1)) for x in (q, k))
-    return q * angle.cos() + q2 * angle.sin(), k * angle.cos() + k2 * angle.sin(), v
+def matrices(a: Tensor) -> Tensor:
+    return torch.stack([a.cos(), -a.sin(), a.sin(), a.cos()], -1).unflatten(-1, (2, 2))
+
+
+ROTATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # by angles [N, D // H // 2]
+    "and added": lambda x, a: (lambda c, s, y: x * c + y * s)(
+        *(torch.cat([t, t], -1) for t in (a.cos(), a.sin())),
+        torch.cat([-x[..., D // H // 2 :], x[..., : D // H // 2]], -1),
+    ),
+    "halves, joined": lambda x, a: (lambda u, v: torch.cat([u * a.cos() - v * a.sin(), v * a.cos() + u * a.sin()], -1))(
+        *x.chunk(2, -1)
+    ),
+    "complex": lambda x, a: torch.view_as_real(
+        torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.polar(torch.ones_like(a), a)
+    ).flatten(-2),
+    "complex, halves": lambda x, a: torch.view_as_real(
+        torch.view_as_complex(x.unflatten(-1, (2, -1)).mT.contiguous()) * torch.polar(torch.ones_like(a), a)
+    ).transpose(-1, -2).flatten(-2),
+    "matrices": lambda x, a: torch.einsum("npij,bhnpj->bhnpi", matrices(a), x.unflatten(-1, (-1, 2))).flatten(-2),
+    "matrices, matmul": lambda x, a: (matrices(a) @ x.unflatten(-1, (-1, 2)).unsqueeze(-1)).flatten(-3),
+}  # fmt: skip
+
+
+def rotated(name: str) -> Heads:
+    def heads(m: Any, y: Tensor) -> Any:
+        q, k, v = by_block(m, y)
+        angle = torch.arange(y.shape[1])[:, None] * torch.linspace(0.1, 1, D // H // 2)
+        return *(ROTATED[name](x, angle) for x in (q, k)), v
+
+    return heads
 
 
 class Block(nn.Module):
@@ -180,10 +205,11 @@ def test_what_stands_between_is_said() -> None:
         metric, site = compared(model, x)
         assert torch.allclose(metric, norm(mean, model.scale), rtol=1e-4, atol=1e-4), name
         assert site.compared == "the mean of its keys over heads, normed after", name
-    model, x = block(rotated)
-    metric, site = compared(model, x)
-    assert torch.allclose(metric, mean, rtol=1e-5, atol=1e-5)
-    assert site.compared == "its keys as they are projected"
+    for name in ROTATED:
+        model, x = block(rotated(name))
+        metric, site = compared(model, x)
+        assert torch.allclose(metric, mean, rtol=1e-5, atol=1e-5), name
+        assert site.compared == "its keys as they are projected", name
     assert site.compared in str(tome_fx.explain(model, (x,), r=R, placement="branch"))
 
 

@@ -133,19 +133,32 @@ def _product(call: Call, merge: fx.Node, facts: Facts) -> Projection | None:
 def _followed(found: Projection, way: list[fx.Node], operand: Operand, facts: Facts) -> Projection | None:
     """With the channels that make each head: those that views leave when they are done to the numbers of all. way:
     what all that leads from the product to the operand passes."""
-    own = frozenset(leaf for d in operand.features for leaf in leaves(facts.dims(operand.node)[d]))
     last, state, at = found.call.node, found.numbers(), 0
+    whole = last, state
     while at < len(way):
         moved = _moved(way[at], last, state, facts)
         if moved is None:
-            norm = () if found.norm else _norm(last, way[at:], own, facts)
+            norm = () if found.norm else _norm(last, way[at:], _features(last, found, operand, facts), facts)
             if not norm:
                 found = replace(found, later=way[at])
                 break
             found, at = replace(found, norm=norm), way.index(norm[-1])
         last, state, at = way[at], state if moved is None else moved, at + 1
-    whole = isinstance(state, Tensor) and state.numel() > 0  # several results are no heads, and no samples have none
-    return _by_head(found, state, last, own, facts) if whole else None
+        whole = (last, state) if isinstance(state, Tensor) else whole  # several results are no heads
+    last, state = whole
+    own = _features(last, found, operand, facts)
+    return _by_head(found, state, last, own, facts) if state.numel() > 0 else None  # no samples have none
+
+
+def _features(node: fx.Node, found: Projection, operand: Operand, facts: Facts) -> frozenset[Atom]:
+    """The leaves of the features of a head in a value that an operand is made of: those of the operand, or, where what
+    comes between takes them apart and joins them anew (rotations), those that the operand has nowhere else."""
+    dims = [{*leaves(dim)} for dim in facts.dims(operand.node)]
+    own = frozenset[Atom]().union(*(dims[d] for d in operand.features))
+    others = facts.leaves_of(found.node).union(*(n for d, n in enumerate(dims) if d not in operand.features))
+    held = facts.leaves_of(node)
+    apart = own if own <= held else frozenset(held - others)
+    return apart if prod(map(count_of, apart)) == prod(map(count_of, own)) else own
 
 
 def _moved(node: fx.Node, last: fx.Node, state: Any, facts: Facts) -> Any:
@@ -230,6 +243,8 @@ def _by_head(
     state = state.reshape(prod(sizes[i] for i in head), prod(sizes[i] for i in feature))
     rows, each = state.unique(dim=0, return_counts=True)
     state = rows if len(each.unique()) == 1 else state  # heads that several groups of queries share are repeated
+    if not found.norm:  # in whatever order features stand
+        state = state[:, state[0].argsort()]
     heads, width = state.shape
     first, far, next_ = (int(x) for x in (state[0, 0], state[min(1, heads - 1), 0], state[0, min(1, width - 1)]))
     even = first + torch.arange(heads)[:, None] * (far - first) + torch.arange(width) * (next_ - first)
