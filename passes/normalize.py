@@ -17,7 +17,8 @@
 | rows that an index reads or writes one behind the other | `slice`, `slice_scatter`                                 |
 | `x == 0`, `x != 0`                                      | `logical_not(x)`, `x` as bools                           |
 | `s * mask + ~mask * -1e9`                               | `masked_fill(s, ~mask, -1e9)` (`normal/chosen.py`)       |
-| `x.max(d).values`, a pool to one place                  | `amax(x, d)`, `mean(x, d)` (`normal/pools.py`)           |
+| `x.max(d).values`, a pool to one place, a product with  | `amax(x, d)`, `mean(x, d)` (`normal/pools.py`)           |
+| `1 / N` everywhere                                      |                                                          |
 | `pad(x, (m, 0))`                                        | `cat([full(m), x], -1)`                                  |
 | the sum of what stands side by side along a dim         | adds: `add(x, y)`                                        |
 | the same, each times a number of its own (`linear` too) | adds: `add(mul(x, w0), mul(y, w1))`                      |
@@ -59,7 +60,7 @@ from .normal.idle import drop_idle, numbers
 from .normal.join_writes import added_in_order, join_writes, put_where, read_in_order, written_in_order
 from .normal.letters import side_by_side, summed_pairs, turned
 from .normal.memory import Outputs
-from .normal.pools import extreme, pooled
+from .normal.pools import by_one_number, extreme, pooled, topmost, windowed
 from .normal.spread import narrow_spread
 from .normal.tiles import tiled
 from .normal.weights import from_log, over_their_sum, shifted
@@ -431,15 +432,21 @@ FORMS: dict[Any, Form] = {
                     lambda call, emit: _changed_by(1)(call, emit) or over_their_sum(call, emit)),
     aten.exp.default: from_log,
     aten.softmax.int: shifted,
-    aten.linear.default: _weighted,
-    aten.matmul.default: lambda call, emit: _weighted(call, emit) or turned(call, emit),
-    aten.einsum.default: lambda call, emit: _weighted(call, emit) or turned(call, emit) or side_by_side(call, emit),
+    **dict.fromkeys((aten.matmul.default, aten.linear.default, aten.bmm.default, aten.mv.default),
+                    lambda call, emit: _weighted(call, emit) or by_one_number(call, emit) or turned(call, emit)),
+    aten.einsum.default: lambda call, emit: (
+        _weighted(call, emit) or by_one_number(call, emit) or turned(call, emit) or side_by_side(call, emit)
+    ),
     **dict.fromkeys((aten.add.Scalar, aten.sub.Scalar), _changed_by(0)),
     **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor),
                     lambda call, emit: _changed_by(0)(call, emit) or chosen(call, emit)),
     aten.native_layer_norm.default: _whole(_layer_norm),
     **dict.fromkeys((aten.max.dim, aten.min.dim), _whole(extreme)),
     **dict.fromkeys((aten.max.default, aten.min.default), extreme),
+    **dict.fromkeys((aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default), _whole(windowed)),
+    **dict.fromkeys((aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.avg_pool1d.default,
+                     aten.avg_pool2d.default, aten.avg_pool3d.default), windowed),
+    aten.topk.default: _whole(topmost),
     **dict.fromkeys((aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default), _whole(pooled)),
     **dict.fromkeys((aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default,
                      aten.adaptive_avg_pool3d.default), pooled),

@@ -241,6 +241,17 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
         ["aten.transpose.int", "aten.unsqueeze.default", "aten.amax.default", "aten.squeeze.dim"],
     ),
     "adaptive mean pool": (lambda x, y: F.adaptive_avg_pool1d(x.mT, 1), ["aten.transpose.int", "aten.mean.dim"]),
+    "pool of one window": (
+        lambda x, y: F.max_pool1d(x.mT, 3) - F.avg_pool1d(x, x.shape[2]).mT,
+        ["aten.transpose.int", "aten.amax.default", "aten.mean.dim", "aten.transpose.int", "aten.sub.Tensor"],
+    ),
+    "pool of two windows": (lambda x, y: F.avg_pool1d(x, 2), ["aten.avg_pool1d.default"]),
+    "the topmost": (lambda x, y: x.topk(1, 1).values, ["aten.amax.default"]),
+    "the two topmost": (lambda x, y: x.topk(2, 1).values, ["aten.topk.default", "<built-in function getitem>"]),
+    "a product with one over the count": (
+        lambda x, y: torch.full((1, 3), 1 / 3) @ x + torch.einsum("bnd,n->bd", y, torch.ones(3)),
+        ["aten.mean.dim", "aten.unsqueeze.default", "aten.mean.dim", MUL, ADD],
+    ),
     "product first": (
         product_first,
         ["aten.transpose.int", SOFTMAX, "aten.matmul.default"],
