@@ -28,6 +28,7 @@
 | the mean of it                                          | adds, divided: `div(add(x, y), 2)`                       |
 | one of its running sums (`cumsum`)                      | adds: `add(x, y)`                                        |
 | one of it (`unbind`, `split`, `select`, `slice`)        | itself: `x`                                              |
+| `x.unbind(d)[0]`, `x.split(1, d)[0]` alone              | `x.select(d, 0)`, `x.narrow(d, 0, 1)`                    |
 | what is the same along a dim, spread out                | its row (`normal/spread.py`)                             |
 | letters of an einsum that always stand side by side      | one letter (`normal/letters.py`)                         |
 | `einsum("npij,bnpj->bnpi", r, x)`, i and j 2 or 3       | `(r * x[..., None, :]).sum(-1)` (`normal/letters.py`)    |
@@ -342,11 +343,23 @@ def _weighted(call: Call, emit: Emit) -> fx.Node | None:
 
 def _averaged(call: Call, emit: Emit) -> fx.Node | None:
     total = _summed(call, emit)
-    return None if total is None else emit(aten.div.Tensor, total, call.vals[0].shape[call.args["dim"][0]])
+    return total and emit(aten.div.Tensor, total, call.vals[0].shape[call.args["dim"][0]])
 
 
 def _each(call: Call, emit: Emit) -> list[fx.Node] | None:
     return _pieces(call.nodes[0], call.axis(call.args["dim"]), emit) if _only_taken(call.nodes[0]) else None
+
+
+def _only_one(call: Call, emit: Emit) -> list[fx.Node] | None:
+    """Of what is taken apart the one piece that is read."""
+    read: list[Any] = [user.args[1] for user in call.node.users if user.users]
+    d = call.axis(call.args["dim"])
+    if call.target is aten.unbind.int:
+        return [emit(aten.select.int, call.nodes[0], d, *read)] * len(call.results) if len(read) == 1 else None
+    ends = [*accumulate((val.shape[d] for val in call.results), initial=0)]
+    if len(read) != 1 or not all(isinstance(n, int) for n in ends):
+        return None
+    return [emit(aten.slice.Tensor, call.nodes[0], d, *ends[read[0] : read[0] + 2])] * len(call.results)
 
 
 def _only_taken(join: fx.Node) -> bool:
@@ -457,8 +470,7 @@ FORMS: dict[Any, Form] = {
     aten.new_ones.default: _filled(1.0),
     aten.addcmul.default: _added(aten.mul.Tensor),
     aten.addcdiv.default: _added(aten.div.Tensor),
-    aten.lerp.Scalar: _toward,
-    aten.lerp.Tensor: _toward,
+    **dict.fromkeys((aten.lerp.Scalar, aten.lerp.Tensor), _toward),
     aten.baddbmm.default: _plus_product(aten.bmm.default),
     aten.addmm.default: _plus_product(aten.mm.default),
     aten.cat.default: lambda call, emit: (
@@ -473,14 +485,13 @@ FORMS: dict[Any, Form] = {
     ),
     aten.index_copy.default: written_in_order,
     **dict.fromkeys((aten.index.Tensor, aten.index_select.default), read_in_order),
-    aten.pad.default: _padded,
-    aten.constant_pad_nd.default: _padded,
+    **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), _padded),
     aten.sum.dim_IntList: lambda call, emit: _summed(call, emit) or summed_pairs(call, emit),
     aten.mean.dim: _averaged,
-    aten.unbind.int: _each,
+    aten.unbind.int: lambda call, emit: _each(call, emit) or _only_one(call, emit),
     aten.select.int: _one,
-    aten.split.Tensor: _apart,
-    aten.split_with_sizes.default: _apart,
+    **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default),
+                    lambda call, emit: _apart(call, emit) or _only_one(call, emit)),
     aten.slice.Tensor: _part,
     aten.slice_scatter.default: _overwritten,
 }

@@ -74,6 +74,10 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
         lambda x, y: torch.hstack([x[:, None], y[:, None]]).sum(1),
         ["aten.unsqueeze.default"] * 2 + ["aten.squeeze.dim"] * 2 + [ADD],
     ),
+    "one row, or piece": (
+        lambda x, y: x.unbind(1)[2] + y.split([1, 2], 1)[0].squeeze(1),
+        ["aten.select.int", "aten.slice.Tensor", "aten.squeeze.dim", ADD],
+    ),
     "stack, unbound": (lambda x, y: sum(torch.stack([x, y], 1).unbind(1)), [ADD]),
     "cat, cut again": (lambda x, y: torch.cat([x, y], 1)[:, 3:] + torch.cat([y, x], -1).chunk(2, -1)[1], [ADD]),
     "cat, cut elsewhere": (lambda x, y: torch.cat([x, y], 1)[:, 2:5], ["aten.cat.default", "aten.slice.Tensor"]),
