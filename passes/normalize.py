@@ -63,7 +63,7 @@ from .normal.letters import side_by_side, summed_pairs, turned
 from .normal.memory import Outputs
 from .normal.pools import by_one_number, extreme, pooled, topmost, windowed
 from .normal.spread import narrow_spread
-from .normal.tiles import tiled
+from .normal.tiles import neighbours, tiled
 from .normal.weights import from_log, over_their_sum, shifted
 from .rules import Call, find
 from .rules.base import Role
@@ -477,6 +477,7 @@ FORMS: dict[Any, Form] = {
         (_itself(call, emit) if _one_dtype(call) else None)
         or _beside_itself(call, emit)
         or tiled(call, CatRule.dim(call), emit)
+        or neighbours(call, CatRule.dim(call), emit)
     ),
     aten.stack.default: _beside_itself,
     **dict.fromkeys((aten.index_add.default, aten.scatter_add.default, aten.scatter_reduce.two), added_in_order),
