@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -129,14 +129,18 @@ def _reads(node: fx.Node, wanted: Cut | None) -> Reads | None:
     dims = _same_dim(call, rule, wanted.dim)
     if dims is None or ("size" in call.args and not _has_sizes(node, rule)):
         return None
-    parts = {n: Cut(d, wanted.lo, wanted.hi) for n, d in zip(call.nodes, dims, strict=True) if d is not None}
-    return Reads(parts) if all(call.nodes.count(n) == 1 for n in parts) else None  # x @ x.T: two parts of one
+    places = dict(zip(call.nodes, dims, strict=True))
+    if any(places[n] != d for n, d in zip(call.nodes, dims, strict=True)):  # x @ x.T: two parts of one
+        return None
+    return Reads({n: Cut(d, wanted.lo, wanted.hi) for n, d in places.items() if d is not None})
 
 
 def _read_by_cut(call: Call, wanted: Cut | None) -> Reads | None:
     """Of a slice or select: its own rows, or those of them that are wanted."""
     d = call.axis(call.args["dim"])
     length, keeps = expr(call.vals[0].shape[d]), call.target is not aten.select.int
+    if wanted is not None and (wanted.dim != d or not keeps):  # rows of what is cut across them
+        return Reads({call.nodes[0]: replace(wanted, dim=wanted.dim + (not keeps and wanted.dim >= d))})
     start = (call.args["start"] or 0) if keeps else call.args["index"]
     count = expr(call.out.shape[d]) if keeps else 1
     known = all(isinstance(n, int) for n in (start, count)) and (isinstance(length, int) or start >= 0)
@@ -145,7 +149,7 @@ def _read_by_cut(call: Call, wanted: Cut | None) -> Reads | None:
     start = max(start + length, 0) if start < 0 else start
     if wanted is None:
         return Reads({call.nodes[0]: Cut(d, start, start + count)})
-    return Reads({call.nodes[0]: Cut(d, start + wanted.lo, start + wanted.hi)}) if keeps and wanted.dim == d else None
+    return Reads({call.nodes[0]: Cut(d, start + wanted.lo, start + wanted.hi)})
 
 
 def _read_by_merge(node: fx.Node, wanted: Cut) -> Reads | None:
@@ -229,7 +233,9 @@ def _narrow(graph: fx.Graph, cuts: Mapping[fx.Node, Cut], reads: Mapping[fx.Node
             continue
         call = Call(node)
         rule = find(call)
-        moved = isinstance(rule, (SliceRule, SelectRule))
+        moved = isinstance(rule, (SliceRule, SelectRule)) and all(
+            want.dim == call.axis(call.args["dim"]) for want in read.values()
+        )
         held = {n: values.get(n, n) for n in read}
         new = held if moved else {n: _part(node, held[n], cuts.get(n), want) for n, want in read.items()}
         if reads[node].only:

@@ -97,10 +97,14 @@ def _match_pieces(facts: Facts) -> None:
 
 
 def _note_given(facts: Facts) -> None:
-    """What says of single positions what an input says, once it is known which axes are features."""
+    """What says of single positions what an input says, once it is known which axes are features, and what products by
+    weights sum over of it."""
     for node, call in facts.calls.items():
-        if _given(call, find(call), facts):
+        rule = find(call)
+        if _given(call, rule, facts):
             facts.given.add(node)
+        held = [any(n in known for n in call.nodes) for known in (facts.constant, facts.given)]
+        facts.entering |= rule.summed(call, facts) if isinstance(rule, Contraction) and all(held) else set()
 
 
 def _given(call: Call, rule: Rule, facts: Facts) -> bool:

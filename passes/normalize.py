@@ -16,7 +16,9 @@
 | `x[mask] = 0`, or a row: the same for all places        | `masked_fill(x, mask, 0)`, `where(mask, row, x)`         |
 | rows that an index reads or writes one behind the other | `slice`, `slice_scatter`                                 |
 | `x == 0`, `x != 0`                                      | `logical_not(x)`, `x` as bools                           |
-| `x.max(d).values`, a pool to one place                  | `amax(x, d)`, `mean(x, d)` (`normal/pools.py`)           |
+| `s * mask + ~mask * -1e9`                               | `masked_fill(s, ~mask, -1e9)` (`normal/chosen.py`)       |
+| `x.max(d).values`, a pool to one place, a product with  | `amax(x, d)`, `mean(x, d)` (`normal/pools.py`)           |
+| `1 / N` everywhere                                      |                                                          |
 | `pad(x, (m, 0))`                                        | `cat([full(m), x], -1)`                                  |
 | the sum of what stands side by side along a dim         | adds: `add(x, y)`                                        |
 | the same, each times a number of its own (`linear` too) | adds: `add(mul(x, w0), mul(y, w1))`                      |
@@ -26,8 +28,10 @@
 | the mean of it                                          | adds, divided: `div(add(x, y), 2)`                       |
 | one of its running sums (`cumsum`)                      | adds: `add(x, y)`                                        |
 | one of it (`unbind`, `split`, `select`, `slice`)        | itself: `x`                                              |
+| `x.unbind(d)[0]`, `x.split(1, d)[0]` alone              | `x.select(d, 0)`, `x.narrow(d, 0, 1)`                    |
 | what is the same along a dim, spread out                | its row (`normal/spread.py`)                             |
 | letters of an einsum that always stand side by side      | one letter (`normal/letters.py`)                         |
+| `einsum("npij,bnpj->bnpi", r, x)`, i and j 2 or 3       | `(r * x[..., None, :]).sum(-1)` (`normal/letters.py`)    |
 | `(q[:, :, None] * k[:, None]).sum(-1)`                  | `einsum("bnd,bmd->bnm", q, k)`                           |
 | `stack([x, x])`, `cat([x, x])`                          | `expand(unsqueeze(x))`, flattened for a cat              |
 | views, slices of the same shape, `cat([x])`, `x * 1.0`  | `x`                                                      |
@@ -51,14 +55,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .algebra.axes import expr
 from .building.emit import Emit, drop_dead
+from .normal.chosen import chosen
 from .normal.folds import unfolded
 from .normal.idle import drop_idle, numbers
 from .normal.join_writes import added_in_order, join_writes, put_where, read_in_order, written_in_order
-from .normal.letters import side_by_side, summed_pairs
+from .normal.letters import side_by_side, summed_pairs, turned
 from .normal.memory import Outputs
-from .normal.pools import extreme, pooled
+from .normal.pools import by_one_number, extreme, pooled, topmost, windowed
 from .normal.spread import narrow_spread
-from .normal.tiles import tiled
+from .normal.tiles import neighbours, tiled
 from .normal.weights import from_log, over_their_sum, shifted
 from .rules import Call, find
 from .rules.base import Role
@@ -338,11 +343,23 @@ def _weighted(call: Call, emit: Emit) -> fx.Node | None:
 
 def _averaged(call: Call, emit: Emit) -> fx.Node | None:
     total = _summed(call, emit)
-    return None if total is None else emit(aten.div.Tensor, total, call.vals[0].shape[call.args["dim"][0]])
+    return total and emit(aten.div.Tensor, total, call.vals[0].shape[call.args["dim"][0]])
 
 
 def _each(call: Call, emit: Emit) -> list[fx.Node] | None:
     return _pieces(call.nodes[0], call.axis(call.args["dim"]), emit) if _only_taken(call.nodes[0]) else None
+
+
+def _only_one(call: Call, emit: Emit) -> list[fx.Node] | None:
+    """Of what is taken apart the one piece that is read."""
+    read: list[Any] = [user.args[1] for user in call.node.users if user.users]
+    d = call.axis(call.args["dim"])
+    if call.target is aten.unbind.int:
+        return [emit(aten.select.int, call.nodes[0], d, *read)] * len(call.results) if len(read) == 1 else None
+    ends = [*accumulate((val.shape[d] for val in call.results), initial=0)]
+    if len(read) != 1 or not all(isinstance(n, int) for n in ends):
+        return None
+    return [emit(aten.slice.Tensor, call.nodes[0], d, *ends[read[0] : read[0] + 2])] * len(call.results)
 
 
 def _only_taken(join: fx.Node) -> bool:
@@ -428,12 +445,21 @@ FORMS: dict[Any, Form] = {
                     lambda call, emit: _changed_by(1)(call, emit) or over_their_sum(call, emit)),
     aten.exp.default: from_log,
     aten.softmax.int: shifted,
-    **dict.fromkeys((aten.matmul.default, aten.linear.default), _weighted),
-    aten.einsum.default: lambda call, emit: _weighted(call, emit) or side_by_side(call, emit),
-    **dict.fromkeys((aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar), _changed_by(0)),
+    **dict.fromkeys((aten.matmul.default, aten.linear.default, aten.bmm.default, aten.mv.default),
+                    lambda call, emit: _weighted(call, emit) or by_one_number(call, emit) or turned(call, emit)),
+    aten.einsum.default: lambda call, emit: (
+        _weighted(call, emit) or by_one_number(call, emit) or turned(call, emit) or side_by_side(call, emit)
+    ),
+    **dict.fromkeys((aten.add.Scalar, aten.sub.Scalar), _changed_by(0)),
+    **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor),
+                    lambda call, emit: _changed_by(0)(call, emit) or chosen(call, emit)),
     aten.native_layer_norm.default: _whole(_layer_norm),
     **dict.fromkeys((aten.max.dim, aten.min.dim), _whole(extreme)),
     **dict.fromkeys((aten.max.default, aten.min.default), extreme),
+    **dict.fromkeys((aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default), _whole(windowed)),
+    **dict.fromkeys((aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.avg_pool1d.default,
+                     aten.avg_pool2d.default, aten.avg_pool3d.default), windowed),
+    aten.topk.default: _whole(topmost),
     **dict.fromkeys((aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default), _whole(pooled)),
     **dict.fromkeys((aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default,
                      aten.adaptive_avg_pool3d.default), pooled),
@@ -444,14 +470,14 @@ FORMS: dict[Any, Form] = {
     aten.new_ones.default: _filled(1.0),
     aten.addcmul.default: _added(aten.mul.Tensor),
     aten.addcdiv.default: _added(aten.div.Tensor),
-    aten.lerp.Scalar: _toward,
-    aten.lerp.Tensor: _toward,
+    **dict.fromkeys((aten.lerp.Scalar, aten.lerp.Tensor), _toward),
     aten.baddbmm.default: _plus_product(aten.bmm.default),
     aten.addmm.default: _plus_product(aten.mm.default),
     aten.cat.default: lambda call, emit: (
         (_itself(call, emit) if _one_dtype(call) else None)
         or _beside_itself(call, emit)
         or tiled(call, CatRule.dim(call), emit)
+        or neighbours(call, CatRule.dim(call), emit)
     ),
     aten.stack.default: _beside_itself,
     **dict.fromkeys((aten.index_add.default, aten.scatter_add.default, aten.scatter_reduce.two), added_in_order),
@@ -460,14 +486,13 @@ FORMS: dict[Any, Form] = {
     ),
     aten.index_copy.default: written_in_order,
     **dict.fromkeys((aten.index.Tensor, aten.index_select.default), read_in_order),
-    aten.pad.default: _padded,
-    aten.constant_pad_nd.default: _padded,
+    **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), _padded),
     aten.sum.dim_IntList: lambda call, emit: _summed(call, emit) or summed_pairs(call, emit),
     aten.mean.dim: _averaged,
-    aten.unbind.int: _each,
+    aten.unbind.int: lambda call, emit: _each(call, emit) or _only_one(call, emit),
     aten.select.int: _one,
-    aten.split.Tensor: _apart,
-    aten.split_with_sizes.default: _apart,
+    **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default),
+                    lambda call, emit: _apart(call, emit) or _only_one(call, emit)),
     aten.slice.Tensor: _part,
     aten.slice_scatter.default: _overwritten,
 }

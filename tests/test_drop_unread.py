@@ -149,6 +149,8 @@ CASES: dict[str, tuple[Callable[[Tensor], Any], int]] = {
     "table": (lambda x: (F.linear(x, W) + W[:1].expand(12, 8))[:, 3], 1),
     "expand": (lambda x: F.linear(x, W).unsqueeze(2).expand(2, 12, 3, 8)[:, 0], 1),
     "product with itself": (lambda x: (lambda y: (y @ y.transpose(1, 2))[:, 0])(F.linear(x, W)), 12),
+    "squared": (lambda x: (lambda y: y * (y * y).mean(-1, keepdim=True))(F.linear(x, W))[:, 0], 1),
+    "gated": (lambda x: (lambda y: y[..., :4] * y[..., 4:])(F.linear(x, W))[:, 0], 1),
     "rotated": (lambda x: rope(F.linear(x, W), W[:1].expand(11, 8))[:, 0], 1),
     "rotated, one further": (lambda x: rope(F.linear(x, W), W[:1].expand(11, 8))[:, 1:3], 2),
     "attention": (lambda x: F.scaled_dot_product_attention(F.linear(x, W), x, x)[:, 0], 1),

@@ -74,6 +74,10 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
         lambda x, y: torch.hstack([x[:, None], y[:, None]]).sum(1),
         ["aten.unsqueeze.default"] * 2 + ["aten.squeeze.dim"] * 2 + [ADD],
     ),
+    "one row, or piece": (
+        lambda x, y: x.unbind(1)[2] + y.split([1, 2], 1)[0].squeeze(1),
+        ["aten.select.int", "aten.slice.Tensor", "aten.squeeze.dim", ADD],
+    ),
     "stack, unbound": (lambda x, y: sum(torch.stack([x, y], 1).unbind(1)), [ADD]),
     "cat, cut again": (lambda x, y: torch.cat([x, y], 1)[:, 3:] + torch.cat([y, x], -1).chunk(2, -1)[1], [ADD]),
     "cat, cut elsewhere": (lambda x, y: torch.cat([x, y], 1)[:, 2:5], ["aten.cat.default", "aten.slice.Tensor"]),
@@ -150,6 +154,10 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
          "aten.select.int", MUL, ADD],  # times 1
     ),
     "parts, joined": (lambda x, y: torch.cat([x[:, :1] + y[:, :1], x[:, 1:] + y[:, 1:]], 1), [ADD]),
+    "parts that stand one behind the other": (
+        lambda x, y: torch.cat([y[:, :1], x[:, :1], x[:, 1:], y[:, 2:]], 1),
+        ["aten.slice.Tensor", "aten.slice.Tensor", "aten.cat.default"],
+    ),
     "parts of a split, joined": (
         lambda x, y: torch.cat([a * b for a, b in zip(x.split([1, 2], 1), y.split([1, 2], 1), strict=True)], 1), [MUL]
     ),
@@ -191,6 +199,11 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
     "products with a table, summed": (
         lambda x, y: (x[:, :, None] * y[:1, None]).sum(-1),
         ["aten.unsqueeze.default", "aten.slice.Tensor", "aten.unsqueeze.default", MUL, "aten.sum.dim_IntList"],
+    ),
+    "a matrix of each token": (
+        lambda x, y: torch.einsum("nij,bnj->bni", y[0, :, :2, None].expand(3, 2, 2), x[..., :2]),
+        ["aten.select.int", "aten.slice.Tensor", "aten.unsqueeze.default", "aten.slice.Tensor",
+         "aten.unsqueeze.default", "aten.unsqueeze.default", MUL, "aten.sum.dim_IntList"],
     ),
     "rows folded, and apart again": (
         lambda x, y: (lambda r: (r.exp() + y[0, 0]) * F.linear(r[:, :2].softmax(1), y[0, :, :2])[:, 1:2])(
@@ -236,9 +249,29 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
         ["aten.transpose.int", "aten.unsqueeze.default", "aten.amax.default", "aten.squeeze.dim"],
     ),
     "adaptive mean pool": (lambda x, y: F.adaptive_avg_pool1d(x.mT, 1), ["aten.transpose.int", "aten.mean.dim"]),
+    "pool of one window": (
+        lambda x, y: F.max_pool1d(x.mT, 3) - F.avg_pool1d(x, x.shape[2]).mT,
+        ["aten.transpose.int", "aten.amax.default", "aten.mean.dim", "aten.transpose.int", "aten.sub.Tensor"],
+    ),
+    "pool of two windows": (lambda x, y: F.avg_pool1d(x, 2), ["aten.avg_pool1d.default"]),
+    "the topmost": (lambda x, y: x.topk(1, 1).values, ["aten.amax.default"]),
+    "the two topmost": (lambda x, y: x.topk(2, 1).values, ["aten.topk.default", "<built-in function getitem>"]),
+    "a product with one over the count": (
+        lambda x, y: torch.full((1, 3), 1 / 3) @ x + torch.einsum("bnd,n->bd", y, torch.ones(3)),
+        ["aten.mean.dim", "aten.unsqueeze.default", "aten.mean.dim", MUL, ADD],
+    ),
     "product first": (
         product_first,
         ["aten.transpose.int", SOFTMAX, "aten.matmul.default"],
+    ),
+    "kept by a mask, and low elsewhere": (
+        lambda x, y: (lambda m: x * m.unsqueeze(1).to(x.dtype) - (1 - m[:, None].long()) * 1e9)(y[:, 0] > 1.5),
+        ["aten.select.int", "aten.gt.Scalar", "aten.unsqueeze.default", "aten.logical_not.default",
+         "aten.masked_fill.Scalar"],
+    ),
+    "low elsewhere, but not zero": (
+        lambda x, y: x * (y > 1.5) + torch.where(y > 1.5, 1.0, -1e9),
+        ["aten.gt.Scalar", MUL, "aten.gt.Scalar", "aten.where.Scalar", ADD],
     ),
     "is zero": (
         lambda x, y: (x == 0) | (y != 0),

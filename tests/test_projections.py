@@ -66,16 +66,56 @@ def scaled(m: Any, y: Tensor) -> Any:
     return q, k * 0.5, v
 
 
-def normed(m: Any, y: Tensor) -> Any:
-    q, k, v = by_block(m, y)
-    return q, F.layer_norm(k, (D // H,), m.scale), v
+def normed(name: str) -> Heads:
+    def heads(m: Any, y: Tensor) -> Any:
+        q, k, v = by_block(m, y)
+        return q, NORMED[name](k, m.scale), v
+
+    return heads
 
 
-def rotated(m: Any, y: Tensor) -> Any:
-    q, k, v = by_block(m, y)
-    angle = torch.arange(y.shape[1])[:, None] * 0.1
-    (q, q2), (k, k2) = ((x, torch.cat([-x[..., D // H // 2 :], x[..., : D // H // 2]], -1)) for x in (q, k))
-    return q * angle.cos() + q2 * angle.sin(), k * angle.cos() + k2 * angle.sin(), v
+NORMED: dict[str, Callable[[Tensor, Any], Tensor]] = {  # a norm of each head; what it norms, and a row of its features
+    "layer_norm": lambda k, w: F.layer_norm(k, (D // H,), w),
+    "root mean square": lambda k, w: k * torch.rsqrt(k.pow(2).mean(-1, keepdim=True) + 1e-6) * w,
+    "normalize": lambda k, w: F.normalize(k, dim=-1),
+    "over its length": lambda k, w: w * (k / k.norm(dim=-1, keepdim=True)),
+    "by mean and variance": lambda k, w: (lambda v, u: (k - u) / (v + 1e-6).sqrt() * w)(
+        *torch.var_mean(k, -1, unbiased=False, keepdim=True)
+    ),
+    "no dim kept": lambda k, w: k * torch.rsqrt(torch.einsum("...d,...d->...", k, k) / (D // H) + 1e-6)[..., None] * w,
+}
+
+
+def matrices(a: Tensor) -> Tensor:
+    return torch.stack([a.cos(), -a.sin(), a.sin(), a.cos()], -1).unflatten(-1, (2, 2))
+
+
+ROTATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # by angles [N, D // H // 2]
+    "and added": lambda x, a: (lambda c, s, y: x * c + y * s)(
+        *(torch.cat([t, t], -1) for t in (a.cos(), a.sin())),
+        torch.cat([-x[..., D // H // 2 :], x[..., : D // H // 2]], -1),
+    ),
+    "halves, joined": lambda x, a: (lambda u, v: torch.cat([u * a.cos() - v * a.sin(), v * a.cos() + u * a.sin()], -1))(
+        *x.chunk(2, -1)
+    ),
+    "complex": lambda x, a: torch.view_as_real(
+        torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.polar(torch.ones_like(a), a)
+    ).flatten(-2),
+    "complex, halves": lambda x, a: torch.view_as_real(
+        torch.view_as_complex(x.unflatten(-1, (2, -1)).mT.contiguous()) * torch.polar(torch.ones_like(a), a)
+    ).transpose(-1, -2).flatten(-2),
+    "matrices": lambda x, a: torch.einsum("npij,bhnpj->bhnpi", matrices(a), x.unflatten(-1, (-1, 2))).flatten(-2),
+    "matrices, matmul": lambda x, a: (matrices(a) @ x.unflatten(-1, (-1, 2)).unsqueeze(-1)).flatten(-3),
+}  # fmt: skip
+
+
+def rotated(name: str) -> Heads:
+    def heads(m: Any, y: Tensor) -> Any:
+        q, k, v = by_block(m, y)
+        angle = torch.arange(y.shape[1])[:, None] * torch.linspace(0.1, 1, D // H // 2)
+        return *(ROTATED[name](x, angle) for x in (q, k)), v
+
+    return heads
 
 
 class Block(nn.Module):
@@ -160,14 +200,16 @@ def test_what_stands_between_is_said() -> None:
     """A norm of each head is done to the mean; what turns keys by place comes after what is compared."""
     plain, x = block(by_block)
     mean = plain.keys(x).mean(1)
-    model, x = block(normed)
-    metric, site = compared(model, x)
-    assert torch.allclose(metric, F.layer_norm(mean, (D // H,), model.scale), rtol=1e-4, atol=1e-4)
-    assert site.compared == "the mean of its keys over heads, normed after"
-    model, x = block(rotated)
-    metric, site = compared(model, x)
-    assert torch.allclose(metric, mean, rtol=1e-5, atol=1e-5)
-    assert site.compared == "its keys as they are projected"
+    for name, norm in NORMED.items():
+        model, x = block(normed(name))
+        metric, site = compared(model, x)
+        assert torch.allclose(metric, norm(mean, model.scale), rtol=1e-4, atol=1e-4), name
+        assert site.compared == "the mean of its keys over heads, normed after", name
+    for name in ROTATED:
+        model, x = block(rotated(name))
+        metric, site = compared(model, x)
+        assert torch.allclose(metric, mean, rtol=1e-5, atol=1e-5), name
+        assert site.compared == "its keys as they are projected", name
     assert site.compared in str(tome_fx.explain(model, (x,), r=R, placement="branch"))
 
 

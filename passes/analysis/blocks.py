@@ -96,7 +96,7 @@ class Block:
             return "all channels of what merges"
         if made.later is not None:
             return f"its {own} as they are projected"
-        return f"the mean of its {own} over heads, normed after" if made.norm is not None else ""
+        return f"the mean of its {own} over heads, normed after" if made.norm else ""
 
     @property
     def operands(self) -> tuple[tuple[int, int], ...]:

@@ -251,7 +251,7 @@ def _keeps_apart(site: AttentionSite, block: Block | None, facts: Facts, tokens:
 
 def told_before(value: fx.Node, facts: Facts, tokens: Dim) -> bool:
     """Whether a mask of single tokens went into a value, in whatever way."""
-    features = facts.features | _read_by_weights(facts) - facts.leaves_of(value)
+    features = facts.features | facts.entering - facts.leaves_of(value)
     return any(
         (node.meta["val"].dtype is torch.bool or node.meta["val"].is_floating_point())
         and not facts.leaves_of(node) & features
@@ -259,16 +259,6 @@ def told_before(value: fx.Node, facts: Facts, tokens: Dim) -> bool:
         for node in facts.along.get(tokens, ())
         if node is not value and facts.leads(node, value)
     )
-
-
-def _read_by_weights(facts: Facts) -> set[Atom]:
-    """The leaves that products by weights sum over of what the caller gives: the features of tokens that are inputs."""
-    found: set[Atom] = set()
-    for call in facts.calls.values():
-        rule = find(call)
-        if isinstance(rule, Contraction) and any(n in facts.constant for n in call.nodes):
-            found |= rule.summed(call, facts) if any(n in facts.given for n in call.nodes) else set()
-    return found
 
 
 __all__ = ["Mlp", "mlp_blocks", "told_before"]

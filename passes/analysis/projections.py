@@ -8,8 +8,8 @@ the product reads, so the mean of the heads' rows of its weights makes it withou
     mean over h of k  =  y @ (mean over h of the rows of W that make k)^T + the mean of those entries of b
 
 Which rows these are is found by doing to the numbers of the product's channels what the graph does to the channels:
-views, slices, splits. A norm of each head that stands between is done to the mean instead; what else stands there
-(rotations by place) comes after what is compared.
+views, slices, splits. A norm of each head that stands between, one op or spelled out, is done to the mean instead; what
+else stands there (rotations by place) comes after what is compared.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from ..rules import Call, find
 from ..rules.base import Letter, Role, Signature, draws
 from ..rules.contraction import Attention, Contraction, Convolution
 from ..rules.facts import Facts
+from ..rules.signature import SignatureRule
 from ..rules.slices import SelectRule, SliceRule, SplitRule
 from ..rules.views import ExpandRule, PermuteRule, ViewRule
+from .masks import varies_with
 from .sites import AttentionSite, Operand
 from .values import size_hint
 
@@ -38,7 +40,6 @@ aten = torch.ops.aten
 _PLACING = (ViewRule, PermuteRule, ExpandRule, SliceRule, SelectRule, SplitRule)
 _SAME = {aten.clone.default, aten._to_copy.default, aten.contiguous.default}
 _BY_A_NUMBER = {aten.mul.Tensor, aten.div.Tensor}
-_NORMS = {aten.layer_norm.default, aten.rms_norm.default}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,8 @@ class Projection:
 
     call, sig: the product. source, weight, bias: which of its operands are which. first: the channel that makes the
     first feature of the first head. heads, width: how many there are, and how many channels lie from one to the next.
-    norm: a norm of each head, which is done to their mean. later: what is done to the operand after what is compared.
+    norm: the ops of a norm of each head, which is done to their mean, behind what it norms. later: what is done to the
+    operand after what is compared.
     """
 
     call: Call
@@ -58,7 +60,7 @@ class Projection:
     first: int = 0
     heads: tuple[int, int] = (1, 0)
     width: tuple[int, int] = (1, 1)
-    norm: Call | None = None
+    norm: tuple[fx.Node, ...] = ()
     later: fx.Node | None = None
 
     @property
@@ -131,18 +133,32 @@ def _product(call: Call, merge: fx.Node, facts: Facts) -> Projection | None:
 def _followed(found: Projection, way: list[fx.Node], operand: Operand, facts: Facts) -> Projection | None:
     """With the channels that make each head: those that views leave when they are done to the numbers of all. way:
     what all that leads from the product to the operand passes."""
-    own = frozenset(leaf for d in operand.features for leaf in leaves(facts.dims(operand.node)[d]))
-    last, state = found.call.node, found.numbers()
-    for node in way:
-        moved = _moved(node, last, state, facts)
-        if moved is None and found.norm is None and _of_features(node, last, own, facts):
-            found, moved = replace(found, norm=facts.calls[node]), state
+    last, state, at = found.call.node, found.numbers(), 0
+    whole = last, state
+    while at < len(way):
+        moved = _moved(way[at], last, state, facts)
         if moved is None:
-            found = replace(found, later=node)
-            break
-        last, state = node, moved
-    whole = isinstance(state, Tensor) and state.numel() > 0  # several results are no heads, and no samples have none
-    return _by_head(found, state, last, own, facts) if whole else None
+            norm = () if found.norm else _norm(last, way[at:], _features(last, found, operand, facts), facts)
+            if not norm:
+                found = replace(found, later=way[at])
+                break
+            found, at = replace(found, norm=norm), way.index(norm[-1])
+        last, state, at = way[at], state if moved is None else moved, at + 1
+        whole = (last, state) if isinstance(state, Tensor) else whole  # several results are no heads
+    last, state = whole
+    own = _features(last, found, operand, facts)
+    return _by_head(found, state, last, own, facts) if state.numel() > 0 else None  # no samples have none
+
+
+def _features(node: fx.Node, found: Projection, operand: Operand, facts: Facts) -> frozenset[Atom]:
+    """The leaves of the features of a head in a value that an operand is made of: those of the operand, or, where what
+    comes between takes them apart and joins them anew (rotations), those that the operand has nowhere else."""
+    dims = [{*leaves(dim)} for dim in facts.dims(operand.node)]
+    own = frozenset[Atom]().union(*(dims[d] for d in operand.features))
+    others = facts.leaves_of(found.node).union(*(n for d, n in enumerate(dims) if d not in operand.features))
+    held = facts.leaves_of(node)
+    apart = own if own <= held else frozenset(held - others)
+    return apart if prod(map(count_of, apart)) == prod(map(count_of, own)) else own
 
 
 def _moved(node: fx.Node, last: fx.Node, state: Any, facts: Facts) -> Any:
@@ -161,12 +177,44 @@ def _moved(node: fx.Node, last: fx.Node, state: Any, facts: Facts) -> Any:
     return state if numeric or node.target in _SAME else None
 
 
-def _of_features(node: fx.Node, last: fx.Node, own: frozenset[Atom], facts: Facts) -> bool:
-    """Whether a node is a norm that sees all features of one head, and nothing else."""
-    if node.target not in _NORMS or last not in node.all_input_nodes:
+def _norm(last: fx.Node, way: list[fx.Node], own: frozenset[Atom], facts: Facts) -> tuple[fx.Node, ...]:
+    """A value, and the longest that is done to each of its heads alike, if some of it sees all features of one."""
+    found: tuple[fx.Node, ...] = ()
+    if not own or {*leaves(facts.dims(last)[-1])} != own:
+        return found
+    for node in way:
+        inner = facts.reach.between(last, node)
+        if not all(n in facts.calls or n.target is operator.getitem for n in inner[1:]):
+            break
+        calls = [facts.calls[n] for n in inner[1:] if n in facts.calls]
+        if not all(_each_head(call, {*inner}, own, facts) for call in calls):
+            break
+        whole = [*map(leaves, facts.dims(node))] == [*map(leaves, facts.dims(last))]
+        if whole and any(_sees_features(call, facts) for call in calls):
+            found = (*inner,)
+    return found
+
+
+def _each_head(call: Call, inner: set[fx.Node], own: frozenset[Atom], facts: Facts) -> bool:
+    """Whether an op does the same to the features of each head, its last dim, and mixes nothing else."""
+    rule, rank = find(call), max((val.dim() for val in call.vals), default=0)
+    if call.target is aten.unsqueeze.default:
+        return call.axis(call.args["dim"], rank + 1) == rank
+    if not isinstance(rule, SignatureRule) or draws(call.target) or "size" in call.args:
         return False
-    seen = facts.dims(node)[-len(facts.calls[node].args["normalized_shape"]) :]
-    return bool(own) and {leaf for dim in seen for leaf in leaves(dim)} == own
+    others = [n for n in call.nodes if n not in inner]  # a row stands along the features, but in a product
+    if any(isinstance(rule, Contraction) or (len(facts.dims(n)) > 1 and varies_with(n, facts) - own) for n in others):
+        return False
+    sig = rule.signature(call, facts)
+    held = [(x, dim) for letters, n in zip(sig.ins, call.nodes, strict=True) if n in inner
+            for x, dim in zip(letters, facts.dims(n), strict=True)]  # fmt: skip
+    return all(x is not None and (sig.role(x) is Role.MAP or {*leaves(dim)} <= own) for x, dim in held)
+
+
+def _sees_features(call: Call, facts: Facts) -> bool:
+    rule = find(call)
+    sig = rule.signature(call, facts) if isinstance(rule, SignatureRule) else None
+    return sig is not None and any(role is not Role.MAP for role in sig.roles.values())
 
 
 def _by_head(
@@ -195,6 +243,8 @@ def _by_head(
     state = state.reshape(prod(sizes[i] for i in head), prod(sizes[i] for i in feature))
     rows, each = state.unique(dim=0, return_counts=True)
     state = rows if len(each.unique()) == 1 else state  # heads that several groups of queries share are repeated
+    if not found.norm:  # in whatever order features stand
+        state = state[:, state[0].argsort()]
     heads, width = state.shape
     first, far, next_ = (int(x) for x in (state[0, 0], state[min(1, heads - 1), 0], state[0, min(1, width - 1)]))
     even = first + torch.arange(heads)[:, None] * (far - first) + torch.arange(width) * (next_ - first)

@@ -64,27 +64,30 @@ def _adds_after(site: AttentionSite, facts: Facts) -> Iterator[tuple[fx.Node, li
     """The sums that an attention's output goes into, part by part or as a whole, and their operands that are not
     computed from it; of parts, what they are parts of."""
     for node in facts.reach.nodes[facts.reach.index[site.out] + 1 :]:
-        joins = node.target is aten.cat.default
-        parts = facts.calls[node].nodes if joins else [node]
-        terms = {n: _terms(n, facts) for n in parts}
+        terms = _by_part(node, facts)
         if not any(terms.values()) or not facts.leads(site.out, node):
             continue
-        operands = [_gated(a, site, facts) for n in parts for a in terms[n] or [n]]
+        operands = [_gated(a, site, facts) for n, held in terms.items() for a in held or [n]]
         others = [a for a in operands if not facts.leads(site.out, a)]
-        if joins:
+        if node.target is aten.cat.default:
             wholes = dict.fromkeys(_whole(a, facts, site.k.node) for a in others)
             others = [a for a in wholes if _content(a, facts) == _content(node, facts)]
         yield node, others
 
 
 def terms_of(node: fx.Node, facts: Facts) -> list[fx.Node]:
-    """What an add is the sum of; of one part by part, what these are parts of, scaled perhaps."""
-    if node.target in ADDS:
-        return node.all_input_nodes
-    parts = node.all_input_nodes if node.target is aten.cat.default else []
-    if not parts or any(n.target not in ADDS or len(n.all_input_nodes) != 2 for n in parts):
-        return []
-    return list(dict.fromkeys(_whole(_unscaled(a, facts), facts) for n in parts for a in n.all_input_nodes))
+    """What a value is the sum of; of one part by part, what these are parts of, scaled perhaps."""
+    terms = [*_by_part(node, facts).values()]
+    if node.target is not aten.cat.default:
+        return terms[0]
+    wholes = [_whole(_unscaled(a, facts), facts) for held in terms for a in held]
+    return list(dict.fromkeys(wholes)) if all(len(held) == 2 for held in terms) else []
+
+
+def _by_part(node: fx.Node, facts: Facts) -> dict[fx.Node, list[fx.Node]]:
+    """A value, or each part that a cat joins to it, and what it is the sum of."""
+    parts = facts.calls[node].nodes if node.target is aten.cat.default else [node]
+    return {n: _terms(n, facts) for n in parts}
 
 
 def _unscaled(node: fx.Node, facts: Facts) -> fx.Node:

@@ -12,7 +12,7 @@ Symbolic sizes are plain SymInts here; a node is made for one when it becomes an
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,22 @@ class Builder:
             found = target(*_on_meta(args), **_on_meta(on_meta))
         val = map_aggregate(found, lambda m: self._fake(m, device))
         return self._held(self.graph.call_function(target, self.arguments(args), self.arguments(kwargs)), val)
+
+    def again(self, nodes: Sequence[fx.Node], x: Traced, other: Callable[[fx.Node], Any], *, same: bool = False) -> Any:
+        """What nodes of the old graph do to the first of them, done to `x`. other: what they read besides. same: their
+        results have the shapes that they had."""
+        held: dict[fx.Node, Any] = {nodes[0]: x}
+        for node in nodes[1:]:
+            held |= {n: other(n) for n in node.all_input_nodes if n not in held}
+            args, kwargs = fx.map_arg((node.args, node.kwargs), held.__getitem__)
+            target: Any = aten.reshape.default if node.target is aten.view.default else node.target
+            if target is operator.getitem:
+                held[node] = args[0][args[1]]  # type: ignore[index]
+            elif same:
+                held[node] = self.copy(target, args, kwargs, node.meta["val"])
+            else:
+                held[node] = self.call(target, *args, **kwargs)
+        return held[nodes[-1]]
 
     def like(self, val: Any, shapes: Sequence[Sequence[Any]]) -> Any:
         """Fake values as `val`, a tensor or a tuple with tensors, with other shapes."""

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import replace
 from math import prod
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -402,15 +402,8 @@ class Groups:
 
     def _again(self, start: fx.Node, end: fx.Node, value: Laid) -> Traced:
         """A value of the old graph at full length, computed once more from what merges, `start`."""
-        held: dict[fx.Node, Any] = {start: self.steps.convert(value, plain(len(value.dims)))}
-        for node in self.facts.reach.between(start, end)[1:]:
-            for other in node.all_input_nodes:
-                held[other] = held[other] if other in held else self._whole(other)
-            args, kwargs = cast(Any, fx.map_arg((node.args, node.kwargs), held.__getitem__))
-            target = aten.reshape.default if node.target is aten.view.default else node.target
-            picked = target is operator.getitem
-            held[node] = args[0][args[1]] if picked else self.env.builder.copy(target, args, kwargs, node.meta["val"])
-        return held[end]
+        whole = self.steps.convert(value, plain(len(value.dims)))
+        return self.env.builder.again(self.facts.reach.between(start, end), whole, self._whole, same=True)
 
     def _projected(self, x: Traced, made: Projection) -> Traced:
         """The mean over heads of an operand of the attention, [*sample, N, d], from what its product reads, [*sample,
@@ -424,11 +417,12 @@ class Groups:
         weight = self._mean_of_heads(weight, made)
         bias = None if made.bias is None else self._mean_of_heads(whole(made.call.nodes[made.bias]).flatten(0), made)
         x = self.call(aten.linear.default, x, weight, bias)
-        if made.norm is None:
+        if not made.norm:
             return x
-        left = {k: v for k, v in made.norm.args.items() if k not in ("input", "normalized_shape")}
-        left = fx.map_arg(left, whole)
-        return self.call(made.norm.target, x, list(made.norm.args["normalized_shape"]), *left.values())
+        shape = list(x.shape)
+        ones = [1] * (made.norm[0].meta["val"].dim() - 2)
+        x = x.reshape([prod(shape[:-1]), *ones, shape[-1]])
+        return self.env.builder.again(made.norm, x, self._whole).reshape(shape)
 
     def _mean_of_heads(self, rows: Traced, made: Projection) -> Traced:
         """[channels, ...] -> [d, ...]"""

@@ -3,6 +3,10 @@ are one dim to it.
 
     einsum("btnhd,bsmhd->bhtnsm", q, k)    ->    unflatten(einsum("bxhd,byhd->bhxy", flatten(q), flatten(k)))
 
+A product with a matrix of each token (rotations of pairs) is a table that multiplies, and a sum.
+
+    einsum("npij,bnpj->bnpi", r, x)    ->    (r * x[..., None, :]).sum(-1)
+
 What every row of one is multiplied with every row of the other, and then summed, is a product too.
 
     (q[:, :, None] * k[:, None]).sum(-1)    ->    einsum("bnd,bmd->bnm", q, k)
@@ -11,16 +15,20 @@ What every row of one is multiplied with every row of the other, and then summed
 from __future__ import annotations
 
 import string
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import pairwise, permutations
 from math import prod
+from typing import Any
 
 import torch
 from torch import fx
 
 from ..algebra.axes import expr
 from ..building.emit import Emit
-from ..rules import Call
-from ..rules.contraction import parse_einsum
+from ..rules import Call, find
+from ..rules.base import Role
+from ..rules.contraction import Contraction, parse_einsum
+from ..rules.facts import NO_FACTS
 
 aten = torch.ops.aten
 
@@ -47,6 +55,34 @@ def side_by_side(call: Call, emit: Emit) -> fx.Node | None:
     ]
     new = emit(aten.einsum.default, f"{words[0]},{words[1]}->{words[2]}", operands)
     return emit(aten.reshape.default, new, [size[x] for x in out])
+
+
+def turned(call: Call, emit: Emit) -> fx.Node | None:
+    """A product of what all samples share, small matrices side by side, with vectors of each sample."""
+    rule = find(call)
+    if not isinstance(rule, Contraction) or len(call.nodes) != 2 or len({v.dtype for v in (*call.vals, call.out)}) > 1:
+        return None
+    sig = rule.signature(call, NO_FACTS)
+    (out,), summed = sig.outs, [x for x, role in sig.roles.items() if role is Role.SUM]
+    spelled = [dict(zip(own, map(expr, val.shape), strict=True)) for own, val in zip(sig.ins, call.vals, strict=True)]
+    words = [{x: n for x, n in own.items() if n != 1} for own in spelled]
+    for table, vectors in permutations(words):
+        new, beside = {*table} - {*vectors}, {*table} & {*vectors} - {*summed}
+        small = len(new) == len(summed) == len(sig.roles) == 1 and all(table.get(x) in (2, 3) for x in (*new, *summed))
+        if small and beside and out[0] in vectors and out[0] not in table:
+            order = [*out, *summed]
+            spread = (_placed(n, own, order, emit) for n, own in zip(call.nodes, sig.ins, strict=True))
+            return emit(aten.sum.dim_IntList, emit(aten.mul.Tensor, *spread), [-1])
+    return None
+
+
+def _placed(node: fx.Node, own: Sequence[Any], order: Sequence[Any], emit: Emit) -> fx.Node:
+    """A value with its letters in an order, and a dim of size 1 for each that it lacks."""
+    held = sorted(range(len(own)), key=lambda d: order.index(own[d]))
+    node = node if held == [*range(len(own))] else emit(aten.permute.default, node, held)
+    for d, x in enumerate(order):
+        node = node if x in own else emit(aten.unsqueeze.default, node, d)
+    return node
 
 
 def _runs(words: list[str], batch: set[str]) -> list[str]:
@@ -95,4 +131,4 @@ def summed_pairs(call: Call, emit: Emit) -> fx.Node | None:
     return new
 
 
-__all__ = ["side_by_side", "summed_pairs"]
+__all__ = ["side_by_side", "summed_pairs", "turned"]

@@ -2,6 +2,7 @@
 
     cat([x[:, :1] + y[:, :1], x[:, 1:] + y[:, 1:]], 1)               ->    x + y
     cat([(a @ k).softmax(-1) @ v for a in q.chunk(4, 1)], 1)         ->    (q @ k).softmax(-1) @ v
+    cat([c, x[:, :4], x[:, 4:]], 1)                                  ->    cat([c, x], 1)
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..algebra.axes import expr
 from ..building.emit import Emit
 from ..rules import Call, find
 from ..rules.base import Role, draws
@@ -39,6 +41,22 @@ def tiled(join: Call, d: int, emit: Emit) -> fx.Node | None:
     inside = {n for key, value in known.items() if value is not None and isinstance(key[-1], int) for n in key[:-1]}
     stays = (n for n in inside if not {*n.users} <= {*inside, join.node})
     return None if any(_costs(n) for n in stays) else whole
+
+
+def neighbours(join: Call, d: int, emit: Emit) -> fx.Node | None:
+    """A cat in which pieces of a value that stand one behind the other are one piece; None where there are none."""
+    runs: list[list[Any]] = []
+    for node in join.nodes:
+        base, start = _cut(node, d) if node.op == "call_function" else (None, None)
+        end = None if base is None else expr(start + node.meta["val"].shape[d])
+        if base is not None and runs and runs[-1][0] is base and runs[-1][2] == start:
+            runs[-1][2:] = [end, None]
+        else:
+            runs.append([base, start, end, node])
+    new = [node or (base if start == 0 and end == expr(base.meta["val"].shape[d]) else
+                    emit(aten.slice.Tensor, base, d, start, end) if isinstance(end, int) else None)
+           for base, start, end, node in runs]  # fmt: skip
+    return None if len(new) == len(join.nodes) or None in new else emit(aten.cat.default, new, d)
 
 
 def _costs(node: fx.Node) -> bool:
@@ -95,8 +113,12 @@ def _places(call: Call, d: int) -> list[int | None] | None:
             for k, val in zip(found, call.vals, strict=True)]  # fmt: skip
 
 
-def _equal(a: Any, b: Any, known: Known, deep: int) -> bool:
+def equal(a: Any, b: Any) -> bool:
     """Whether two arguments are one, or made alike of the same."""
+    return _equal(a, b, {}, _DEEP)
+
+
+def _equal(a: Any, b: Any, known: Known, deep: int) -> bool:
     if a is b or not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
         return a is b or (type(a) is type(b) and not isinstance(a, fx.Node) and bool(a == b))
     if (a, b) not in known:
@@ -134,4 +156,4 @@ def _cut(node: fx.Node, d: int) -> tuple[fx.Node | None, Any]:
     return call.nodes[0], sum(lengths, call.args.get("start") or 0)
 
 
-__all__ = ["tiled"]
+__all__ = ["equal", "neighbours", "tiled"]

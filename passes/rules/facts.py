@@ -42,8 +42,9 @@ class Facts:
     tensor went into. given: inputs of the model, and what was made of them without a product. origins: axes that are
     slices: (axis, of which, from, to). mixed: values with entries of several origins (`provenance.py`). joins: axes
     that were concatenated, and the axis it made. rejoins: parts of an axis that were concatenated to it again.
-    channels: axes that come from a weight. cuts: reads of a part of an axis, (value, axis, from, to), and writes to
-    one, (None, ...). buffers: the model's buffers. attends: axes of queries and of keys whose scores stand open.
+    channels: axes that come from a weight. entering: leaves of the features of tokens that are inputs. cuts: reads of
+    a part of an axis, (value, axis, from, to), and writes to one, (None, ...). buffers: the model's buffers. attends:
+    axes of queries and of keys whose scores stand open.
     special: what was found of the tokens of an axis that never merge. grids: how those of an axis stand. parted: masks
     of pairs within whose parts alone tokens merge. angles: sines and cosines of positions, and what is put together
     from them. unknown: ops without a rule. config: the options. before: of a piece of a model, what the pieces before
@@ -65,6 +66,7 @@ class Facts:
     joins: list[tuple[list[Dim], Dim]] = field(default_factory=list)
     rejoins: list[tuple[list[Dim], Dim]] = field(default_factory=list)
     channels: list[Dim] = field(default_factory=list)
+    entering: set[Atom] = field(default_factory=set)
     cuts: list[tuple[fx.Node | None, Dim, Any, Any]] = field(default_factory=list)
     buffers: set[fx.Node] = field(default_factory=set)
     attends: set[tuple[Dim, Dim]] = field(default_factory=set)

@@ -174,7 +174,8 @@ class _Settling:
                     if self._fill(i) is Fill.NONE:
                         return (), "an operand that cannot be averaged has full length"
                     if not self._has_sample(i, candidate):
-                        return (), "it contracts the tokens with a full-length operand that all samples share"
+                        does = "contracts" if self.sig.role(letter) is Role.SUM else "multiplies"
+                        return (), f"it {does} the tokens with a full-length operand that all samples share"
             settled.append(candidate)
         if any(a.overlaps(b) for a in settled for b in settled if a is not b):
             return (), "its operands group the axis differently"
