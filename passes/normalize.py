@@ -73,8 +73,9 @@ MOST = 8
 """Values whose sum is still written as adds."""
 
 
-def normalize(graph: fx.Graph, mode: FakeTensorMode, impure: Callable[[fx.Node], bool]) -> None:
-    """Rewrite in place. impure: the nodes that stay though nobody reads them."""
+def normalize(graph: fx.Graph, mode: FakeTensorMode, impure: Callable[[fx.Node], bool]) -> dict[fx.Node, Tensor]:
+    """Rewrite in place. impure: the nodes that stay though nobody reads them. Returns the values of what is made of
+    numbers alone."""
     outputs, known = Outputs(graph), numbers(graph, {})
     _by_table(graph, Emit(graph, mode, known=known))
     drop_dead(graph, impure)
@@ -85,9 +86,11 @@ def normalize(graph: fx.Graph, mode: FakeTensorMode, impure: Callable[[fx.Node],
     known = numbers(graph, known)
     narrow_spread(graph, mode, known.get)
     drop_dead(graph, impure)
+    known = numbers(graph, known)
     drop_idle(graph, known)
     outputs.keep_apart(Emit(graph, mode))
     drop_dead(graph, impure)
+    return known
 
 
 def _by_table(graph: fx.Graph, emit: Emit) -> None:
@@ -160,6 +163,8 @@ def _padded(call: Call, emit: Emit) -> fx.Node | None:
     if call.args.get("mode", "constant") != "constant" or not all(isinstance(n, int) and n >= 0 for n in pads):
         return None
     places = [k for k, amount in enumerate(pads) if amount]
+    if not places:
+        return call.nodes[0]
     dims = {own.dim() - 1 - k // 2 for k in places}
     if len(dims) != 1 or not all(isinstance(size, int) for size in own.shape) or isinstance(value, fx.Node):
         return None

@@ -63,7 +63,11 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
         ["aten.gt.Scalar", "aten.full.default", "aten.full.default", "aten.cat.default"],
     ),
     "pad, two dims": (lambda x, y: F.pad(x, (0, 1, 0, 1)), ["aten.pad.default"]),
+    "pad by nothing": (lambda x, y: F.pad(x + y, (0, 0)), [ADD]),
     "pad, cut": (lambda x, y: F.pad(x, (-1, 0)), ["aten.pad.default"]),
+    "numbers that are nowhere": (
+        lambda x, y: torch.zeros(3, device="meta").exp(), ["aten.zeros.default", "aten.exp.default"]
+    ),
     "new_zeros": (lambda x, y: x.new_zeros(2, 3, 1), ["aten.full.default"]),
     "plus zeros": (lambda x, y: x + torch.zeros(2, 3, 4) + y, [ADD]),
     "times ones": (lambda x, y: x * y.new_ones(4), ["aten.clone.default"]),  # an output of its own
