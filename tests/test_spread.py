@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -198,3 +199,16 @@ def test_what_has_nothing_else_of_its_size_stays_spread() -> None:
 
     x = torch.randn(B, N)
     torch.testing.assert_close(captured(f, x)(x), f(x))
+
+
+def test_a_product_of_any_length_keeps_its_value() -> None:
+    """Where it would have to be written out to a size that is a symbol, it stays spread."""
+
+    def f(x: Tensor, keep: Tensor) -> Tensor:
+        return x + torch.einsum("bi,bj->bij", torch.ones(len(keep), N), keep.float()).cumsum(0)
+
+    def inner(gm: fx.GraphModule, args: list[Tensor]) -> Callable[..., Any]:
+        return capture(gm, args).gm
+
+    x = torch.randn(B, N, N)
+    torch.testing.assert_close(torch.compile(f, backend=inner, dynamic=True)(x, keeps()), f(x, keeps()))

@@ -24,7 +24,7 @@ from ..algebra.axes import expr
 from ..analysis.values import gives_one_value, same_along
 from ..building.emit import Emit
 from ..rules import Call, find
-from ..rules.base import FILLED, Letter, Role, Signature, sources
+from ..rules.base import FILLED, Role, Signature, sources
 from ..rules.facts import NO_FACTS
 from ..rules.pointwise import POINTWISE, MaskRule
 from ..rules.signature import SignatureRule
@@ -195,7 +195,7 @@ class _Narrower:
     def _mapped(self, call: Call, sig: Signature) -> _Spread | None:
         """Of an op that maps dims and sums nothing (an outer product, a gather, a running sum): the op without what is
         spread in all operands."""
-        if Role.SUM in sig.roles.values():
+        if Role.SUM in sig.roles.values() or len({*call.nodes}) < len(call.nodes):
             return None
         held = [h if (h := self.spread.get(n)) and h.shape == _shape(n) else None for n in call.nodes]
         narrow = [h.narrow if h else _shape(n) for h, n in zip(held, call.nodes, strict=True)]
@@ -205,14 +205,15 @@ class _Narrower:
         same = frozenset(d for d, x in enumerate(sig.outs[0]) if x in gone and _shape(call.node)[d] != 1)
         if not same:
             return None
-        cut = {n: replace(h, row=cache(partial(self._widened, call.node, h, letters, gone)))
-               for n, h, letters in zip(call.nodes, held, sig.ins, strict=True) if h}  # fmt: skip
+        cut: dict[fx.Node, _Spread] = {}
+        for node, h, letters in zip(call.nodes, held, sig.ins, strict=True):
+            sizes = tuple(1 if x in gone else n for x, n in zip(letters, h.shape, strict=True)) if h else ()
+            if h is not None and sizes != h.narrow:
+                if not all(isinstance(n, int) for n in sizes):
+                    return None
+                h = replace(h, row=cache(partial(self._emit, call.node, aten.expand.default, h.row(), [*sizes])))
+            cut |= {node: h} if h else {}
         return _Spread(self._again(call.node, cut), _shape(call.node), same)
-
-    def _widened(self, origin: fx.Node, held: _Spread, letters: Sequence[Letter], gone: set[Letter]) -> fx.Node:
-        """What is spread, with size 1 at these letters alone."""
-        sizes = [1 if x in gone else size for x, size in zip(letters, held.shape, strict=True)]
-        return held.row() if tuple(sizes) == held.narrow else self._emit(origin, aten.expand.default, held.row(), sizes)
 
     def _view(self, call: Call, held: _Spread) -> _Spread | None:
         """A view of what is spread: plain again where no dim of it is spread in part."""
