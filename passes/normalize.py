@@ -7,7 +7,8 @@
 |---------------------------------------------------------|----------------------------------------------------------|
 | slices written until nothing is left of what was there  | one cat (`normal/join_writes.py`)                        |
 | `x.new_zeros(size)`                                     | `full(size, 0)`, which reads nothing of x                |
-| `addcmul(x, a, b, value=c)`, `addcdiv`                  | `add(x, mul(a, b), alpha=c)`, `add(x, div(a, b), ...)`   |
+| `addcmul(x, a, b, value=c)`, `addcdiv`                  | `add(x, mul(mul(a, b), c))`, `add(x, mul(div(a, b), c))` |
+| `add(x, y, alpha=c)`, `sub`                             | `add(x, mul(y, c))`                                      |
 | `lerp(x, y, w)`                                         | `add(x, mul(sub(y, x), w))`                              |
 | `baddbmm(x, a, b, beta=c, alpha=d)`, `addmm` of rows    | `add(mul(x, c), mul(bmm(a, b), d))`                      |
 | attention, norms, convolutions as below autograd        | as above it: `scaled_dot_product_attention`, `conv2d`    |
@@ -146,9 +147,19 @@ def _added(product: Any) -> Form:
             return None
         a = call.args
         other, value = emit(product, a["tensor1"], a["tensor2"]), a["value"]
-        return emit(aten.add.Tensor, a["self"], other, **({} if value == 1 else {"alpha": value}))
+        return emit(aten.add.Tensor, a["self"], other if value == 1 else emit(aten.mul.Tensor, other, value))
 
     return form
+
+
+def _sum(call: Call, emit: Emit) -> fx.Node | list[fx.Node] | None:
+    """A sum with 0, or with so many times a value."""
+    alpha, other, own = call.args.get("alpha", 1), call.args["other"], call.out.dtype
+    if alpha == 1 or not isinstance(other, fx.Node) or not own.is_floating_point:
+        return _changed_by(0)(call, emit)
+    if other.meta["val"].dtype != own:
+        other = emit(aten._to_copy.default, other, dtype=own)
+    return emit(call.target, call.args["self"], emit(aten.mul.Tensor, other, alpha))
 
 
 def _compared(target: Any, **kwargs: Any) -> Form:
@@ -435,7 +446,7 @@ FORMS: dict[Any, Form] = {
     aten.softmax.int: shifted,
     **dict.fromkeys((aten.matmul.default, aten.linear.default), _weighted),
     aten.einsum.default: lambda call, emit: _weighted(call, emit) or side_by_side(call, emit),
-    **dict.fromkeys((aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar), _changed_by(0)),
+    **dict.fromkeys((aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar), _sum),
     aten.native_layer_norm.default: _whole(_layer_norm),
     **dict.fromkeys((aten.max.dim, aten.min.dim), _whole(extreme)),
     **dict.fromkeys((aten.max.default, aten.min.default), extreme),
