@@ -33,6 +33,7 @@ from .building.emit import drop_dead
 from .normal.composites import composites, is_composite
 from .normal.functional import functionalise, is_impure
 from .normal.fused import expansion
+from .normal.idle import numbers
 from .normal.regions import CaptureError, SpelledOut, cut_out, enters_vmap, retrace, vmap_stretch
 from .normal.wrappers import Path, closed, holds_wrapper, is_wrapper, opened, through, why_not
 from .normalize import normalize
@@ -93,7 +94,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
     inside = traced.graph.find_nodes(op="placeholder")[len(constants) :]
     learned = [n for n, fake in zip(inside, fakes, strict=True) if isinstance(fake, Tensor) and fake.requires_grad]
     functionalise(traced, mode, learned)
-    normalize(traced.graph, mode, is_impure)
+    made = normalize(traced.graph, mode, is_impure)
     traced.recompile()
     held = {**constants, **attributes}
     varies = [False] * len(held) + [move for own, move in zip(leaves, moves, strict=True) for _ in own]
@@ -104,8 +105,9 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Captured:
         for node, value, move in zip(inside, real, varies, strict=True)
         if type(value) in (Tensor, torch.nn.Parameter) and not move and not value.is_meta
     }
-    for node, value in known.items():
-        if value.dim() == 0 and not isinstance(value, torch.nn.Parameter):
+    single = {node: value for node, value in known.items() if value.numel() == 1 and not value.requires_grad}
+    for node, value in numbers(traced.graph, {**made, **single}).items():
+        if value.numel() == 1 and not value.is_complex():
             node.meta["held"] = value
     paths = [[path for path, _ in own] for own in leaves]
     return Captured(traced, [node.meta.get("val") for node in inside], held, varies, mode, known, paths)

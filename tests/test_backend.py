@@ -70,10 +70,11 @@ def test_options_reach_the_config_and_the_inner_compiler() -> None:
     assert [tuple(t) for t in tome_fx.reports()[-1].tokens] == [(37, 32)]  # nobody reads the second merge
 
 
-def test_an_option_of_ours_without_its_prefix_is_named() -> None:
+@pytest.mark.parametrize("key", ["placement", "tome_placement"])
+def test_an_option_of_ours_without_its_prefix_is_named(key: str) -> None:
     model, args, _ = prepared(Spec(depth=2))
-    with pytest.raises(Exception, match=r"say tome\.placement instead of placement"):
-        torch.compile(model, backend=tome_backend(2), options={"placement": "branch"})(*args)
+    with pytest.raises(Exception, match=rf"say tome\.placement instead of {key}\b"):
+        torch.compile(model, backend=tome_backend(2), options={key: "branch"})(*args)
 
 
 def test_unknown_inductor_option_is_refused() -> None:

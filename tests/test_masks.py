@@ -186,6 +186,7 @@ class Open(Masked):
     def __init__(self, form: str, kind: str) -> None:
         super().__init__(form)
         self.kind = kind
+        self.register_buffer("low", torch.full((1,), -1e9))
         self.mix_before = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
         self.mix_after = nn.ModuleList(nn.Conv2d(2, 2, 1, bias=False) for _ in range(3))
 
@@ -209,6 +210,10 @@ class Open(Masked):
                 return torch.where(wide.logical_not(), low, s)
             case "where full":
                 return torch.where(wide, s, torch.full_like(s, -math.inf))
+            case "where held":
+                return torch.where(wide, s, self.low.clamp(max=-1e8))
+            case "where made":
+                return torch.where(wide, s, torch.zeros_like(s) - 1e9)
             case "float" | "given":
                 return s + (torch.zeros_like(wide, dtype=s.dtype).masked_fill(~wide, low) if wide.dtype is torch.bool
                             else wide)  # fmt: skip
@@ -263,7 +268,8 @@ class Open(Masked):
 KINDS = ("before", "after", "returned", "twice", "unmerged")
 OPEN = {  # the spelling -> what the caller gives
     "fill": "bool", "fill low": "int", "fill expanded": "bool", "fill expand_as": "bool", "where": "bool",
-    "where other": "bool", "where full": "bool", "float": "bool", "given": "added", "one minus": "int", "minus": "bool",
+    "where other": "bool", "where full": "bool", "where held": "bool", "where made": "bool", "float": "bool",
+    "given": "added", "one minus": "int", "minus": "bool",
     "raised": "float", "times": "float", "folded": "int", "folded view": "bool",
     "table": "int", "lengths": "lengths", "zeroed": "bool",
 }  # fmt: skip

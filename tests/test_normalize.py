@@ -36,8 +36,8 @@ def written_in_parts(x: Tensor, y: Tensor) -> Tensor:
 FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
     # of x and y, [2, 3, 4]: (spelling, the ops of its form)
     "addcmul": (lambda x, y: torch.addcmul(x, x, y), [MUL, ADD]),
-    "addcmul, a value": (lambda x, y: torch.addcmul(x, x, y, value=0.5), [MUL, ADD]),
-    "addcdiv": (lambda x, y: torch.addcdiv(x, x, y, value=2), [DIV, ADD]),
+    "addcmul, a value": (lambda x, y: torch.addcmul(x, x, y, value=0.5), [MUL, MUL, ADD]),
+    "addcdiv": (lambda x, y: torch.addcdiv(x, x, y, value=2), [DIV, MUL, ADD]),
     "sum of a stack": (lambda x, y: torch.stack([x, y]).sum(0), [ADD]),
     "sum of a stack of two dtypes": (
         lambda x, y: torch.stack([x, y.bfloat16()]).sum(0), ["aten._to_copy.default", "aten._to_copy.default", ADD]
@@ -63,7 +63,11 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
         ["aten.gt.Scalar", "aten.full.default", "aten.full.default", "aten.cat.default"],
     ),
     "pad, two dims": (lambda x, y: F.pad(x, (0, 1, 0, 1)), ["aten.pad.default"]),
+    "pad by nothing": (lambda x, y: F.pad(x + y, (0, 0)), [ADD]),
     "pad, cut": (lambda x, y: F.pad(x, (-1, 0)), ["aten.pad.default"]),
+    "numbers that are nowhere": (
+        lambda x, y: torch.zeros(3, device="meta").exp(), ["aten.zeros.default", "aten.exp.default"]
+    ),
     "new_zeros": (lambda x, y: x.new_zeros(2, 3, 1), ["aten.full.default"]),
     "plus zeros": (lambda x, y: x + torch.zeros(2, 3, 4) + y, [ADD]),
     "times ones": (lambda x, y: x * y.new_ones(4), ["aten.clone.default"]),  # an output of its own
@@ -101,7 +105,10 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
     "broadcast": (lambda x, y: torch.add(*torch.broadcast_tensors(x, y)), [ADD]),
     "lists": (lambda x, y: torch._foreach_add([x], [y])[0], [ADD]),
     "out": (lambda x, y: torch.add(x, y, out=torch.empty_like(x)), [ADD]),
-    "subtract": (lambda x, y: torch.subtract(x, y, alpha=-1), ["aten.sub.Tensor"]),
+    "subtract": (lambda x, y: torch.subtract(x, y, alpha=-1), [MUL, "aten.sub.Tensor"]),
+    "so many times a bool": (
+        lambda x, y: torch.add(x, y > 1.5, alpha=-3.0), ["aten.gt.Scalar", "aten._to_copy.default", MUL, ADD]
+    ),
     "true_divide": (lambda x, y: torch.true_divide(x, y), [DIV]),
     "multiply": (lambda x, y: torch.multiply(x, y), [MUL]),
     "at least": (lambda x, y: torch.atleast_3d(x) + y, [ADD]),
@@ -277,7 +284,7 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
         lambda x, y: (x == 0) | (y != 0),
         ["aten.logical_not.default", "aten._to_copy.default", "aten.bitwise_or.Tensor"],
     ),
-    "index_add": (lambda x, y: x.index_add(-2, torch.arange(3), y, alpha=2), [ADD]),
+    "index_add": (lambda x, y: x.index_add(-2, torch.arange(3), y, alpha=2), [MUL, ADD]),
     "index_add, backwards": (
         lambda x, y: x.index_add(1, torch.arange(3).flip(0), y),
         ["aten.arange.default", "aten.flip.default", "aten.index_add.default"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,7 @@ ROW: dict[str, Callable[[Tensor], Tensor]] = {
     "where": lambda m: torch.where(m[:, None, None].expand(B, 1, N, N), 0.0, -1e9),
     "one minus": lambda m: (1.0 - m[:, None, None].expand(-1, -1, N, -1).float()) * -1e9,
     "index": lambda m: m[torch.arange(B)[:, None, None, None], torch.arange(N)[None, None, None].expand(1, 1, N, N)],
+    "gather": lambda m: m[:, None].expand(B, N, N).gather(2, torch.arange(N).expand(B, N, N))[:, None],
     "transposed": lambda m: m[:, None, :, None].expand(B, 1, N, N).transpose(-1, -2),
     "flattened": lambda m: m[:, None].expand(B, H * N, N).reshape(B, H, N, N),
     "cut out": lambda m: m[:, None, None].expand(B, 1, 2 * N, N)[:, :, N:],
@@ -151,6 +153,12 @@ STEPS: dict[str, Callable[[Tensor], Tensor]] = {
     "double": lambda x: x * 2,
     "plus ones": lambda x: x + torch.ones(2, *x.shape),
     "plus itself": lambda x: x + x.clone(),
+    "running sum": lambda x: x.cumsum(0),
+    "flip": lambda x: x.flip(-1),
+    "gather": lambda x: x.gather(-1, torch.zeros(x.shape, dtype=torch.int64)),
+    "outer product": lambda x: torch.einsum("a...,b->ab...", x, torch.ones(2, dtype=x.dtype)),
+    "largest": lambda x: x.amax(-1, keepdim=True),
+    "softmax": lambda x: x.softmax(-1),
     "clone": lambda x: x.clone(),
     "to": lambda x: x.double(),
 }
@@ -191,3 +199,16 @@ def test_what_has_nothing_else_of_its_size_stays_spread() -> None:
 
     x = torch.randn(B, N)
     torch.testing.assert_close(captured(f, x)(x), f(x))
+
+
+def test_a_product_of_any_length_keeps_its_value() -> None:
+    """Where it would have to be written out to a size that is a symbol, it stays spread."""
+
+    def f(x: Tensor, keep: Tensor) -> Tensor:
+        return x + torch.einsum("bi,bj->bij", torch.ones(len(keep), N), keep.float()).cumsum(0)
+
+    def inner(gm: fx.GraphModule, args: list[Tensor]) -> Callable[..., Any]:
+        return capture(gm, args).gm
+
+    x = torch.randn(B, N, N)
+    torch.testing.assert_close(torch.compile(f, backend=inner, dynamic=True)(x, keeps()), f(x, keeps()))

@@ -22,6 +22,7 @@ MASKS = {
     "-inf": levels(-torch.inf), "-1e9": levels(-1e9), "-1e4": levels(-1e4), "-100, two levels": levels(-100.0),
     "-100 beside 1": levels(-100.0, 1.0), "lowest": levels(torch.finfo(torch.float32).min),
     "half": levels(-20.0).half(), "log of 0": SEEN.float().log(), "subtracted": -levels(-1e9),
+    "subtracted, large": -levels(-1e10),
     "table and mask": levels(-1e9) + torch.randn(N, N), "bool": SEEN, "bool, filled": ~SEEN,
     "all but itself": torch.where(PLACE[:, None] == PLACE, -torch.inf, 0.0),
 }  # fmt: skip

@@ -58,7 +58,8 @@ class ToMeBackend:
         own = {key.removeprefix("tome."): options.pop(key) for key in list(options) if key.startswith("tome.")}
         config = updated(self.config, own) if own else self.config
         if wrong := [key for key in options if config.inner == "inductor" and _is_ours(key)]:
-            raise ValueError(f"options of tome_backend begin with tome.: say tome.{wrong[0]} instead of {wrong[0]}")
+            name = wrong[0].removeprefix("tome_")
+            raise ValueError(f"options of tome_backend begin with tome.: say tome.{name} instead of {wrong[0]}")
         piece = piece_of(gm, config)
         rewritten, report = transform(gm, example_inputs, config, piece=piece)
         if rewritten is not None:
@@ -85,7 +86,8 @@ class ToMeBackend:
 
 def _is_ours(key: str) -> bool:
     """Whether the name of an inner option is none of Inductor's but one of ours."""
-    return key in {one.name for one in fields(ToMeConfig)} and not hasattr(torch._inductor.config, key)
+    ours = key.removeprefix("tome_") in {one.name for one in fields(ToMeConfig)}
+    return ours and not hasattr(torch._inductor.config, key)
 
 
 def tome_backend(

@@ -139,8 +139,9 @@ def ruled_out(value: Tensor) -> Tensor:
     top = value.amax(-1, keepdim=True)
     out = (value <= LEFT_OUT) | ((value - top).exp() == 0)
     high, low = value.max(), value.min()
-    if bool(high - low >= GAP) and bool((((value == high) | (value <= high - GAP)) | (value == low)).all()):
-        out = out | (value <= high - GAP)
+    far = high - value >= GAP  # beside a large number high - GAP is high
+    if bool(high - low >= GAP) and bool(((value == high) | far | (value == low)).all()):
+        out = out | far
     return out
 
 

@@ -26,12 +26,12 @@ LARGEST = 2**20
 
 
 def numbers(graph: fx.Graph, known: Mapping[fx.Node, Tensor]) -> dict[fx.Node, Tensor]:
-    """The values of what is made of numbers alone. known: those that have been computed."""
-    values: dict[fx.Node, Tensor] = {
-        node: node.meta["constant"]
-        for node in graph.find_nodes(op="placeholder")
-        if "constant" in node.meta and not any(_writes(user) for user in node.users)
-    }
+    """The values of what is made of numbers alone. known: those that have been computed, or that an input has."""
+    values: dict[fx.Node, Tensor] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        value = known.get(node, node.meta.get("constant"))
+        if value is not None and not any(_writes(user) for user in node.users):
+            values[node] = value
     for node in _calls(graph):
         value = known[node] if node in known else _computed(node, values)
         if value is not None:
@@ -43,9 +43,8 @@ def _calls(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.nodes if n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload)]
 
 
-def drop_idle(graph: fx.Graph, known: Mapping[fx.Node, Tensor]) -> None:
-    """Rewrite in place. known: what `numbers` gave of the graph. Dead code is left to the caller."""
-    values = numbers(graph, known)
+def drop_idle(graph: fx.Graph, values: Mapping[fx.Node, Tensor]) -> None:
+    """Rewrite in place. values: what `numbers` gives of the graph. Dead code is left to the caller."""
     for node in _calls(graph):
         if node in values:
             continue
@@ -66,7 +65,7 @@ def _computed(node: fx.Node, values: dict[fx.Node, Tensor]) -> Tensor | None:
     val, target = node.meta.get("val"), node.target
     if not isinstance(val, Tensor) or any(n not in values for n in node.all_input_nodes):
         return None
-    if not gives_one_value(target) or not _small(val):  # type: ignore[arg-type]
+    if not gives_one_value(target) or val.is_meta or not _small(val):  # type: ignore[arg-type]
         return None
     args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
     with _disable_current_modes(), torch.no_grad():
@@ -91,7 +90,7 @@ def _all(value: Tensor | None, number: float) -> bool:
     return bool((value == number).all())
 
 
-def _drop_mask(node: fx.Node, values: dict[fx.Node, Tensor]) -> None:
+def _drop_mask(node: fx.Node, values: Mapping[fx.Node, Tensor]) -> None:
     """Attention under a mask that leaves all in, or adds 0."""
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     value = values.get(mask) if isinstance(mask, fx.Node) else None
@@ -111,7 +110,7 @@ _ONE_SIDED = {aten.sub.Tensor, aten.div.Tensor}
 _FILLS = {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 
 
-def _kept(node: fx.Node, values: dict[fx.Node, Tensor]) -> fx.Node | None:
+def _kept(node: fx.Node, values: Mapping[fx.Node, Tensor]) -> fx.Node | None:
     """The operand that an op gives back as it is."""
     args = [a if isinstance(a, fx.Node) else None for a in node.args]
     known = [values.get(a) if a is not None else None for a in args]

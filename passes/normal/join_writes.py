@@ -130,7 +130,8 @@ def added_in_order(call: Call, emit: Emit) -> fx.Node | None:
         value is not None and _counts_up(value, d, behind, own.shape) for d, value in known.items()
     ):
         return None
-    return emit(aten.add.Tensor, a["self"], other, **({"alpha": a["alpha"]} if a.get("alpha", 1) != 1 else {}))
+    other = other if a.get("alpha", 1) == 1 else emit(aten.mul.Tensor, other, a["alpha"])
+    return emit(aten.add.Tensor, a["self"], other)
 
 
 def put_where(call: Call, emit: Emit) -> fx.Node | None:

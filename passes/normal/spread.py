@@ -11,8 +11,8 @@ the same from what was spread; taken so, all spellings are one, and a mask of ke
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from math import prod
 from typing import Any
 
@@ -24,8 +24,10 @@ from ..algebra.axes import expr
 from ..analysis.values import gives_one_value, same_along
 from ..building.emit import Emit
 from ..rules import Call, find
-from ..rules.base import FILLED, sources
+from ..rules.base import FILLED, Role, Signature, sources
+from ..rules.facts import NO_FACTS
 from ..rules.pointwise import POINTWISE, MaskRule
+from ..rules.signature import SignatureRule
 from ..rules.views import PermuteRule, ViewRule
 
 aten = torch.ops.aten
@@ -89,6 +91,8 @@ class _Narrower:
             return self._pointwise(call)
         if node.target is aten.index.Tensor:
             return self._indexed(call)
+        if isinstance(rule, SignatureRule) and len(call.results) == 1:
+            return self._mapped(call, rule.signature(call, NO_FACTS))
         held = self.spread.get(call.nodes[0]) if call.nodes else None
         if held is not None and isinstance(rule, ViewRule):
             return self._view(call, held)
@@ -187,6 +191,29 @@ class _Narrower:
         narrow = _broadcast(held[i].narrow if i in held else _shape(i) for i in indices)
         same = frozenset(d for d, size in enumerate(narrow) if size != shape[d])
         return _Spread(self._again(call.node, held), shape, same)
+
+    def _mapped(self, call: Call, sig: Signature) -> _Spread | None:
+        """Of an op that maps dims and sums nothing (an outer product, a gather, a running sum): the op without what is
+        spread in all operands."""
+        if Role.SUM in sig.roles.values() or len({*call.nodes}) < len(call.nodes):
+            return None
+        held = [h if (h := self.spread.get(n)) and h.shape == _shape(n) else None for n in call.nodes]
+        narrow = [h.narrow if h else _shape(n) for h, n in zip(held, call.nodes, strict=True)]
+        places = [(letter, i, d) for i, letters in enumerate(sig.ins) for d, letter in enumerate(letters)]
+        whole = {letter for letter, i, d in places if narrow[i][d] != 1}
+        gone = {letter for letter in sig.outs[0] if letter is not None and sig.role(letter) is Role.MAP} - whole
+        same = frozenset(d for d, x in enumerate(sig.outs[0]) if x in gone and _shape(call.node)[d] != 1)
+        if not same:
+            return None
+        cut: dict[fx.Node, _Spread] = {}
+        for node, h, letters in zip(call.nodes, held, sig.ins, strict=True):
+            sizes = tuple(1 if x in gone else n for x, n in zip(letters, h.shape, strict=True)) if h else ()
+            if h is not None and sizes != h.narrow:
+                if not all(isinstance(n, int) for n in sizes):
+                    return None
+                h = replace(h, row=cache(partial(self._emit, call.node, aten.expand.default, h.row(), [*sizes])))
+            cut |= {node: h} if h else {}
+        return _Spread(self._again(call.node, cut), _shape(call.node), same)
 
     def _view(self, call: Call, held: _Spread) -> _Spread | None:
         """A view of what is spread: plain again where no dim of it is spread in part."""

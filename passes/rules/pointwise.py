@@ -167,22 +167,19 @@ def _operand(call: Call, name: str) -> int:
 def filling(value: Any) -> float | None:
     """What a mask fills in, as a number. A buffer that leaves out counts: any other that does would say the same."""
     number = scalar(value)
-    held = scalar(value, "held") if number is None else None
-    return held if held is not None and held <= LEFT_OUT else number
+    held = value.meta.get("held") if number is None and isinstance(value, fx.Node) else None
+    return float(held) if held is not None and held <= LEFT_OUT else number
 
 
-def scalar(value: Any, key: str = "constant") -> float | None:
-    """A number, or a constant zero-dim tensor that the graph makes from one; None for anything else.
-
-    key: where the value of a placeholder stands in its meta.
-    """
+def scalar(value: Any) -> float | None:
+    """A number, or a constant zero-dim tensor that the graph makes from one; None for anything else."""
     if _number(value):
         return float(value)
     if not isinstance(value, fx.Node):
         return None
     if value.op == "placeholder":
-        held = value.meta.get(key)
-        return float(held) if held is not None and held.dim() == 0 else None
+        held = value.meta.get("constant")
+        return float(held) if held is not None and held.numel() == 1 else None
     if value.op != "call_function":
         return None
     if value.target in (aten.scalar_tensor.default, aten.full.default):
@@ -193,7 +190,7 @@ def scalar(value: Any, key: str = "constant") -> float | None:
         return float(number) if _number(number) else None  # type: ignore[arg-type]
     if value.target in (aten.lift_fresh_copy.default, aten.lift_fresh.default, aten._to_copy.default,
                         aten.detach.default, aten.clone.default, aten.expand.default):  # fmt: skip
-        return scalar(value.args[0], key)
+        return scalar(value.args[0])
     return None
 
 
