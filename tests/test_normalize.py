@@ -267,6 +267,11 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
         lambda x, y: torch.full((1, 3), 1 / 3) @ x + torch.einsum("bnd,n->bd", y, torch.ones(3)),
         ["aten.mean.dim", "aten.unsqueeze.default", "aten.mean.dim", MUL, ADD],
     ),
+    "a product of integers": (
+        lambda x, y: (torch.full((1, 3), 2) @ (x > 0).long()).float(),
+        ["aten.full.default", "aten.gt.Scalar", "aten._to_copy.default", "aten.matmul.default",
+         "aten._to_copy.default"],
+    ),
     "product first": (
         product_first,
         ["aten.transpose.int", SOFTMAX, "aten.matmul.default"],

@@ -29,6 +29,7 @@ from ..rules import Call, find
 from ..rules.base import Role
 from ..rules.contraction import Contraction, parse_einsum
 from ..rules.facts import NO_FACTS
+from .beside import one_kind
 
 aten = torch.ops.aten
 
@@ -60,7 +61,7 @@ def side_by_side(call: Call, emit: Emit) -> fx.Node | None:
 def turned(call: Call, emit: Emit) -> fx.Node | None:
     """A product of what all samples share, small matrices side by side, with vectors of each sample."""
     rule = find(call)
-    if not isinstance(rule, Contraction) or len(call.nodes) != 2 or len({v.dtype for v in (*call.vals, call.out)}) > 1:
+    if not isinstance(rule, Contraction) or len(call.nodes) != 2 or not one_kind(call):
         return None
     sig = rule.signature(call, NO_FACTS)
     (out,), summed = sig.outs, [x for x, role in sig.roles.items() if role is Role.SUM]

@@ -23,6 +23,7 @@ from ..rules.base import Role
 from ..rules.contraction import Contraction
 from ..rules.facts import NO_FACTS
 from ..rules.pointwise import scalar
+from .beside import one_kind
 
 aten = torch.ops.aten
 _ROUNDING = 1e-6
@@ -65,7 +66,7 @@ def topmost(call: Call, emit: Emit) -> fx.Node | None:
 def by_one_number(call: Call, emit: Emit) -> fx.Node | None:
     """A product with what is one number everywhere: a sum, or a mean."""
     rule = find(call)
-    if not isinstance(rule, Contraction) or len(call.nodes) != 2 or len({v.dtype for v in (*call.vals, call.out)}) > 1:
+    if not isinstance(rule, Contraction) or len(call.nodes) != 2 or not one_kind(call):
         return None
     sig = rule.signature(call, NO_FACTS)
     summed = [x for x, role in sig.roles.items() if role is Role.SUM]
