@@ -165,6 +165,10 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
         lambda x, y: torch.cat([y[:, :1], x[:, :1], x[:, 1:], y[:, 2:]], 1),
         ["aten.slice.Tensor", "aten.slice.Tensor", "aten.cat.default"],
     ),
+    "the last parts first": (
+        lambda x, y: torch.cat([x[:, -1:], x[:, :-1], y[:, -2:-1], y[:, -1:]], 1),
+        ["aten.slice.Tensor", "aten.slice.Tensor", "aten.slice.Tensor", "aten.cat.default"],
+    ),
     "parts of a split, joined": (
         lambda x, y: torch.cat([a * b for a, b in zip(x.split([1, 2], 1), y.split([1, 2], 1), strict=True)], 1), [MUL]
     ),

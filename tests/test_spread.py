@@ -212,3 +212,18 @@ def test_a_product_of_any_length_keeps_its_value() -> None:
 
     x = torch.randn(B, N, N)
     torch.testing.assert_close(torch.compile(f, backend=inner, dynamic=True)(x, keeps()), f(x, keeps()))
+
+
+@pytest.mark.parametrize("cut", [lambda n: n // 2, lambda n: n - 2, lambda n: -2], ids=["half", "all but two", "two"])
+def test_parts_of_any_length_keep_their_order(cut: Callable[[int], int]) -> None:
+    """From a place that is a symbol, or counted from an end that is one, joined as they stood and the last first."""
+
+    def f(x: Tensor) -> Tensor:
+        at = cut(x.shape[1])
+        return torch.cat([x[:, :at], x[:, at:], x[:, at:], x[:, :at]], 1)
+
+    def inner(gm: fx.GraphModule, args: list[Tensor]) -> Callable[..., Any]:
+        return capture(gm, args).gm
+
+    x = torch.randn(B, N, N)
+    assert torch.equal(torch.compile(f, backend=inner, dynamic=True)(x), f(x))

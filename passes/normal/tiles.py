@@ -48,7 +48,7 @@ def neighbours(join: Call, d: int, emit: Emit) -> fx.Node | None:
     runs: list[list[Any]] = []
     for node in join.nodes:
         base, start = _cut(node, d) if node.op == "call_function" else (None, None)
-        end = None if base is None else expr(start + node.meta["val"].shape[d])
+        end = None if base is None else start + expr(node.meta["val"].shape[d])
         if base is not None and runs and runs[-1][0] is base and runs[-1][2] == start:
             runs[-1][2:] = [end, None]
         else:
@@ -152,8 +152,14 @@ def _cut(node: fx.Node, d: int) -> tuple[fx.Node | None, Any]:
     if of.target not in _CUTS or (call := Call(of)).axis(call.args["dim"]) != d or call.args.get("step", 1) != 1:
         return None, None
     at: Any = 0 if of is node else node.args[1]
-    lengths = [val.shape[d] for val in call.results[:at]]
-    return call.nodes[0], sum(lengths, call.args.get("start") or 0)
+    lengths, start = [val.shape[d] for val in call.results[:at]], call.args.get("start") or 0
+    start = start.meta["val"] if isinstance(start, fx.Node) else start
+    if isinstance(start, int) and start < 0:  # counted from the end
+        whole = call.vals[0].shape[d]
+        if not isinstance(whole, int):
+            return None, None
+        start = max(start + whole, 0)
+    return call.nodes[0], sum(map(expr, lengths), expr(start))
 
 
 __all__ = ["equal", "neighbours", "tiled"]
