@@ -3,11 +3,12 @@
     python benchmarks/tune.py [--tasks small_vit images_112 images_224 saliency speech video] [--budget SECONDS]
 
 For each task a target of loss: half a point of accuracy, one of word error rate, a correlation of 0.99, or a distance
-of features. *Every* member of the three families is judged on the data that `tune` tunes on, and the fastest that keeps
-the target (as predicted) is the baseline. Then the unmerged model, the baseline, what `tune` found by the schedule
-alone and, with --options, with method, metric, similarity and prop_attn too, are compiled by Inductor and timed in
-turn; losses are those of the half of the data that no search saw. Writes results/tune-cpu.json, saved after each task;
-a task that is there is not measured again (--fresh). `--page` writes the table of docs/tune.md and its plot.
+of features. Every member of the three families (of hundreds every eighth or tenth, and each around the limit) is judged
+on the data that `tune` tunes on, and the fastest that keeps the target (as predicted) is the baseline. Then the
+unmerged model, the baseline, what `tune` found by the schedule alone and, with --options, with method, metric,
+similarity and prop_attn too, are compiled by Inductor and timed in turn; losses are those of the half of the data that
+no search saw. Writes results/tune-cpu.json, saved after each task; a task that is
+there is not measured again (--fresh). `--page` writes the table of docs/tune.md and its plot.
 """
 
 from __future__ import annotations
@@ -170,12 +171,13 @@ class Kept(searching.Search):
 
 
 def baseline(search: searching.Search, task: Task) -> tuple[searching.Point | None, list[searching.Point]]:
-    """Every member of the families on all the batches tuned on, and the fastest that keeps the target."""
+    """Members of the families (every one, but for `step`) on all the batches tuned on, and the fastest that keeps the
+    target."""
     search.options = dict(search.task.base)
     points: list[searching.Point] = []
 
     def kept(family: str, r: int) -> bool:
-        name = f"r={r}" if family == "r" else f"r={family.replace('r', str(r))}"
+        name = searching.named(family, r)
         points.append(search.evaluate(search.list_of(family, r), name, search.whole, late=True))
         return points[-1].loss <= task.target.most
 

@@ -393,3 +393,4 @@ def test_reasons_that_are_alike_are_told_once() -> None:
         "head: does not pay (its tokens are few); a: cross (b)"
     )
     assert together([SkipReason("cross", name, "b") for name in "xyz"]) == "x, y, z: cross (b)"
+    assert together([SkipReason("few", "", f"{n} tokens") for n in (3, 4)]) == "few (the first: 3 tokens)"

@@ -58,10 +58,9 @@ def together(reasons: Iterable[SkipReason]) -> str:
 
 
 def _as_one(alike: list[SkipReason]) -> str:
-    first, places = alike[0], [reason.where for reason in alike]
-    named = places if len(places) < 4 else [*places[:2], f"and {len(places) - 2} more"]
+    first, places = alike[0], [reason.where for reason in alike if reason.where]
+    where = ", ".join(places) if len(places) < 4 else f"{places[0]}, {places[1]} and {len(places) - 2} more"
     same = len({reason.detail for reason in alike}) == 1
-    where = ", ".join(named).replace(", and", " and")
     return str(replace(first, where=where, detail=first.detail if same else f"the first: {first.detail}"))
 
 

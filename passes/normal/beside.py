@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from ..algebra.axes import expr
 from ..building.emit import Emit
 from ..rules import Call, find
-from ..rules.base import Role
+from ..rules.base import Role, Signature
 from ..rules.contraction import Contraction
 from ..rules.facts import NO_FACTS
 from ..rules.views import PermuteRule, ViewRule
@@ -110,10 +110,9 @@ def _total(terms: Sequence[fx.Node], emit: Emit) -> fx.Node:
 
 def weighted(call: Call, emit: Emit) -> fx.Node | None:
     """A product that sums what stands side by side, each times a number of its own; a result may be a dim of size 1."""
-    rule = find(call)
-    if not isinstance(rule, Contraction) or len(call.nodes) != 2 or not one_kind(call):
+    sig = product_of_two(call)
+    if sig is None:
         return None
-    sig = rule.signature(call, NO_FACTS)
     for (letters, node), (by, weights) in permutations(zip(sig.ins, call.nodes, strict=True)):
         x = next((c for c in by if c in letters and sig.role(c) is Role.SUM), None)
         new = [c for c in by if c != x]
@@ -203,6 +202,14 @@ def beside_itself(call: Call, emit: Emit) -> fx.Node | None:
     return out if new else emit(aten.reshape.default, out, list(call.out.shape))
 
 
+def product_of_two(call: Call) -> Signature | None:
+    """The letters of a product of two floats of one dtype; None of anything else."""
+    rule = find(call)
+    if not isinstance(rule, Contraction) or len(call.nodes) != 2 or not one_kind(call):
+        return None
+    return rule.signature(call, NO_FACTS)
+
+
 def one_kind(call: Call) -> bool:
     """Whether operands and result are floats of one dtype. (In half precision a form may round once more.)"""
     held = [*call.vals, *call.results]
@@ -224,5 +231,5 @@ def _as(dtype: torch.dtype, node: fx.Node, emit: Emit) -> fx.Node:
 
 __all__ = [
     "apart", "averaged", "beside_itself", "each", "itself", "one", "one_dtype", "one_kind", "only_one", "overwritten",
-    "part", "summed", "weighted",
+    "part", "product_of_two", "summed", "weighted",
 ]  # fmt: skip

@@ -25,11 +25,10 @@ from torch import fx
 
 from ..algebra.axes import expr
 from ..building.emit import Emit
-from ..rules import Call, find
+from ..rules import Call
 from ..rules.base import Role
-from ..rules.contraction import Contraction, parse_einsum
-from ..rules.facts import NO_FACTS
-from .beside import one_kind
+from ..rules.contraction import parse_einsum
+from .beside import product_of_two
 
 aten = torch.ops.aten
 
@@ -60,10 +59,9 @@ def side_by_side(call: Call, emit: Emit) -> fx.Node | None:
 
 def turned(call: Call, emit: Emit) -> fx.Node | None:
     """A product of what all samples share, small matrices side by side, with vectors of each sample."""
-    rule = find(call)
-    if not isinstance(rule, Contraction) or len(call.nodes) != 2 or not one_kind(call):
+    sig = product_of_two(call)
+    if sig is None:
         return None
-    sig = rule.signature(call, NO_FACTS)
     (out,), summed = sig.outs, [x for x, role in sig.roles.items() if role is Role.SUM]
     spelled = [dict(zip(own, map(expr, val.shape), strict=True)) for own, val in zip(sig.ins, call.vals, strict=True)]
     words = [{x: n for x, n in own.items() if n != 1} for own in spelled]
@@ -72,12 +70,12 @@ def turned(call: Call, emit: Emit) -> fx.Node | None:
         small = len(new) == len(summed) == len(sig.roles) == 1 and all(table.get(x) in (2, 3) for x in (*new, *summed))
         if small and beside and out[0] in vectors and out[0] not in table:
             order = [*out, *summed]
-            spread = (_placed(n, own, order, emit) for n, own in zip(call.nodes, sig.ins, strict=True))
+            spread = (placed(n, own, order, emit) for n, own in zip(call.nodes, sig.ins, strict=True))
             return emit(aten.sum.dim_IntList, emit(aten.mul.Tensor, *spread), [-1])
     return None
 
 
-def _placed(node: fx.Node, own: Sequence[Any], order: Sequence[Any], emit: Emit) -> fx.Node:
+def placed(node: fx.Node, own: Sequence[Any], order: Sequence[Any], emit: Emit) -> fx.Node:
     """A value with its letters in an order, and a dim of size 1 for each that it lacks."""
     held = sorted(range(len(own)), key=lambda d: order.index(own[d]))
     node = node if held == [*range(len(own))] else emit(aten.permute.default, node, held)
@@ -132,4 +130,4 @@ def summed_pairs(call: Call, emit: Emit) -> fx.Node | None:
     return new
 
 
-__all__ = ["side_by_side", "summed_pairs", "turned"]
+__all__ = ["placed", "side_by_side", "summed_pairs", "turned"]

@@ -18,12 +18,11 @@ from torch import fx
 
 from ..algebra.axes import expr
 from ..building.emit import Emit
-from ..rules import Call, find
+from ..rules import Call
 from ..rules.base import Role
-from ..rules.contraction import Contraction
-from ..rules.facts import NO_FACTS
 from ..rules.pointwise import scalar
-from .beside import one_kind
+from .beside import product_of_two
+from .letters import placed
 
 aten = torch.ops.aten
 _ROUNDING = 1e-6
@@ -65,10 +64,9 @@ def topmost(call: Call, emit: Emit) -> fx.Node | None:
 
 def by_one_number(call: Call, emit: Emit) -> fx.Node | None:
     """A product with what is one number everywhere: a sum, or a mean."""
-    rule = find(call)
-    if not isinstance(rule, Contraction) or len(call.nodes) != 2 or not one_kind(call):
+    sig = product_of_two(call)
+    if sig is None:
         return None
-    sig = rule.signature(call, NO_FACTS)
     summed = [x for x, role in sig.roles.items() if role is Role.SUM]
     for (by, weights), (own, x) in permutations(zip(sig.ins, call.nodes, strict=True)):
         number = _number(weights, emit)
@@ -80,11 +78,7 @@ def by_one_number(call: Call, emit: Emit) -> fx.Node | None:
         dims = [d for d, letter in enumerate(own) if letter in summed]
         count = prod(expr(x.meta["val"].shape[d]) for d in dims)
         op, times = (aten.mean.dim, number * count) if isinstance(count, int) else (aten.sum.dim_IntList, number)
-        found = emit(op, x, dims)
-        order = [kept.index(letter) for letter in sig.outs[0] if letter in kept]
-        found = found if order == sorted(order) else emit(aten.permute.default, found, order)
-        for d in sorted(new):
-            found = emit(aten.unsqueeze.default, found, d)
+        found = placed(emit(op, x, dims), kept, sig.outs[0], emit)
         found = found if abs(times - 1) < _ROUNDING else emit(aten.mul.Tensor, found, times)
         return found if [*map(expr, found.meta["val"].shape)] == [*map(expr, call.out.shape)] else None
     return None

@@ -263,14 +263,14 @@ class Search:
             middle = (low + high) // 2
             low, high = (low, middle) if self._kept(self.list_of(family, middle)) else (middle + 1, high)
         for r in (low, low + 1):
-            self.evaluate(self.list_of(family, r), _named(family, r), self.few)
+            self.evaluate(self.list_of(family, r), named(family, r), self.few)
 
     def _largest(self, family: str, batches: int) -> Point | None:
         """The last member of a family that keeps a target of loss. From a small r up: a large one tells little."""
         low, high, best = 0, self._most(), None
         while low < high:
             middle = min((low + high + 1) // 2, max(2 * low, 4))
-            point = self.evaluate(self.list_of(family, middle), _named(family, middle), batches)
+            point = self.evaluate(self.list_of(family, middle), named(family, middle), batches)
             kept = self.reaches(point)
             if batches == self.whole and isinstance(self.task.target, Loss):
                 kept = point.loss <= self.task.target.most  # no level of distance is known yet
@@ -440,7 +440,7 @@ class Search:
         """Where nothing reaches the target: what comes nearest, on all batches."""
         target, held = self.task.target, [p for p in self.points.values() if any(p.r) and p.batches >= self.few]
         if not held:
-            held = [self.evaluate(self.list_of("r", 1), _named("r", 1), self.whole, late=True)]
+            held = [self.evaluate(self.list_of("r", 1), named("r", 1), self.whole, late=True)]
         if isinstance(target, Loss):
             return self._judge_whole(min(held, key=lambda p: p.distance))
         return self._judge_whole(max(held, key=lambda p: p.speed if isinstance(target, Speed) else -p.flops))
@@ -456,7 +456,8 @@ def runner(gm: Callable[..., Any]) -> Callable[[Batch], Any]:
     return run
 
 
-def _named(family: str, r: int) -> str:
+def named(family: str, r: int) -> str:
+    """What a search calls a member of a family."""
     return f"r={r}" if family == "r" else f"r={family.replace('r', str(r))}"
 
 
@@ -468,4 +469,4 @@ def _key(options: Mapping[str, Any], r: Sequence[int], batches: int) -> str:
     return json.dumps([sorted(options.items()), list(r), batches], default=str)
 
 
-__all__ = ["SEARCHED", "Point", "Search", "Task", "runner"]
+__all__ = ["SEARCHED", "Point", "Search", "Task", "named", "runner"]
